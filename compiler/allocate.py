@@ -1,0 +1,106 @@
+"""Addresses: buffers in the on-chip memories, blocks in DRAM."""
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.lowered import Buffer, Lowered
+from moeware.hw.arch import isa, layout
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory
+
+__all__ = ["allocate", "place_blocks", "rings"]
+
+
+def rings(lowered: Lowered, config: Config) -> None:
+    """Place weights and parameters one after another around their memories, in the order of use."""
+    sizes = {Memory.WEIGHT: config.weight_words, Memory.PARAM: config.param_words}
+    place = dict.fromkeys(sizes, 0)
+    for buffer in lowered.buffers:
+        if buffer.memory in sizes:
+            if place[buffer.memory] + buffer.words > sizes[buffer.memory]:
+                place[buffer.memory] = 0
+            buffer.address = place[buffer.memory]
+            place[buffer.memory] += buffer.words
+
+
+def allocate(lowered: Lowered, config: Config) -> Lowered:
+    """Place activation and residual buffers: lowest free address over the buffer's lifetime, an
+    activation buffer in its bank where there is room.
+
+    Raises
+    ------
+    CompileError
+        A buffer does not fit: which, and by how much.
+    """
+    lifetimes = _lifetimes(lowered)
+    banks = config.activation_banks * config.activation_words
+    for memory, words in ((Memory.ACTIVATION, banks), (Memory.RESIDUAL, config.residual_words)):
+        placed: list[Buffer] = []
+        for buffer in lowered.buffers:
+            if buffer.memory is not memory:
+                continue
+            first, last = lifetimes[id(buffer)]
+            live = [other for other in placed
+                    if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1]]
+            start = buffer.bank * config.activation_words if memory is Memory.ACTIVATION else 0
+            buffer.address = _lowest(buffer.words, live, start, words)
+            if buffer.address is None:
+                buffer.address = _lowest(buffer.words, live, 0, words)
+            if buffer.address is None:
+                _refuse(buffer, live, words)
+            placed.append(buffer)
+    return lowered
+
+
+def _lifetimes(lowered: Lowered) -> dict[int, tuple[int, int]]:
+    """First and last instruction that touches each buffer."""
+    lifetimes: dict[int, tuple[int, int]] = {}
+    for number, instr in enumerate(lowered.instructions):
+        for span in instr.reads + instr.writes:
+            first, _ = lifetimes.get(id(span.buffer), (number, number))
+            lifetimes[id(span.buffer)] = first, number
+    return lifetimes
+
+
+def _lowest(words: int, live: list[Buffer], start: int, end: int) -> int | None:
+    address = start
+    for other in sorted(live, key=lambda buffer: buffer.address):
+        if other.address + other.words <= address:
+            continue
+        if other.address >= address + words:
+            break
+        address = other.address + other.words
+    return address if address + words <= end else None
+
+
+def _refuse(buffer: Buffer, live: list[Buffer], words: int) -> None:
+    name = buffer.memory.name.lower()
+    taken = sum(other.words for other in live)
+    short = buffer.words + taken - words
+    others = ", ".join(f"{other.name} ({other.words})" for other in live) or "nothing"
+    how = f"{short} words too many" if short > 0 else "too fragmented"
+    raise CompileError(
+        f"Buffer {buffer.name!r} of {buffer.words} words must fit in the {name} memory of {words} "
+        f"words beside {others}: {how}; use a configuration with more {name} words")
+
+
+def place_blocks(steps: list[Lowered]) -> tuple[list[int], int, int]:
+    """Addresses in DRAM for the steps of one program: instructions, then constants, then the rest.
+
+    Returns the steps' entry addresses, the bytes up to the end of the constants, and all bytes.
+    """
+    address, entries = 0, []
+    for step in steps:
+        entries.append(address)
+        address += _aligned((len(step.instructions) + 1) * isa.BYTES)
+    blocks = [block for step in steps for block in step.blocks]
+    for block in [b for b in blocks if b.data is not None]:
+        block.address = address
+        address += _aligned(block.bytes)
+    constants = address
+    for block in [b for b in blocks if b.data is None]:
+        block.address = address
+        address += _aligned(block.bytes)
+    return entries, constants, address
+
+
+def _aligned(size: int) -> int:
+    return -(-size // layout.ALIGNMENT) * layout.ALIGNMENT

@@ -1,0 +1,154 @@
+"""Statistics of the float model on real inputs: what every tensor looks like, which experts work."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import shape
+from moeware.compiler.errors import CompileError
+from moeware.compiler.reference import evaluate
+
+__all__ = ["Calibration", "calibrate", "load_samples"]
+
+KEPT_ROWS = 4096  # token rows of a tensor that are kept for choosing its grid
+BATCH = 32  # frames evaluated at once
+FEW_TOKENS = 8  # an expert that saw fewer is reported
+
+
+@dataclass
+class Calibration:
+    """Samples of every tensor of the canonical graph.
+
+    samples : float32 [rows, features] by value name, at most `KEPT_ROWS` rows spread over the data;
+    tokens : tokens that reached each expert, int64 [experts] by the name of the Experts node;
+    frames : calibration inputs seen.
+    """
+
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    frames: int = 0
+
+    def rows(self, name: str) -> np.ndarray:
+        """Samples of a tensor; raises `CompileError` where there are none."""
+        if name not in self.samples:
+            raise CompileError(f"Tensor {name!r} must be reached by the calibration data: give "
+                               "inputs that exercise the whole model")
+        return self.samples[name]
+
+    @property
+    def starved(self) -> list[str]:
+        """Experts with fewer than `FEW_TOKENS` calibration tokens, as ``node/expert3: 0 tokens``."""
+        return [f"{node}/expert{expert}: {count} tokens" for node, counts in self.tokens.items()
+                for expert, count in enumerate(counts.tolist()) if count < FEW_TOKENS]
+
+
+def load_samples(path: str | os.PathLike, inputs: list[tuple[str, tuple[int, ...], str]]
+                 ) -> dict[str, np.ndarray]:
+    """Calibration inputs from an ``.npz`` file or a folder of ``.npy`` files.
+
+    inputs : (name, shape without the batch axis, type) of the model. An array is taken for an input
+    if it has its name; a model with one input also takes an array called ``calibration``, or the
+    only one there is. The files of a folder are frames of the one input, in the order of their names.
+
+    Raises
+    ------
+    CompileError
+        Nothing there, a wrong name, shape or type, values that are not finite.
+    """
+    path = Path(path)
+    names = [name for name, _, _ in inputs]
+    try:
+        if path.is_dir():
+            files = sorted(path.glob("*.npy"))
+            if not files or len(inputs) != 1:
+                raise CompileError(f"{path} must hold .npy files of the one input of the model, not "
+                                   f"{len(files)} files for the inputs {names}")
+            frames = [np.load(file, allow_pickle=False) for file in files]
+            single = tuple(inputs[0][1])
+            arrays = {names[0]: np.concatenate([f[None] if f.shape == single else f for f in frames])}
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+    except CompileError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a file that is not an array
+        raise CompileError(f"Calibration data {path} must be an .npz file or a folder of .npy files: "
+                           f"{error}") from error
+    if len(inputs) == 1 and names[0] not in arrays:
+        key = "calibration" if "calibration" in arrays else next(iter(arrays), None)
+        if key is None or (key != "calibration" and len(arrays) > 1):
+            raise CompileError(f"Calibration data {path} must hold an array {names[0]!r} or "
+                               f"'calibration', not {sorted(arrays)}")
+        arrays = {names[0]: arrays[key]}
+    samples = {}
+    for name, dims, _ in inputs:
+        if name not in arrays:
+            raise CompileError(f"Calibration data {path} must hold an array {name!r}, not "
+                               f"{sorted(arrays)}")
+        samples[name] = _checked(name, arrays[name], tuple(dims))
+    if len({len(array) for array in samples.values()}) > 1:
+        raise CompileError(f"Calibration arrays must have one number of frames, not "
+                           f"{ {name: len(array) for name, array in samples.items()} }")
+    return samples
+
+
+def _checked(name: str, array: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
+    if array.shape[1:] != dims or array.ndim != len(dims) + 1:
+        raise CompileError(f"Calibration data {name!r} must have the shape [frames, "
+                           f"{', '.join(map(str, dims))}], not {list(array.shape)}")
+    if not len(array):
+        raise CompileError(f"Calibration data {name!r} must have at least one frame, not 0")
+    if array.dtype.kind not in "fiu":
+        raise CompileError(f"Calibration data {name!r} must be numbers, not {array.dtype}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise CompileError(f"Calibration data {name!r} must be finite: it holds NaN or infinity")
+    return array
+
+
+def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) -> Calibration:
+    """Run the float model on the samples and keep what quantisation needs.
+
+    model : canonical; samples : float32 [frames, ...] by input name; progress : called with the
+    number of frames done.
+    """
+    result = Calibration(frames=len(next(iter(samples.values()))))
+    stride: dict[str, int] = {}
+    parts: dict[str, list[np.ndarray]] = {}
+
+    def record(name: str, array: np.ndarray) -> None:
+        if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
+            return
+        rows = array.reshape(-1, array.shape[-1])
+        if name not in stride:
+            stride[name] = max(1, len(rows) * result.frames // (BATCH * KEPT_ROWS))
+        parts.setdefault(name, []).append(rows[::stride[name]].copy())
+
+    experts = {node.outputs[0].name: node for node in model.graph if node.op_type == "Experts"}
+    for node in experts.values():
+        result.tokens[node.name] = np.zeros(shape(node.inputs[3])[0], np.int64)
+    for start in range(0, result.frames, BATCH):
+        feeds = {name: array[start:start + BATCH] for name, array in samples.items()}
+        indices: dict[str, np.ndarray] = {}
+
+        def keep(name: str, array: np.ndarray) -> None:
+            if array.dtype.kind == "i":
+                indices[name] = array
+            record(name, array)
+
+        for name, array in feeds.items():
+            record(name, array)
+        evaluate(model, feeds, record=keep)
+        for node in experts.values():
+            chosen = indices.get(node.inputs[1].name)
+            if chosen is not None:
+                counts = result.tokens[node.name]
+                counts += np.bincount(np.ravel(chosen), minlength=len(counts))
+        if progress:
+            progress(len(next(iter(feeds.values()))))
+    for name, arrays in parts.items():
+        result.samples[name] = np.concatenate(arrays)[:4 * KEPT_ROWS]
+    return result

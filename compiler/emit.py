@@ -1,0 +1,45 @@
+"""The program: tokens, encoded instructions, the DRAM image."""
+
+import dataclasses
+
+from moeware.compiler.allocate import place_blocks
+from moeware.compiler.lowered import Block, Instr, Lowered, Span
+from moeware.compiler.synchronise import synchronise
+from moeware.hw.arch import isa
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.program import DeviceStep
+
+__all__ = ["emit"]
+
+
+def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceStep]]:
+    """The DRAM image, the bytes that the program needs in all, and the device steps."""
+    entries, constants, total = place_blocks(steps)
+    image = bytearray(constants)
+    result = []
+    for lowered, entry in zip(steps, entries):
+        code = bytearray()
+        for instr, (wait, signal) in zip(lowered.instructions, synchronise(lowered, config)):
+            code += isa.encode(_resolve(instr, wait, signal))
+        code += isa.encode(isa.Instruction(isa.Opcode.END, {}))
+        image[entry:entry + len(code)] = code
+        for block in lowered.blocks:
+            if block.data is not None:
+                image[block.address:block.address + block.bytes] = block.data
+        result.append(DeviceStep(
+            entry=entry, macs=lowered.macs, operations=lowered.operations,
+            inputs=[_placed(port, block) for port, block in lowered.inputs],
+            outputs=[_placed(port, block) for port, block in lowered.outputs],
+            probes=[_placed(probe, block) for probe, block in lowered.probes]))
+    return bytes(image), total, result
+
+
+def _resolve(instr: Instr, wait: int, signal: int) -> isa.Instruction:
+    fields = {name: value.address if isinstance(value, (Span, Block)) else int(value)
+              for name, value in instr.fields.items()}
+    return isa.Instruction(instr.opcode, fields | {"wait": wait, "signal": signal})
+
+
+def _placed(place, block: Block):
+    return dataclasses.replace(place, region=dataclasses.replace(place.region,
+                                                                 address=block.address))

@@ -1,0 +1,81 @@
+"""Rewrite a plain ONNX graph into canonical operators (see ``moeware.compiler.canonical``).
+
+Each file holds the rules of one family. A rule proposes a canonical form from the structure
+around an operator and proves it: layout by the places of numbered elements (`trace`), arithmetic
+by running the region on random inputs (`region`). What no rule proves stays a plain ONNX node.
+"""
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from moeware.compiler.canonical import DOMAIN, verify
+from moeware.compiler.errors import CompileError
+from moeware.compiler.fuse.attention import fuse_attention
+from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
+from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
+from moeware.compiler.fuse.moe import fuse_moe
+from moeware.compiler.fuse.norm import fuse_norm
+from moeware.compiler.fuse.pointwise import fuse_pointwise
+from moeware.compiler.fuse.rebuild import straighten
+from moeware.compiler.fuse.tokens import fuse_add, fuse_mean, fuse_take_token
+
+# Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
+RULES = (
+    fuse_moe,
+    fuse_norm,
+    fuse_pointwise,
+    fuse_linear,
+    fold_output_scale,
+    fuse_patch_embed,
+    fuse_attention,
+    straighten,
+    fuse_tokens,
+    fuse_constants,
+    fuse_mean,
+    fuse_take_token,
+    fuse_add,
+    straighten,
+)
+
+
+def fuse(model: ir.Model) -> ir.Model:
+    """Rewrite ``model`` (as returned by ``load``) in place into canonical operators; return it.
+
+    Raises ``CompileError`` for graphs that are known to be silently wrong, and where the result
+    does not pass ``canonical.verify``.
+    """
+    names = [value.name for value in model.graph.outputs]
+    model.opset_imports[DOMAIN] = 1
+    for rule in RULES:
+        try:
+            rule(model)
+        except CompileError:
+            raise
+        except Exception as error:
+            raise CompileError(
+                f"Rule {rule.__name__} must leave a graph that it cannot read unchanged, not fail "
+                f"with {type(error).__name__}: {error}; report the model, and export it with "
+                f"another opset_version meanwhile"
+            ) from error
+        passes.RemoveUnusedNodesPass()(model)
+    _finish(model, [str(name) for name in names])
+    verify(model)
+    return model
+
+
+def _finish(model: ir.Model, output_names: list[str]) -> None:
+    """Order the nodes and name them by operator and number; keep the names of the outputs."""
+    passes.TopologicalSortPass()(model)
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        number = counts.get(node.op_type, 0)
+        counts[node.op_type] = number + 1
+        node.name = f"{node.op_type}_{number}"
+        suffixes = (".indices", ".weights") if node.op_type == "Route" else ("",)
+        for output, suffix in zip(node.outputs, suffixes):
+            output.name = node.name + suffix
+    for value, name in zip(model.graph.outputs, output_names):
+        value.name = name
+    passes.NameFixPass()(model)

@@ -1,0 +1,153 @@
+"""PatchEmbed, ClassToken and AddConstant: from the image to the residual stream."""
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.rebuild import Builder, token_shape
+from moeware.compiler.fuse.region import region
+from moeware.compiler.fuse.trace import (
+    attribute,
+    constant,
+    forward,
+    is_op,
+    operand,
+    other_operand,
+    static_shape,
+    traces,
+)
+
+
+def fuse_patch_embed(model: ir.Model) -> None:
+    """Replace a strided convolution, or a Linear on rearranged patches, by ``PatchEmbed``."""
+    for node in list(model.graph):
+        if node.graph is None:
+            continue
+        if is_op(node, "Conv"):
+            _from_convolution(model, node)
+        elif node.domain == DOMAIN and node.op_type == "Linear":
+            _from_linear(model, node)
+
+
+def _from_convolution(model: ir.Model, node: ir.Node) -> None:
+    image, weight = node.inputs[0], constant(operand(node, 1))
+    bias = constant(operand(node, 2))
+    image_shape, shape = static_shape(image), static_shape(node.outputs[0])
+    if image is None or weight is None or image_shape is None or shape is None:
+        return
+    if weight.ndim != 4 or (bias is None and operand(node, 2) is not None):
+        return
+    ph, pw = weight.shape[2:]
+    if list(attribute(node, "strides", [1, 1])) != [ph, pw] or attribute(node, "group", 1) != 1:
+        return
+    if any(attribute(node, "pads", [0])) or set(attribute(node, "dilations", [1])) != {1}:
+        return
+    if image_shape[2] % ph or image_shape[3] % pw:
+        return
+    features, tokens = shape[1], shape[2] * shape[3]
+    wanted = np.arange(features * tokens).reshape(features, tokens).T.reshape(-1)
+    for value, numbers, nodes in forward(node.outputs[0]):
+        if numbers.size == wanted.size and (numbers.reshape(-1) == wanted).all():
+            bias = np.zeros(features, np.float32) if bias is None else bias
+            weight = weight.reshape(features, -1)
+            _patch_embed(model, image, weight, bias, (ph, pw), value, [node, *nodes])
+            return
+
+
+def _from_linear(model: ir.Model, node: ir.Node) -> None:
+    """A Linear whose rows are patches of an image, whatever the order of a patch's features."""
+    x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
+    assert x is not None and weight is not None and bias is not None
+    for trace in reversed(traces(x)):
+        shape = static_shape(trace.root)
+        if shape is None or len(shape) != 4 or shape[0] != 1 or not trace.nodes:
+            continue
+        _, channels, height, width = shape
+        pixels = trace.numbers.reshape(-1, weight.shape[1])
+        if trace.numbers.size != channels * height * width or _after_canonical(trace.root):
+            continue
+        _, rows, columns = np.unravel_index(pixels[0], shape[1:])
+        ph, pw = int(rows.max()) + 1, int(columns.max()) + 1
+        if height % ph or width % pw or channels * ph * pw != weight.shape[1]:
+            continue
+        image = np.arange(channels * height * width)
+        image = image.reshape(channels, height // ph, ph, width // pw, pw)
+        patches = image.transpose(1, 3, 0, 2, 4).reshape(-1, channels * ph * pw)
+        order = np.argsort(pixels[0])  # canonical feature f is the exported feature order[f]
+        if patches.shape == pixels.shape and (patches == pixels[:, order]).all():
+            nodes = [*trace.nodes, node]
+            _patch_embed(
+                model, trace.root, weight[:, order], bias, (ph, pw), node.outputs[0], nodes
+            )
+            return
+
+
+def _after_canonical(value: ir.Value) -> bool:
+    """Whether ``value`` is computed from the stream, so that it is no image."""
+    return any(node.domain == DOMAIN for node in region([value], [])[0])
+
+
+def _patch_embed(
+    model: ir.Model,
+    image: ir.Value,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    patch: tuple[int, int],
+    output: ir.Value,
+    nodes: list[ir.Node],
+) -> None:
+    last, shape = output.producer(), static_shape(image)
+    assert last is not None and shape is not None
+    _, channels, height, width = shape
+    tokens = (height // patch[0]) * (width // patch[1])
+    build = Builder(model, last, nodes)
+    attributes = {
+        "ph": int(patch[0]),
+        "pw": int(patch[1]),
+        "channels": channels,
+        "height": height,
+        "width": width,
+    }
+    inputs = [image, build.weight(weight), build.weight(bias, "bias")]
+    (result,) = build.node("PatchEmbed", inputs, [(1, tokens, len(weight))], attributes)
+    build.replace(output, result)
+
+
+def fuse_tokens(model: ir.Model) -> None:
+    """Replace constant rows put before the tokens by ``ClassToken``, one for each row."""
+    for node in list(model.graph):
+        if not is_op(node, "Concat") or len(node.inputs) != 2:
+            continue
+        shape, rows = static_shape(node.outputs[0]), constant(node.inputs[0])
+        x = node.inputs[1]
+        if rows is None or x is None or x.const_value is not None or shape is None:
+            continue
+        if len(shape) != 3 or shape[0] != 1 or attribute(node, "axis", 0) not in (1, -2):
+            continue
+        build = Builder(model, node, [node])
+        x_shape = static_shape(x)
+        assert x_shape is not None
+        x = build.resolve(x, x_shape)
+        for number, row in enumerate(rows.reshape(-1, shape[2])[::-1], start=1):
+            grown = (1, x_shape[1] + number, shape[2])
+            (x,) = build.node("ClassToken", [x, build.weight(row, "token")], [grown])
+        build.replace(node.outputs[0], x)
+
+
+def fuse_constants(model: ir.Model) -> None:
+    """Replace the addition of a constant to the tokens by ``AddConstant``."""
+    for node in list(model.graph):
+        pair = other_operand(node) if is_op(node, "Add") else None
+        array = constant(pair[1]) if pair else None
+        if pair is None or array is None or not np.issubdtype(array.dtype, np.floating):
+            continue
+        shape, given = token_shape(pair[0]), static_shape(pair[0])
+        if shape is None or given is None or len(shape) != 3:
+            continue
+        if static_shape(node.outputs[0]) != given:
+            continue
+        build = Builder(model, node, [node])
+        x = build.resolve(pair[0], shape)
+        rows = np.broadcast_to(array, given).reshape(shape[1:])
+        (result,) = build.node("AddConstant", [x, build.weight(rows, "constant")], [shape])
+        build.replace(node.outputs[0], result)

@@ -1,0 +1,145 @@
+"""Linear: MatMul, Gemm or Einsum with a constant matrix, its bias, and a scale per output."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.rebuild import Builder, token_shape
+from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, other_operand
+
+
+@dataclass(frozen=True)
+class LinearMatch:
+    """``y = x weight^T + bias`` with weight ``[out, in]`` and bias ``[out]``, float32."""
+
+    x: ir.Value
+    weight: np.ndarray
+    bias: np.ndarray
+    nodes: tuple[ir.Node, ...]
+
+
+def fuse_linear(model: ir.Model) -> None:
+    """Replace each product with a constant matrix, and the bias added to it, by ``Linear``."""
+    for node in list(model.graph):
+        if node.graph is None or match_product(node) is None:
+            continue
+        output = node.outputs[0]
+        with_bias = [
+            add.outputs[0]
+            for add in output.consumers()
+            if is_op(add, "Add") and len(output.uses()) == 1 and not output.is_graph_output()
+        ]
+        match = next(filter(None, map(match_linear, [*with_bias, output])), None)
+        if match is None:
+            continue
+        shape = token_shape(match.x)
+        if shape is None:
+            continue
+        last = match.nodes[-1]
+        build = Builder(model, last, match.nodes)
+        x = build.resolve(match.x, shape)
+        inputs = [x, build.weight(match.weight), build.weight(match.bias, "bias")]
+        (result,) = build.node("Linear", inputs, [(*shape[:-1], len(match.bias))])
+        build.replace(last.outputs[0], result)
+
+
+def match_linear(value: ir.Value) -> LinearMatch | None:
+    """The linear map whose result is ``value``: a product, or a product plus its bias."""
+    node = value.producer()
+    if node is None:
+        return None
+    product = match_product(node)
+    if product is not None:
+        return product
+    pair = other_operand(node) if is_op(node, "Add") else None
+    inner = pair[0].producer() if pair else None
+    if pair is None or inner is None:
+        return None
+    product, bias = match_product(inner), constant(pair[1])
+    if product is None or bias is None or not _per_feature(bias, len(product.bias)):
+        return None
+    total = product.bias + np.broadcast_to(bias.reshape(-1), product.bias.shape)
+    return LinearMatch(product.x, product.weight, total, (*product.nodes, node))
+
+
+def match_product(node: ir.Node) -> LinearMatch | None:
+    """``node`` as a linear map, where it multiplies by a constant matrix."""
+    x, other = operand(node, 0), operand(node, 1)
+    weight = constant(other)
+    if x is None or not np.issubdtype(getattr(weight, "dtype", np.int64), np.floating):
+        if not is_op(node, "Einsum"):
+            return None
+    if is_op(node, "MatMul") and weight is not None and weight.ndim == 2:
+        if x is not None and x.const_value is None:
+            return _product(x, weight.T, node)
+    if is_op(node, "Gemm") and weight is not None and not attribute(node, "transA", 0):
+        return _match_gemm(node)
+    if is_op(node, "Einsum"):
+        return _match_einsum(node)
+    return None
+
+
+def _product(x: ir.Value, weight: np.ndarray, node: ir.Node) -> LinearMatch:
+    weight = weight.astype(np.float32)
+    return LinearMatch(x, weight, np.zeros(len(weight), np.float32), (node,))
+
+
+def _match_gemm(node: ir.Node) -> LinearMatch | None:
+    x, weight = node.inputs[0], constant(node.inputs[1])
+    assert x is not None and weight is not None
+    weight = weight if attribute(node, "transB", 0) else weight.T
+    product = _product(x, attribute(node, "alpha", 1.0) * weight, node)
+    if operand(node, 2) is None:
+        return product
+    bias = constant(operand(node, 2))
+    if bias is None or not _per_feature(bias, len(weight)):
+        return None
+    bias = np.broadcast_to(bias.reshape(-1), product.bias.shape) * attribute(node, "beta", 1.0)
+    return LinearMatch(x, product.weight, bias.astype(np.float32), (node,))
+
+
+def _match_einsum(node: ir.Node) -> LinearMatch | None:
+    pair = other_operand(node) if len(node.inputs) == 2 else None
+    weight = constant(pair[1]) if pair else None
+    equation = attribute(node, "equation", "").replace(" ", "")
+    if pair is None or weight is None or weight.ndim != 2 or "->" not in equation:
+        return None
+    operands, result = equation.split("->")
+    terms = operands.split(",")
+    x_term, w_term = terms if pair[0] is node.inputs[0] else reversed(terms)
+    if result[:-1] != x_term[:-1] or len(set(x_term)) != len(x_term) or result[-1:] in x_term:
+        return None
+    if w_term == result[-1] + x_term[-1]:
+        return _product(pair[0], weight, node)
+    return _product(pair[0], weight.T, node) if w_term == x_term[-1] + result[-1] else None
+
+
+def _per_feature(array: np.ndarray, features: int) -> bool:
+    """Whether ``array`` broadcasts along the last axis alone."""
+    return array.size == 1 or array.size == features == array.shape[-1]
+
+
+def fold_output_scale(model: ir.Model) -> None:
+    """Fold a constant factor per feature (layer scale) into the Linear or Experts before it."""
+    for node in list(model.graph):
+        pair = other_operand(node) if is_op(node, "Mul") else None
+        factor = constant(pair[1]) if pair else None
+        source = pair[0].producer() if pair else None
+        if pair is None or factor is None or source is None or source.domain != DOMAIN:
+            continue
+        if source.op_type not in ("Linear", "Experts") or len(pair[0].uses()) != 1:
+            continue
+        shape = tuple(pair[0].shape)  # type: ignore[arg-type]
+        if factor.size != shape[-1] or not _per_feature(factor, shape[-1]):
+            continue
+        factor = factor.reshape(-1).astype(np.float32)
+        build = Builder(model, node, [source, node])
+        inputs = list(source.inputs)
+        weight, bias = constant(inputs[-2]), constant(inputs[-1])
+        assert weight is not None and bias is not None
+        inputs[-2:] = [build.weight(weight * factor[:, None]), build.weight(bias * factor, "bias")]
+        attributes = {name: entry.value for name, entry in source.attributes.items()}
+        (result,) = build.node(source.op_type, inputs, [shape], attributes)  # type: ignore
+        build.replace(node.outputs[0], result)

@@ -1,0 +1,132 @@
+"""Put canonical nodes into the graph."""
+
+import json
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.trace import same_elements, static_shape, traces
+
+
+class Builder:
+    """Makes canonical nodes before the node that is being replaced.
+
+    ``sources`` collects the names of the nodes that the new ones stand for.
+    """
+
+    def __init__(self, model: ir.Model, at: ir.Node, replaced: Iterable[ir.Node]):
+        self._graph = model.graph
+        self._at = at
+        names: dict[str, None] = {}
+        for node in replaced:
+            if node.domain == DOMAIN:
+                names.update(dict.fromkeys(json.loads(node.metadata_props["sources"])))
+            elif node.name:
+                names[node.name] = None
+        self._sources = json.dumps(list(names))
+
+    def weight(self, array: np.ndarray, name: str = "weight") -> ir.Value:
+        """Register ``array`` as an initializer of the graph."""
+        array = np.ascontiguousarray(array, np.int64 if array.dtype == np.int64 else np.float32)
+        number = len(self._graph.initializers)
+        while f"{name}_{number}" in self._graph.initializers:
+            number += 1
+        name = f"{name}_{number}"
+        value = ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape))
+        value.const_value = ir.tensor(array, name=name)
+        self._graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        operator: str,
+        inputs: list[ir.Value],
+        shapes: list[tuple[int, ...]],
+        attributes: Mapping[str, int | float | str] | None = None,
+        types: list[ir.DataType] | None = None,
+    ) -> list[ir.Value]:
+        """Insert one canonical node and return its outputs with the given shapes and types."""
+        types = types or [ir.DataType.FLOAT] * len(shapes)
+        return self._insert(operator, inputs, shapes, attributes or {}, DOMAIN, types)
+
+    def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """``value`` with another shape (itself where the shape is equal)."""
+        if static_shape(value) == shape:
+            return value
+        target = self.weight(np.array(shape, np.int64), "shape")
+        return self._insert("Reshape", [value, target], [shape], {}, "", [value.dtype])[0]
+
+    def _insert(self, operator, inputs, shapes, attributes, domain, types) -> list[ir.Value]:
+        node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
+        if domain:
+            node.metadata_props["sources"] = self._sources
+        number = 0
+        for output, shape, kind in zip(node.outputs, shapes, types):
+            output.shape, output.dtype = ir.Shape(shape), kind
+            number += 1
+        self._graph.insert_before(self._at, node)
+        return list(node.outputs)
+
+    def resolve(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """The earliest value of ``shape`` with the elements of ``value`` in their order."""
+        equal = [trace.root for trace in traces(value) if same_elements(trace)]
+        for root in reversed(equal):
+            if static_shape(root) == shape:
+                return root
+        return self.reshape(equal[-1], shape)
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of ``old`` read ``new`` (reshaped to the shape of ``old``)."""
+        shape = static_shape(old)
+        if shape is not None:
+            new = self.reshape(new, shape)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def flat_root(value: ir.Value) -> ir.Value:
+    """The earliest value that holds the elements of ``value`` in the same order."""
+    return [trace.root for trace in traces(value) if same_elements(trace)][-1]
+
+
+def token_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """Canonical shape of a value of rows: ``[1, N, D]``, or ``[1, D]`` for a row without tokens.
+
+    The canonical shape is that of the earliest ancestor with the same elements that has one;
+    otherwise the leading axes are counted as tokens.
+    """
+    shape = static_shape(value)
+    if shape is None or len(shape) < 2:
+        return None
+    for trace in reversed(traces(value)):
+        root = static_shape(trace.root)
+        if same_elements(trace) and root and root[0] == 1 and len(root) in (2, 3):
+            if root[-1] == shape[-1]:
+                return root
+    if len(shape) == 2 and shape[0] == 1:
+        return shape
+    return (1, int(np.prod(shape[:-1])), shape[-1])
+
+
+def straighten(model: ir.Model) -> None:
+    """Let canonical nodes and graph outputs read past layout operators that move nothing."""
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.const_value is None:
+                node.replace_input_with(index, _earliest(value))
+    for output in list(model.graph.outputs):
+        earliest = _earliest(output)
+        taken = earliest.is_graph_output() or earliest.is_graph_input()
+        if earliest is not output and not taken and earliest.dtype == output.dtype:
+            output.replace_all_uses_with(earliest, replace_graph_outputs=True)
+
+
+def _earliest(value: ir.Value) -> ir.Value:
+    """The earliest value of the same shape, type and elements."""
+    for trace in reversed(traces(value)):
+        if same_elements(trace) and static_shape(trace.root) == static_shape(value):
+            return trace.root
+    return value

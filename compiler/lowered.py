@@ -1,0 +1,104 @@
+"""What the stages after quantisation work on: instructions over buffers that get addresses later."""
+
+from dataclasses import dataclass, field
+
+from moeware.hw.arch.isa import Engine, Memory, Opcode
+from moeware.hw.arch.program import Port, Probe
+from moeware.hw.arch.quantised import Operation
+
+__all__ = ["Block", "Buffer", "Instr", "Lowered", "Span"]
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Words of an on-chip memory. bank : the activation bank it should lie in, if there is room."""
+
+    name: str
+    memory: Memory
+    words: int
+    bank: int = 0
+    address: int | None = None
+
+    def __getitem__(self, offset: int) -> "Span":
+        """The span from a word to the end."""
+        return Span(self, offset, self.words - offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A part of a buffer; stands for the address of its first word in an instruction's fields."""
+
+    buffer: Buffer
+    start: int
+    words: int
+
+    @property
+    def address(self) -> int:
+        if self.buffer.address is None:
+            raise AssertionError(f"buffer {self.buffer.name} has no address yet")
+        return self.buffer.address + self.start
+
+
+@dataclass(eq=False)
+class Block:
+    """Bytes in DRAM: a constant (`data`), or room that a run fills."""
+
+    name: str
+    bytes: int
+    data: bytes | None = None
+    address: int | None = None
+
+
+@dataclass(eq=False)
+class Instr:
+    """An instruction before encoding. fields : integers, or a Span or Block for an address.
+
+    reads, writes : what it touches on chip; queue_read, queue_write : the same for the router's
+    queues. layer : for reports.
+    """
+
+    opcode: Opcode
+    fields: dict
+    layer: str
+    reads: list[Span] = field(default_factory=list)
+    writes: list[Span] = field(default_factory=list)
+    queue_read: bool = False
+    queue_write: bool = False
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.opcode)
+
+
+@dataclass
+class Lowered:
+    """One device step as instructions.
+
+    ports, probes : with the block that holds each, in place of an address.
+    """
+
+    instructions: list[Instr]
+    inputs: list[tuple[Port, Block]]
+    outputs: list[tuple[Port, Block]]
+    probes: list[tuple[Probe, Block]]
+    operations: list[Operation]
+    macs: int
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """Every buffer once, in the order of first use."""
+        seen = {}
+        for instr in self.instructions:
+            for span in instr.writes + instr.reads:
+                seen.setdefault(id(span.buffer), span.buffer)
+        return list(seen.values())
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Every block once, in the order of first use."""
+        seen = {}
+        for instr in self.instructions:
+            block = instr.fields.get("address")
+            if isinstance(block, Block):
+                seen.setdefault(id(block), block)
+        return list(seen.values())

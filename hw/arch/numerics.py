@@ -1,0 +1,145 @@
+"""Integer arithmetic of the accelerator. Gateware, golden device, PyTorch path and compiler agree
+with it to the last bit.
+
+Every function takes and returns integers (Python's or numpy int64 arrays, element by element), and
+no intermediate value needs more than 64 bits within the stated ranges.
+"""
+
+import numpy as np
+
+__all__ = ["EXP2", "GATE_BITS", "NORM_FRACTION_BITS", "OCTAVE_BITS", "PROBABILITY_BITS",
+           "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight", "gate_weights", "gated",
+           "normalise", "octaves", "probability", "reciprocal", "requantise", "row_scale",
+           "saturate", "scale"]
+
+OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
+PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
+GATE_BITS = 16  # a gate weight: 65535 stands for one
+NORM_FRACTION_BITS = 10  # a normalised value: |x| < 32 in int16
+
+# 2**(-i / 256), scaled to 65472 = 1023 * 64, so that rounding to the 10 bits of a probability
+# cannot overflow.
+EXP2 = tuple(round(65472 * 2 ** (-i / 256)) for i in range(256))
+_EXP2 = np.array(EXP2, np.int64)
+
+
+def saturate(value, bits: int):
+    """The nearest number that `bits` bits in two's complement hold."""
+    return np.clip(value, -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def scale(value, multiplier, shift):
+    """``floor(value * multiplier / 2**shift + 1/2)``: ties up.
+
+    value : int32; multiplier : 0..65535; shift : 1..47.
+    """
+    product = np.asarray(value, np.int64) * multiplier
+    return (product + (np.int64(1) << (np.asarray(shift, np.int64) - 1))) >> shift
+
+
+def requantise(value, multiplier, shift, bits: int = 8):
+    """`scale`, saturated to `bits` bits."""
+    return saturate(scale(value, multiplier, shift), bits)
+
+
+def accumulate_residual(residual, update):
+    """The int16 residual stream after an int16 update, saturated."""
+    return saturate(np.asarray(residual, np.int64) + update, 16)
+
+
+def gated(update, weight):
+    """An int16 update under a gate weight (0..65535): ``floor(update * weight / 65536 + 1/2)``."""
+    return (np.asarray(update, np.int64) * weight + (1 << (GATE_BITS - 1))) >> GATE_BITS
+
+
+def bit_length(value):
+    """Bits of a non-negative number below 2**53: 0 for 0, 1 for 1, 2 for 2 and 3."""
+    return np.frexp(np.asarray(value, np.float64))[1].astype(np.int64)
+
+
+def octaves(difference, multiplier, shift):
+    """How far below the maximum a score lies, in 1/256 octaves, clamped to 16 octaves less one step.
+
+    difference : maximum minus score, 0..2**32 - 1; multiplier : 0..65535; shift : 1..47.
+    """
+    return np.minimum(scale(difference, multiplier, shift), (16 << OCTAVE_BITS) - 1)
+
+
+def exp2_weight(steps):
+    """``65472 * 2**(-steps / 256)``, truncated: 0..65472 for `steps` from `octaves`."""
+    return _EXP2[np.asarray(steps) & 255] >> (np.asarray(steps) >> OCTAVE_BITS)
+
+
+def probability(steps):
+    """`exp2_weight` rounded to `PROBABILITY_BITS` bits, ties up."""
+    drop = 16 - PROBABILITY_BITS
+    return (exp2_weight(steps) + (1 << (drop - 1))) >> drop
+
+
+def reciprocal(total):
+    """``(r, e)`` with ``1 / total ~ r / 2**(e + 15)`` and r of 16 bits: e is the bit length of
+    `total` (1..2**32 - 1) and r is ``min(floor(2**(e + 15) / total), 65535)``."""
+    e = bit_length(total)
+    return np.minimum((np.int64(1) << (e + 15)) // total, 65535), e
+
+
+def row_scale(total, multiplier, shift):
+    """The scale that turns a row's sum of probability times value into int8.
+
+    total : sum of the row's probabilities, 1..2**22; multiplier : 0..65535; shift : 1..47. Returns
+    ``(m, s)`` for `requantise`: ``m = (r * multiplier + 2**15) >> 16``, and ``s = shift + e - 1``,
+    which must not exceed 47, with (r, e) from `reciprocal`. So the result is
+    ``sum * multiplier / 2**shift / total``.
+    """
+    r, e = reciprocal(total)
+    return (r * multiplier + (1 << 15)) >> 16, shift + e - 1
+
+
+def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
+    """Normalised values of rows of int16, with `NORM_FRACTION_BITS` fraction bits, int16.
+
+    row : int64 [..., channels]; epsilon : ``eps * channels**2`` in squared units of the stream,
+    0..2**48 - 1. With S the sum of the row (0 unless `centred`) and Q the sum of squares,
+    ``V = channels * Q - S**2 + epsilon`` is ``channels**2`` times the variance; the result is
+    ``(channels * x - S) / sqrt(V)``, by a root of 16 bits and its reciprocal of 17:
+
+    1. h is the least number with V < 2**(2 h); v = V << (32 - 2 h), or V >> (2 h - 32) past 32 bits;
+    2. q = floor(sqrt(v)), 2**15 <= q < 2**16 unless V is 0;
+    3. r = floor(2**32 / q), of 17 bits and one carry (2**16 < r <= 2**17);
+    4. y = ((channels * x - S) * r + 2**(h + 5)) >> (h + 6), saturated to int16.
+
+    V = 0 gives zeros. channels : 1..2047.
+    """
+    row = np.asarray(row, np.int64)
+    total = row.sum(-1, keepdims=True) if centred else np.zeros_like(row[..., :1])
+    variance = channels * (row * row).sum(-1, keepdims=True) - total * total + epsilon
+    half = (bit_length(variance) + 1) >> 1
+    aligned = np.where(half <= 16, variance << np.maximum(32 - 2 * half, 0),
+                       variance >> np.maximum(2 * half - 32, 0))
+    root = np.sqrt(aligned.astype(np.float64)).astype(np.int64)
+    root -= root * root > aligned  # a 32-bit root in float64 is exact but for rounding up
+    inverse = (1 << 32) // np.maximum(root, 1)
+    scaled = ((channels * row - total) * inverse + (np.int64(1) << (half + 5))) >> (half + 6)
+    return np.where(variance == 0, 0, saturate(scaled, 16))
+
+
+def chosen_experts(logits, count: int):
+    """Indices of the `count` largest logits, largest first, ties to the lower index.
+
+    logits : int64 [..., experts]; returns int64 [..., count].
+    """
+    return np.argsort(-np.asarray(logits, np.int64), axis=-1, kind="stable")[..., :count]
+
+
+def gate_weights(logits, indices, multiplier: int, shift: int, *, over_chosen: bool):
+    """Gate weights 0..65535 of the chosen experts: softmax over the chosen or over all experts.
+
+    logits : int64 [..., experts]; indices : int64 [..., chosen] from `chosen_experts`.
+    ``p = exp2_weight(octaves(maximum - logit))``; weight ``= min((p * r) >> (e - 1), 65535)`` with
+    (r, e) = `reciprocal` of the sum of p over the chosen or all.
+    """
+    logits = np.asarray(logits, np.int64)
+    weights = exp2_weight(octaves(logits.max(-1, keepdims=True) - logits, multiplier, shift))
+    chosen = np.take_along_axis(weights, indices, -1)
+    r, e = reciprocal((chosen if over_chosen else weights).sum(-1, keepdims=True))
+    return np.minimum((chosen * r) >> (e - 1), (1 << GATE_BITS) - 1)

@@ -1,0 +1,258 @@
+"""The program file: everything that a device or the PyTorch path needs to answer a model's inputs."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import layout, quantised
+from .config import Config
+from .isa import Memory
+
+__all__ = ["DeviceStep", "HostStep", "Port", "Probe", "Program", "ProgramError", "Region"]
+
+FORMAT = b"moeware program 1\n"
+
+
+class ProgramError(ValueError):
+    """A program file that is not one, is damaged, or is of another version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Where rows of integers lie in DRAM: the words of an on-chip memory, row after row.
+
+    memory : ACTIVATION (int8) or RESIDUAL (int16); a row has `groups` equal groups of channels (the
+    heads of attention, else 1), and each group starts at a new word. What fills up a group's last
+    word is arbitrary. address : byte address, a multiple of `layout.ALIGNMENT`.
+    """
+
+    memory: Memory
+    rows: int
+    channels: int
+    address: int
+    groups: int = 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.int8 if self.memory is Memory.ACTIVATION else "<i2")
+
+    def words_per_row(self, config: Config) -> int:
+        group_bytes = self.channels // self.groups * self.dtype.itemsize
+        return self.groups * -(-group_bytes // layout.word_bytes(config, self.memory))
+
+    def bytes(self, config: Config) -> int:
+        """Bytes in DRAM."""
+        words = self.rows * self.words_per_row(config)
+        return layout.beats(config, self.memory, words) * config.bus_bytes
+
+    def pack(self, config: Config, values: np.ndarray) -> bytes:
+        """DRAM image of integers [rows, channels]."""
+        words = self.words_per_row(config) * layout.word_bytes(config, self.memory)
+        padded = np.zeros((self.rows, self.groups, words // self.groups // self.dtype.itemsize),
+                          self.dtype)
+        padded[:, :, :self.channels // self.groups] = values.reshape(self.rows, self.groups, -1)
+        return layout.pack(config, self.memory, padded.view(np.uint8))
+
+    def unpack(self, config: Config, image: bytes) -> np.ndarray:
+        """Inverse of `pack`: int64 [rows, channels]."""
+        words = layout.unpack(config, self.memory, image, self.rows * self.words_per_row(config))
+        padded = words.reshape(self.rows, self.groups, -1).view(self.dtype)
+        values = padded[:, :, :self.channels // self.groups].astype(np.int64)
+        return values.reshape(self.rows, self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A tensor that enters or leaves a device step.
+
+    name : in the model; tensor : in the quantised graph; shape : of the float tensor without its
+    batch axis; scale : real value of one integer step; split, order : how the float tensor becomes rows
+    and channels: reshape to `split`, transpose by `order`, reshape to [rows, channels].
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    scale: float
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    region: Region
+
+    def quantise(self, values: np.ndarray) -> np.ndarray:
+        """Integers [frames, rows, channels] of float [frames, *shape]: nearest, ties to even."""
+        region = self.region
+        info = np.iinfo(region.dtype)
+        frames = len(values)
+        axes = (0, *(1 + axis for axis in self.order))
+        rows = np.asarray(values, np.float32).reshape(frames, *self.split).transpose(axes)
+        rows = rows.reshape(frames, region.rows, region.channels)
+        steps = np.rint(rows.astype(np.float64) / self.scale)
+        return np.clip(steps, info.min, info.max).astype(region.dtype)
+
+    def dequantise(self, integers: np.ndarray) -> np.ndarray:
+        """Float32 [frames, *shape] of integers [frames, rows, channels]."""
+        frames = len(integers)
+        real = (np.asarray(integers, np.float64) * self.scale).astype(np.float32)
+        real = real.reshape(frames, *(self.split[axis] for axis in self.order))
+        back = np.argsort(self.order)
+        return real.transpose(0, *(1 + back)).reshape(frames, *self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A layer's result, stored in DRAM by a traced program, to be compared between devices."""
+
+    name: str
+    tensor: str
+    region: Region
+
+
+@dataclass(kw_only=True)
+class DeviceStep:
+    """A part of the model that the accelerator runs.
+
+    entry : byte address of its first instruction; operations : the same in the quantised graph;
+    macs : multiply-accumulates of a frame, experts counted as often as they are chosen.
+    """
+
+    entry: int
+    inputs: list[Port]
+    outputs: list[Port]
+    operations: list[quantised.Operation]
+    probes: list[Probe] = field(default_factory=list)
+    macs: int = 0
+
+
+@dataclass(kw_only=True)
+class HostStep:
+    """A part of the model that the host runs: an ONNX model with float inputs and outputs, and why
+    each of its nodes is not on the accelerator."""
+
+    model: bytes
+    inputs: list[str]
+    outputs: list[str]
+    reasons: dict[str, str]
+
+
+@dataclass(kw_only=True)
+class Program:
+    """A compiled model.
+
+    image : the DRAM's contents from address 0: instructions, weights, parameters, constants;
+    dram_bytes : what the program needs in all, with inputs, outputs and probes behind the image;
+    inputs, outputs : (name, shape without the batch axis, onnx type) of the model; placement : the
+    line that says what runs where; metadata : JSON-able facts for reports.
+    """
+
+    config: Config
+    image: bytes
+    dram_bytes: int
+    steps: list[DeviceStep | HostStep]
+    inputs: list[tuple[str, tuple[int, ...], str]]
+    outputs: list[tuple[str, tuple[int, ...], str]]
+    placement: str
+    metadata: dict = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file; an existing one is replaced only by a complete new one."""
+        arrays: dict[str, np.ndarray] = {"image": np.frombuffer(self.image, np.uint8)}
+        steps = []
+        for step in self.steps:
+            if isinstance(step, HostStep):
+                arrays[f"host{len(steps)}"] = np.frombuffer(step.model, np.uint8)
+                steps.append({"kind": "host", "model": f"host{len(steps)}", "inputs": step.inputs,
+                              "outputs": step.outputs, "reasons": step.reasons})
+            else:
+                steps.append({
+                    "kind": "device", "entry": step.entry, "macs": step.macs,
+                    "inputs": [dataclasses.asdict(port) for port in step.inputs],
+                    "outputs": [dataclasses.asdict(port) for port in step.outputs],
+                    "probes": [dataclasses.asdict(probe) for probe in step.probes],
+                    "operations": quantised.to_arrays(step.operations, arrays)})
+        arrays["manifest"] = np.frombuffer(json.dumps({
+            "config": self.config.to_dict(), "digest": self.config.digest,
+            "dram_bytes": self.dram_bytes, "steps": steps, "inputs": self.inputs,
+            "outputs": self.outputs, "placement": self.placement,
+            "metadata": self.metadata}).encode(), np.uint8)
+        payload = io.BytesIO()
+        np.savez_compressed(payload, **arrays)
+        body = payload.getvalue()
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(FORMAT + hashlib.sha256(body).digest() + body)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Program":
+        """Read a program file.
+
+        Raises
+        ------
+        ProgramError
+            Not a program, truncated or altered, or written by another version.
+        OSError
+            The file cannot be read.
+        """
+        raw = Path(path).read_bytes()
+        if not raw.startswith(FORMAT):
+            raise ProgramError(f"{path} must start with {FORMAT!r}, not {raw[:len(FORMAT)]!r}: "
+                               "compile the model with this version of moeware")
+        digest, body = raw[len(FORMAT):len(FORMAT) + 32], raw[len(FORMAT) + 32:]
+        if hashlib.sha256(body).digest() != digest:
+            raise ProgramError(f"{path} is truncated or damaged (its checksum does not match): "
+                               "compile the model again or copy the file again")
+        try:
+            with np.load(io.BytesIO(body), allow_pickle=False) as archive:
+                arrays = dict(archive)
+            return cls._from_arrays(arrays)
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ProgramError(f"{path} was written by another version of moeware ({error}): "
+                               "compile the model again") from error
+
+    @classmethod
+    def _from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Program":
+        manifest = json.loads(arrays["manifest"].tobytes())
+        config = Config.from_dict(manifest["config"])
+        if config.digest != manifest["digest"]:
+            raise ProgramError(f"its configuration has the digest {config.digest:#010x} here and "
+                               f"{manifest['digest']:#010x} where it was compiled")
+        steps: list[DeviceStep | HostStep] = []
+        for entry in manifest["steps"]:
+            if entry["kind"] == "host":
+                steps.append(HostStep(model=arrays[entry["model"]].tobytes(), inputs=entry["inputs"],
+                                      outputs=entry["outputs"], reasons=entry["reasons"]))
+            else:
+                steps.append(DeviceStep(
+                    entry=entry["entry"], macs=entry["macs"],
+                    inputs=[_port(port) for port in entry["inputs"]],
+                    outputs=[_port(port) for port in entry["outputs"]],
+                    probes=[Probe(**probe | {"region": _region(probe["region"])})
+                            for probe in entry["probes"]],
+                    operations=quantised.from_arrays(entry["operations"], arrays)))
+        tensors = {side: [(name, tuple(shape), kind) for name, shape, kind in manifest[side]]
+                   for side in ("inputs", "outputs")}
+        return cls(config=config, image=arrays["image"].tobytes(),
+                   dram_bytes=manifest["dram_bytes"], steps=steps, placement=manifest["placement"],
+                   metadata=manifest["metadata"], **tensors)
+
+
+def _region(fields: dict) -> Region:
+    return Region(**fields | {"memory": Memory(fields["memory"])})
+
+
+def _port(fields: dict) -> Port:
+    lists = {name: tuple(fields[name]) for name in ("shape", "split", "order")}
+    return Port(**fields | lists | {"region": _region(fields["region"])})

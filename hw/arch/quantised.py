@@ -1,0 +1,189 @@
+"""The quantised graph: what a program computes, layer by layer, in integers.
+
+It is the reference that the instruction stream is lowered from, and what the PyTorch path executes.
+Every operation reads and writes named tensors of one frame:
+
+- *activation*: int8 [rows, channels];
+- *residual*: int16 [rows, channels], the residual stream (and wide results such as logits);
+- *route*: for each row the chosen experts, int64 [rows, chosen], and their gate weights 0..65535.
+
+An operation never changes a tensor; `output` is a new name. Arithmetic is that of `numerics`;
+"scaled by" an `Affine` means `numerics.requantise(value + bias, multiplier, shift)` per channel.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from .isa import NormMode
+
+__all__ = ["AddLinear", "Affine", "Attention", "Constant", "Experts", "Linear", "Norm", "OPERATIONS",
+           "Operation", "Route", "from_arrays", "to_arrays"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """Per-channel bias and scale; each array has the channels as its last axis.
+
+    bias : int32; multiplier : uint16; shift : uint8, 1..47.
+    """
+
+    bias: np.ndarray
+    multiplier: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """name : of the layer, as the user's ONNX file has it; output : the tensor it defines."""
+
+    name: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Operation):
+    """Residual tensor with a fixed value, int16 [rows, channels] (class token and positions)."""
+
+    value: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Operation):
+    """Activation ``table[source @ weight.T scaled by affine]``.
+
+    weight : int8 [channels, depth]; table : int8 [256], indexed by the result as an unsigned byte,
+    or None.
+    """
+
+    source: str
+    weight: np.ndarray
+    affine: Affine
+    table: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddLinear(Operation):
+    """Residual tensor with ``source @ weight.T scaled by affine`` (int16) added, saturating, to the
+    rows of `residual` from `first_row` on; all by itself where `residual` is None."""
+
+    source: str
+    residual: str | None
+    first_row: int
+    weight: np.ndarray
+    affine: Affine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Operation):
+    """Activation: rows [first_row, first_row + rows) of a residual tensor, normalised and scaled.
+
+    epsilon : as `numerics.normalise` takes it; mode SCALE takes the value itself.
+    """
+
+    source: str
+    first_row: int
+    rows: int
+    mode: NormMode
+    epsilon: int
+    affine: Affine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Operation):
+    """Activation: softmax(query @ key.T) @ value for each of `heads` heads of equal width.
+
+    query : None stands for one row of zeros, so that the result is the mean of the value rows.
+    heads of key and value are `key_heads`; query head h uses key head h * key_heads // heads.
+    multiplier, shift : score difference to 1/256 octaves; out_multiplier, out_shift : weighted mean
+    of values to int8 (see `numerics.row_scale`).
+    """
+
+    query: str | None
+    key: str
+    value: str
+    heads: int
+    key_heads: int
+    causal: bool
+    multiplier: int
+    shift: int
+    out_multiplier: int
+    out_shift: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route(Operation):
+    """Route: `numerics.chosen_experts` and `gate_weights` of ``source @ weight.T + bias``.
+
+    weight : int8 [experts, depth]; bias : int32 [experts].
+    """
+
+    source: str
+    weight: np.ndarray
+    bias: np.ndarray
+    chosen: int
+    over_chosen: bool
+    multiplier: int
+    shift: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Operation):
+    """Residual tensor with the chosen experts' results added.
+
+    Expert by expert, 0 first: for each row routed to it ``h = table[source @ up[e].T scaled by
+    up_affine[e]]`` and ``residual += gated(h @ down[e].T scaled by down_affine[e] to int16, weight)``,
+    saturating at each expert.
+
+    up : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have the
+    experts as first axis; table : int8 [256] or None.
+    """
+
+    source: str
+    residual: str
+    route: str
+    up: np.ndarray
+    up_affine: Affine
+    table: np.ndarray | None
+    down: np.ndarray
+    down_affine: Affine
+
+
+OPERATIONS = {kind.__name__: kind
+              for kind in (Constant, Linear, AddLinear, Norm, Attention, Route, Experts)}
+
+
+def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray]) -> list[dict]:
+    """JSON-able description of the operations; their arrays are added to `arrays` under new keys."""
+    def store(value):
+        if isinstance(value, np.ndarray):
+            key = f"array{len(arrays)}"
+            arrays[key] = value
+            return {"array": key}
+        if isinstance(value, Affine):
+            return {"affine": {f.name: store(getattr(value, f.name))
+                               for f in dataclasses.fields(value)}}
+        return int(value) if isinstance(value, (np.integer, NormMode)) else value
+
+    return [{"kind": type(op).__name__}
+            | {f.name: store(getattr(op, f.name)) for f in dataclasses.fields(op)}
+            for op in operations]
+
+
+def from_arrays(description: list[dict], arrays) -> list[Operation]:
+    """Inverse of `to_arrays`."""
+    def load(value):
+        if isinstance(value, dict) and "array" in value:
+            return arrays[value["array"]]
+        if isinstance(value, dict):
+            return Affine(**{name: load(part) for name, part in value["affine"].items()})
+        return value
+
+    operations = []
+    for entry in description:
+        fields = {name: load(value) for name, value in entry.items() if name != "kind"}
+        if "mode" in fields:
+            fields["mode"] = NormMode(fields["mode"])
+        operations.append(OPERATIONS[entry["kind"]](**fields))
+    return operations

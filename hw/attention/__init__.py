@@ -1,0 +1,5 @@
+"""The streaming attention unit."""
+
+from .unit import AttentionUnit
+
+__all__ = ["AttentionUnit"]

@@ -1,0 +1,80 @@
+"""Second stage, middle: sums of probabilities, and of probability times value."""
+
+from amaranth import Module, Signal, signed, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..arch.numerics import PROBABILITY_BITS
+from ..multiply import Multipliers
+from .shapes import Weights, accumulator_shape, delayed, total_bits
+
+__all__ = ["WeightedSums"]
+
+
+class WeightedSums(wiring.Component):
+    """Adds up, over the keys of a pass, a value word times the probabilities of its key.
+
+    A word a cycle for all rows; `summed` comes `LATENCY` cycles after the last word of a pass.
+    Nothing stalls, and the next pass may follow at once.
+
+    Members
+    -------
+    arrives : In(1)
+    weights : In(Weights(config))
+    word : In(8 * depth)
+        The value word.
+    totalled : Out(1)
+        `totals` are those of a group, in this cycle.
+    totals : Out(data.ArrayLayout(total_bits(config), queries))
+        The rows' sums of probabilities.
+    summed : Out(1)
+        `sums` are those of a pass, in this cycle.
+    sums : Out(data.ArrayLayout(accumulator_shape(config), queries * depth))
+        By row, then by byte of the word.
+    """
+
+    LATENCY = Multipliers.LATENCY + 1
+
+    def __init__(self, config: Config, *, primitive: str | None = None):
+        self.config, self.primitive = config, primitive
+        super().__init__({
+            "arrives": In(1), "weights": In(Weights(config)), "word": In(8 * config.depth),
+            "totalled": Out(1),
+            "totals": Out(data.ArrayLayout(total_bits(config), config.queries)),
+            "summed": Out(1),
+            "sums": Out(data.ArrayLayout(accumulator_shape(config), config.queries * config.depth)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        queries, depth = self.config.queries, self.config.depth
+        word = data.View(data.ArrayLayout(signed(8), depth), self.word)
+
+        m.submodules.multipliers = multipliers = Multipliers(
+            unsigned(PROBABILITY_BITS), signed(8), queries * depth, primitive=self.primitive)
+        m.d.comb += multipliers.advance.eq(1)
+        place = Signal(data.StructLayout({"first": 1, "last": 1}))
+        m.d.comb += [place.first.eq(self.weights.first), place.last.eq(self.weights.last)]
+        place = delayed(m, place, Multipliers.LATENCY, name="place")
+        multiplied = delayed(m, self.arrives, Multipliers.LATENCY, name="multiplied",
+                             reset_less=False)
+
+        m.d.sync += self.totalled.eq(self.arrives & self.weights.last & self.weights.counted)
+        m.d.sync += self.summed.eq(multiplied & place.last)
+        for row in range(queries):
+            probability, total = self.weights.probability[row], self.totals[row]
+            with m.If(self.arrives & self.weights.first):
+                m.d.sync += total.eq(probability)
+            with m.Elif(self.arrives):
+                m.d.sync += total.eq(total + probability)
+            for i in range(depth):
+                column = row * depth + i
+                m.d.comb += [multipliers.a[column].eq(probability),
+                             multipliers.b[column].eq(word[i])]
+                product, accumulated = multipliers.product[column], self.sums[column]
+                with m.If(multiplied & place.first):
+                    m.d.sync += accumulated.eq(product)
+                with m.Elif(multiplied):
+                    m.d.sync += accumulated.eq(accumulated + product)
+        return m

@@ -1,0 +1,155 @@
+"""DRAM to on-chip memory."""
+
+from amaranth import Cat, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..arch.isa import Memory, Opcode
+from ..interfaces import EngineSignature, WritePort
+from ..ports import Burst
+from .bursts import BurstSplitter
+from .geometry import geometries
+
+__all__ = ["LoadEngine", "TableWrite"]
+
+JOBS = 4  # instructions whose bursts are requested while earlier ones still arrive
+
+
+class Job(data.Struct):
+    """What is left to do with the bus words of one instruction."""
+
+    memory: 3
+    local: 20
+    words: 20
+
+
+class TableWrite(data.Struct):
+    """An entry of a pointwise table; table t has entries 256 t ... 256 t + 255."""
+
+    address: 12
+    data: 8
+
+
+class LoadEngine(wiring.Component):
+    """Executes LOAD: reads bus words and writes them, repacked, to the memory that is named.
+
+    Takes one bus word per cycle where a bus word is at most one memory word, else one memory word
+    per cycle, as long as the memory accepts its writes; a refused write holds the bus words back.
+    Requests of up to `JOBS` further instructions are sent meanwhile, so that the bus never idles
+    between two. `done` comes one cycle after the last write.
+
+    Members
+    -------
+    engine : Out(EngineSignature(Opcode.LOAD))
+    read_command : Out(stream.Signature(Burst))
+    read_data : In(stream.Signature(8 * bus_bytes))
+    activation_write : Out(WritePort(8, depth))
+    residual_write : Out(WritePort(16, lanes))
+    weight_write : Out(WritePort(8 * outputs * depth, 1))
+    param_write : Out(WritePort(64 * lanes, 1))
+    table_write : Out(stream.Signature(TableWrite))
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        super().__init__({
+            "engine": Out(EngineSignature(Opcode.LOAD)),
+            "read_command": Out(stream.Signature(Burst)),
+            "read_data": In(stream.Signature(8 * config.bus_bytes)),
+            "activation_write": Out(WritePort(8, config.depth)),
+            "residual_write": Out(WritePort(16, config.lanes)),
+            "weight_write": Out(WritePort(8 * config.outputs * config.depth, 1)),
+            "param_write": Out(WritePort(64 * config.lanes, 1)),
+            "table_write": Out(stream.Signature(TableWrite)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.splitter = splitter = BurstSplitter(self.config, list(Memory))
+        wiring.connect(m, splitter.bursts, wiring.flipped(self.read_command))
+        m.submodules.jobs = jobs = SyncFIFO(width=Job.as_shape().size, depth=JOBS)
+
+        instruction = self.engine.instruction
+        transfer = splitter.transfer
+        m.d.comb += [
+            instruction.ready.eq(transfer.ready & jobs.w_rdy),
+            transfer.valid.eq(instruction.valid & jobs.w_rdy),
+            transfer.p.memory.eq(instruction.p.memory),
+            transfer.p.words.eq(instruction.p.words),
+            transfer.p.address.eq(instruction.p.address),
+            jobs.w_en.eq(instruction.valid & transfer.ready),
+            jobs.w_data.eq(Cat(instruction.p.memory, instruction.p.local, instruction.p.words)),
+        ]
+
+        job = Signal(Job)
+        active = Signal()
+        with m.If(~active):
+            m.d.comb += jobs.r_en.eq(1)
+            m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy)]
+        wrote, used = self._repack(m, job, active)
+        with m.If(wrote):
+            m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1)]
+        finished = active & ((job.words == 0) | (wrote & (job.words == 1)))
+        with m.If(finished):
+            m.d.sync += active.eq(0)
+        m.d.sync += self.engine.done.eq(finished)
+
+        busy = active | jobs.r_rdy
+        m.d.comb += [self.engine.busy.eq(busy | self.engine.done),
+                     self.engine.stalled.eq(active & ~finished & ~used)]
+        return m
+
+    def _repack(self, m, job, active):
+        """The datapath. Returns two signals: a word is written; a bus word or part of it is used."""
+        bus_bits = 8 * self.config.bus_bytes
+        table = geometries(self.config, list(Memory))
+        beat = Signal(bus_bits)
+        beat_valid = Signal()
+        part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
+        # The bus words of a wide word before its last one, newest at the top.
+        earlier = Signal(bus_bits * (max(g.beats_each for g in table.values()) - 1))
+
+        wrote, used, pop = Signal(), Signal(), Signal()
+        with m.Switch(job.memory):
+            for memory, geometry in table.items():
+                valid, ready, address, word = self._destination(m, memory)
+                m.d.comb += address.eq(job.local)
+                last_part = part == geometry.parts - 1
+                with m.Case(memory):
+                    m.d.comb += [
+                        used.eq(active & beat_valid & (job.words != 0) & ready),
+                        wrote.eq(used),
+                        pop.eq(used),
+                    ]
+                    if geometry.spread:
+                        with m.If(~last_part):
+                            m.d.comb += [used.eq(active & beat_valid), wrote.eq(0)]
+                    else:
+                        m.d.comb += pop.eq(used & (last_part | (job.words == 1)))
+                        with m.If(used):
+                            m.d.sync += beat.eq(beat >> geometry.word_bits)
+                    may_write = last_part if geometry.spread else 1
+                    m.d.comb += valid.eq(active & beat_valid & (job.words != 0) & may_write)
+                whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
+                m.d.comb += word.eq(whole[:geometry.word_bits])
+
+        with m.If(used):
+            m.d.sync += part.eq(Mux(wrote & pop, 0, part + 1))
+        with m.If(pop):
+            m.d.sync += [beat_valid.eq(0), earlier.eq(Cat(earlier, beat)[bus_bits:])]
+        m.d.comb += self.read_data.ready.eq(~beat_valid | pop)
+        with m.If(self.read_data.valid & self.read_data.ready):
+            m.d.sync += [beat.eq(self.read_data.payload), beat_valid.eq(1)]
+        return wrote, used
+
+    def _destination(self, m, memory):
+        """Valid, ready, address and data of the port that writes `memory`."""
+        if memory == Memory.TABLE:
+            port = self.table_write
+            return port.valid, port.ready, port.p.address, port.p.data
+        port = {Memory.ACTIVATION: self.activation_write, Memory.RESIDUAL: self.residual_write,
+                Memory.WEIGHT: self.weight_write, Memory.PARAM: self.param_write}[memory].write
+        m.d.comb += port.p.mask.eq(~0)
+        return port.valid, port.ready, port.p.address, port.p.data

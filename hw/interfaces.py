@@ -1,0 +1,144 @@
+"""Signatures between the engines, the on-chip memories, the router and the sequencers."""
+
+from amaranth import signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from .arch.config import Config
+from .arch.isa import FIELDS, Opcode
+
+__all__ = ["Logits", "Masked", "QueueEntry", "QueuePort", "ReadPort", "RouteSetup", "WritePort",
+           "EngineSignature", "fields_layout", "parameter_layout", "READ_LATENCY"]
+
+READ_LATENCY = 2  # cycles from the acceptance of an address to its data, for every on-chip memory
+
+
+def fields_layout(opcode: Opcode) -> data.StructLayout:
+    """The fields of an opcode, plus `expert` of the header, as a struct."""
+    return data.StructLayout({**dict(FIELDS[opcode]), "expert": 8})
+
+
+def parameter_layout(config: Config) -> data.ArrayLayout:
+    """One word of the parameter memory."""
+    record = data.StructLayout({"bias": signed(32), "multiplier": 16, "shift": 8, "pad": 8})
+    return data.ArrayLayout(record, config.lanes)
+
+
+class EngineSignature(wiring.Signature):
+    """What a sequencer sees of an engine; seen from the engine.
+
+    The engine takes an instruction when it is able to start it; `done` pulses for one cycle, in
+    order, once per instruction, when all its effects are visible to every later access. An engine
+    that takes an instruction before the last one is done must itself honour dependencies between
+    the two. An instruction without rows or words is legal and does nothing.
+
+    Members
+    -------
+    instruction : In(stream.Signature(fields_layout(opcode)))
+    done : Out(1)
+    busy : Out(1)
+        An instruction was taken and is not done.
+    stalled : Out(1)
+        Busy, and no progress this cycle because a port did not answer.
+    """
+
+    def __init__(self, opcode: Opcode):
+        super().__init__({
+            "instruction": In(stream.Signature(fields_layout(opcode))),
+            "done": Out(1), "busy": Out(1), "stalled": Out(1),
+        })
+
+
+class ReadPort(wiring.Signature):
+    """Read access to an on-chip memory, seen from the reader.
+
+    A word arrives exactly `READ_LATENCY` cycles after its address was accepted, in order, and the
+    reader must take it (there is no back-pressure on `data`). An address may have to wait for
+    `ready` (other readers). A read sees every write that was accepted in an earlier cycle.
+
+    Members
+    -------
+    address : Out(stream.Signature(20))
+    data : In(stream.Signature(shape, always_ready=True))
+    """
+
+    def __init__(self, shape):
+        self.shape = shape
+        super().__init__({
+            "address": Out(stream.Signature(20)),
+            "data": In(stream.Signature(shape, always_ready=True)),
+        })
+
+
+class Masked(data.StructLayout):
+    """A memory word of `cells` cells with a write enable for each cell."""
+
+    def __init__(self, cell_bits: int, cells: int):
+        super().__init__({"address": 20, "data": cell_bits * cells, "mask": cells})
+
+
+class WritePort(wiring.Signature):
+    """Write access to an on-chip memory, seen from the writer: a write is done when accepted.
+
+    Members
+    -------
+    write : Out(stream.Signature(Masked(cell_bits, cells)))
+    """
+
+    def __init__(self, cell_bits: int, cells: int):
+        self.cell_bits, self.cells = cell_bits, cells
+        super().__init__({"write": Out(stream.Signature(Masked(cell_bits, cells)))})
+
+
+class QueueEntry(data.Struct):
+    """A token that a router sent to an expert."""
+
+    token: 13
+    weight: 16  # gate weight, 65535 is one
+
+
+class QueuePort(wiring.Signature):
+    """The router's queues, seen from the linear unit.
+
+    Members
+    -------
+    expert : Out(8)
+        The queue in question; hold it for two cycles before using `length`, and while reading.
+    length : In(13)
+    index : Out(stream.Signature(13, always_ready=True))
+        Entry to read.
+    entry : In(stream.Signature(QueueEntry, always_ready=True))
+        `READ_LATENCY` cycles after its index.
+    """
+
+    def __init__(self):
+        super().__init__({
+            "expert": Out(8), "length": In(13),
+            "index": Out(stream.Signature(13, always_ready=True)),
+            "entry": In(stream.Signature(QueueEntry, always_ready=True)),
+        })
+
+
+class RouteSetup(data.Struct):
+    """How the router decides, sent once before the logits of a LINEAR with Target.ROUTER; it also
+    empties all queues."""
+
+    rows: 13
+    experts: 16
+    chosen: 5
+    over_chosen: 1
+    multiplier: 16
+    shift: 6
+
+
+class Logits(data.StructLayout):
+    """`lanes` consecutive logits of one token row; those at or past `experts` are to be ignored.
+
+    The linear unit sends them by token group (`tokens` rows), within it by output group, within it
+    by row, within it by channel; rows and channels past the end are not sent. `row` counts tokens
+    from 0; `channel` is that of the first logit and a multiple of `lanes`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__({"row": 13, "channel": 16,
+                          "logits": data.ArrayLayout(signed(32), config.lanes)})

@@ -1,0 +1,154 @@
+"""The walk over the results of the array, on their way to write-back."""
+
+from amaranth import Cat, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..arch.isa import Opcode, Target
+from ..interfaces import fields_layout
+from .fill import GROUPS, RowTarget, TargetWrite
+
+__all__ = ["Drain", "Place"]
+
+
+class Place(data.StructLayout):
+    """Where `lanes` results of one row go."""
+
+    def __init__(self, config: Config):
+        super().__init__({
+            "address": 20,  # word in the target memory
+            "part": range(config.depth // config.lanes),  # which `lanes` bytes of that word
+            "mask": config.lanes,  # which results exist
+            "row": 13,  # for the router
+            "channel": 16,  # of the first result
+        })
+
+
+class Drain(wiring.Component):
+    """Picks `lanes` results per cycle from the drain registers of the array: by token group, within
+    it by output group, within it by row, within it by channel, and only rows and words that exist.
+
+    A step happens in every cycle in which results are there and `space` is given.
+
+    Members
+    -------
+    start : In(1)
+        One cycle; `fields` are held until `finished`.
+    fields : In(fields_layout(Opcode.LINEAR))
+    target : In(TargetWrite(config))
+    load : In(1)
+        The results of the next output group are there in the next cycle.
+    space : In(1)
+    stepped : Out(1)
+        Results were picked in this cycle.
+    held : Out(1)
+        Results are there, but no space.
+    row : Out(range(tokens))
+    word : Out(range(outputs // lanes))
+        What is picked: row and word of the output group.
+    parameter : Out(range(parameters))
+        Position of the parameters of what is picked, as in `Parameters`.
+    release : Out(1)
+        The parameters of what is picked are not needed again.
+    valid : Out(1)
+        Results were picked one cycle ago.
+    place : Out(Place(config))
+        Where the results picked one cycle ago go.
+    weight : Out(16)
+        The gate weight of their row.
+    finished : Out(1)
+        Everything since `start` was picked.
+    """
+
+    def __init__(self, config: Config, parameters: int):
+        self.config = config
+        super().__init__({
+            "start": In(1),
+            "fields": In(fields_layout(Opcode.LINEAR)),
+            "target": In(TargetWrite(config)),
+            "load": In(1),
+            "space": In(1),
+            "stepped": Out(1),
+            "held": Out(1),
+            "row": Out(range(config.tokens)),
+            "word": Out(range(config.outputs // config.lanes)),
+            "parameter": Out(range(parameters)),
+            "release": Out(1),
+            "valid": Out(1),
+            "place": Out(Place(config)),
+            "weight": Out(16),
+            "finished": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, fields = self.config, self.fields
+        lanes = config.lanes
+        parts = config.depth // lanes
+
+        row_bits = len(self.row)
+        m.submodules.targets = targets = Memory(shape=RowTarget, depth=GROUPS << row_bits, init=[])
+        write, read = targets.write_port(), targets.read_port(domain="comb")
+        group, row, target = Signal(range(GROUPS)), Signal(range(config.tokens)), read.data
+        m.d.comb += [
+            write.en.eq(self.target.enable), write.data.eq(self.target.target),
+            write.addr.eq(Cat(self.target.row, self.target.group)),
+            read.addr.eq(Cat(row, group)),
+        ]
+
+        # Where in the row the walk is, and where every row of the output group starts.
+        position = data.StructLayout({
+            "parameter": self.parameter.shape(),
+            "channel": 16,  # from channel 0
+            "left": 16,  # channels from here on
+            "offset": 20,  # words from channel 0
+            "part": range(parts),
+        })
+        at, after, begin, origin = (Signal(position, name=name)
+                                    for name in ("at", "after", "begin", "origin"))
+        word_full = Mux(fields.target == Target.ACTIVATION, at.part == parts - 1, 1)
+        m.d.comb += [
+            origin.parameter.eq(after.parameter), origin.left.eq(fields.channels),
+            after.parameter.eq(at.parameter + 1), after.channel.eq(at.channel + lanes),
+            after.left.eq(at.left - lanes), after.offset.eq(at.offset + word_full),
+            after.part.eq(Mux(word_full, 0, at.part + 1)),
+        ]
+
+        busy, word = Signal(), Signal(range(config.outputs // lanes))
+        channels_done, row_done, group_done = Signal(), Signal(), Signal()
+        m.d.comb += [
+            self.stepped.eq(busy & self.space), self.held.eq(busy & ~self.space),
+            channels_done.eq(at.left <= lanes),
+            row_done.eq(channels_done | (word == config.outputs // lanes - 1)),
+            group_done.eq(row_done & target.last),
+            self.row.eq(row), self.word.eq(word), self.parameter.eq(at.parameter),
+            self.release.eq(self.stepped & target.last),
+        ]
+        with m.If(self.stepped):
+            m.d.sync += [at.eq(after), word.eq(word + 1)]
+            with m.If(row_done):
+                m.d.sync += [word.eq(0), row.eq(row + 1), at.eq(begin)]
+            with m.If(group_done):
+                m.d.sync += [busy.eq(0), row.eq(0), at.eq(after), begin.eq(after)]
+                with m.If(channels_done):
+                    m.d.sync += [at.eq(origin), begin.eq(origin), group.eq(group + 1),
+                                 self.finished.eq(target.end)]
+        with m.If(self.load):
+            m.d.sync += busy.eq(1)
+        with m.If(self.start):
+            for where in (at, begin):
+                m.d.sync += [where.eq(origin), where.parameter.eq(at.parameter)]
+            m.d.sync += [group.eq(0), self.finished.eq(0)]
+
+        m.d.sync += [
+            self.valid.eq(self.stepped),
+            self.weight.eq(target.weight),
+            self.place.address.eq(target.destination + at.offset),
+            self.place.part.eq(at.part),
+            self.place.mask.eq(Cat(at.left > lane for lane in range(lanes))),
+            self.place.row.eq(target.destination),
+            self.place.channel.eq(at.channel),
+        ]
+        return m

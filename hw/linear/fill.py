@@ -1,0 +1,128 @@
+"""Token rows from the activation memory into the tile memory of the array."""
+
+from amaranth import Module, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..arch.isa import Opcode
+from ..interfaces import READ_LATENCY, ReadPort, fields_layout
+from .rows import Row
+
+__all__ = ["Fill", "GROUPS", "RowTarget", "TileWrite", "TargetWrite"]
+
+# Token groups whose row targets are kept: one being filled, one computed, one written back, and a
+# fourth that makes the number a power of two.
+GROUPS = 4
+
+
+class TileWrite(data.StructLayout):
+    """A word for the tile memory: `tokens` banks of two halves of `row_words` words."""
+
+    def __init__(self, config: Config):
+        super().__init__({"enable": 1, "bank": range(config.tokens),
+                          "address": range(2 * config.row_words), "data": 8 * config.depth})
+
+
+class RowTarget(data.Struct):
+    """Where the results of a row go."""
+
+    destination: 20
+    weight: 16
+    last: 1  # last row of its token group
+    end: 1  # last row of the instruction
+
+
+class TargetWrite(data.StructLayout):
+    """An entry for the memory of row targets."""
+
+    def __init__(self, config: Config):
+        super().__init__({"enable": 1, "group": range(GROUPS), "row": range(config.tokens),
+                          "target": RowTarget})
+
+
+class Fill(wiring.Component):
+    """Copies the rows of one token group after another into alternating halves of the tile memory.
+
+    One word per cycle, while a half is free and `read` accepts addresses. A group is `filled` when
+    its last word is written; nothing is written for the rows that a ragged last group lacks.
+
+    Members
+    -------
+    start : In(1)
+        One cycle before the first row; `fields` are held until the last group is filled.
+    fields : In(fields_layout(Opcode.LINEAR))
+    rows : In(stream.Signature(Row))
+    read : Out(ReadPort(8 * depth))
+    tile : Out(TileWrite(config))
+    target : Out(TargetWrite(config))
+        Written before the group is filled.
+    filled : Out(1)
+        One cycle for each group; the half may be read from the next cycle on.
+    counts : Out(data.ArrayLayout(range(tokens + 1), 2))
+        Rows in each half, valid one cycle before `filled`.
+    release : In(1)
+        One cycle for each group: it was read for the last time.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        super().__init__({
+            "start": In(1),
+            "fields": In(fields_layout(Opcode.LINEAR)),
+            "rows": In(stream.Signature(Row)),
+            "read": Out(ReadPort(8 * config.depth)),
+            "tile": Out(TileWrite(config)),
+            "target": Out(TargetWrite(config)),
+            "filled": Out(1),
+            "counts": Out(data.ArrayLayout(range(config.tokens + 1), 2)),
+            "release": In(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, row = self.config, self.rows.payload
+
+        half, group, occupied = Signal(), Signal(range(GROUPS)), Signal(range(3))
+        bank, word = Signal(range(config.tokens)), Signal(13)
+        taken, row_done, group_done = Signal(), Signal(), Signal()
+        m.d.comb += [
+            self.read.address.valid.eq(self.rows.valid & (occupied != 2)),
+            self.read.address.payload.eq(row.source + word),
+            taken.eq(self.read.address.valid & self.read.address.ready),
+            row_done.eq(taken & (word + 1 == self.fields.source_words)),
+            group_done.eq(row_done & ((bank == config.tokens - 1) | row.end)),
+            self.rows.ready.eq(row_done),
+        ]
+        m.d.sync += occupied.eq(occupied + group_done - self.release)
+        with m.If(taken):
+            m.d.sync += word.eq(word + 1)
+        with m.If(row_done):
+            m.d.sync += [word.eq(0), bank.eq(bank + 1)]
+        with m.If(group_done):
+            m.d.sync += [bank.eq(0), half.eq(~half), group.eq(group + 1),
+                         self.counts[half].eq(bank + 1)]
+        with m.If(self.start):
+            m.d.sync += [half.eq(0), group.eq(0)]
+
+        m.d.comb += [
+            self.target.enable.eq(row_done), self.target.group.eq(group),
+            self.target.row.eq(bank), self.target.target.destination.eq(row.destination),
+            self.target.target.weight.eq(row.weight), self.target.target.end.eq(row.end),
+            self.target.target.last.eq(group_done),
+        ]
+
+        # The tile address travels beside the word on its way out of the memory.
+        place = Signal(TileWrite(config))
+        done = group_done
+        m.d.comb += [place.enable.eq(taken), place.bank.eq(bank), place.address.eq(word)]
+        with m.If(half):
+            m.d.comb += place.address.eq(config.row_words + word)
+        for _ in range(READ_LATENCY):
+            before, place = place, Signal(TileWrite(config), name="place")
+            done_before, done = done, Signal(name="done")
+            m.d.sync += [place.enable.eq(before.enable), place.bank.eq(before.bank),
+                         place.address.eq(before.address), done.eq(done_before)]
+        m.d.comb += [self.tile.eq(place), self.tile.data.eq(self.read.data.payload),
+                     self.filled.eq(done)]
+        return m

@@ -1,0 +1,193 @@
+"""The engine that executes LINEAR."""
+
+from amaranth import Module, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out, connect, flipped
+
+from ..arch.config import Config
+from ..arch.isa import Opcode, Target
+from ..interfaces import (EngineSignature, Logits, QueuePort, ReadPort, RouteSetup, WritePort,
+                          fields_layout, parameter_layout)
+from .array import DotArray
+from .drain import Drain
+from .fill import Fill
+from .issue import Issue
+from .parameters import Parameters
+from .rows import RowAddresses
+from .scale import Scale, TableWrite
+from .writeback import WriteBack
+
+__all__ = ["LinearUnit"]
+
+
+class LinearUnit(wiring.Component):
+    """Matrix products of token rows, as LINEAR of `arch.isa` says, in the arithmetic of
+    `arch.numerics`; T, O, K and W are the `tokens`, `outputs`, `depth` and `lanes` of the
+    configuration.
+
+    For each row and channel: the int32 sum (it wraps) of ``source_words * K`` products, plus the
+    bias; then requantised to int8 and perhaps looked up in a table (ACTIVATION), or requantised to
+    int16, perhaps weighted, and written or added with saturation (RESIDUAL), or sent as it is
+    (ROUTER). `gather`, `scatter` and `gated` have a meaning only with `queued`. Without rows,
+    channels or source words an instruction does nothing, and no setup is sent to the router.
+
+    Throughput: a group of T rows takes ``source_words`` cycles for each O channels, or the number
+    of its write-back words, ``rows * ceil(channels / W)`` with O and T replaced by what is left in
+    ragged groups, whichever is more; but not less than its rows take to fetch (``source_words``
+    cycles each, and at least 2), which goes on beside the group before. No cycle is lost between
+    output groups or token groups.
+
+    Latency: an instruction is taken when the one before is done. From there to `done` it takes,
+    besides the fetch of the first group, the products, and the write-back of the last output group,
+    at most `overhead` cycles.
+
+    Stalls: every port may refuse for any time; a refused write stops the array only when the
+    write-back buffer is full, and a refused fetch only when its group is due.
+
+    Members
+    -------
+    engine : Out(EngineSignature(Opcode.LINEAR))
+    activation_read : Out(ReadPort(8 * K))
+    activation_write : Out(WritePort(8, K))
+    residual_read : Out(ReadPort(16 * W))
+    residual_write : Out(WritePort(16, W))
+    weight_read : Out(ReadPort(8 * O * K))
+        Its address must always be accepted.
+    param_read : Out(ReadPort(parameter_layout(config)))
+    table_write : In(stream.Signature(TableWrite, always_ready=True))
+        Entries of the pointwise tables; not while an instruction that uses the table is at work.
+    queue : Out(QueuePort())
+    route : Out(stream.Signature(RouteSetup))
+    logits : Out(stream.Signature(Logits(config)))
+    route_done : In(1)
+        One cycle, when the router has finished the rows of its last setup.
+    """
+
+    def __init__(self, config: Config, *, primitive: str | None = None):
+        self.config, self.primitive = config, primitive
+        self.array = DotArray(config, primitive=primitive)
+        # Enough for results to arrive and be written at full rate while the next output group is
+        # already on its way through the array.
+        in_flight = self.array.latency + Scale.LATENCY + 8
+        self.buffer = 1 << (in_flight - 1).bit_length()
+        super().__init__({
+            "engine": Out(EngineSignature(Opcode.LINEAR)),
+            "activation_read": Out(ReadPort(8 * config.depth)),
+            "activation_write": Out(WritePort(8, config.depth)),
+            "residual_read": Out(ReadPort(16 * config.lanes)),
+            "residual_write": Out(WritePort(16, config.lanes)),
+            "weight_read": Out(ReadPort(8 * config.outputs * config.depth)),
+            "param_read": Out(ReadPort(parameter_layout(config))),
+            "table_write": In(stream.Signature(TableWrite, always_ready=True)),
+            "queue": Out(QueuePort()),
+            "route": Out(stream.Signature(RouteSetup)),
+            "logits": Out(stream.Signature(Logits(config))),
+            "route_done": In(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.rows = rows = RowAddresses(config)
+        m.submodules.fill = fill = Fill(config)
+        m.submodules.array = array = self.array
+        m.submodules.issue = issue = Issue(config, array.latency, self.buffer)
+        m.submodules.parameters = parameters = Parameters(config)
+        m.submodules.drain = drain = Drain(config, parameters.depth)
+        m.submodules.scale = scale = Scale(config, primitive=self.primitive)
+        m.submodules.writeback = writeback = WriteBack(config, self.buffer)
+
+        start, fields, count = Signal(), Signal(fields_layout(Opcode.LINEAR)), Signal(13)
+        for part in (rows, fill, issue, parameters, drain):
+            m.d.comb += part.start.eq(start)
+        for part in (rows, fill, issue, parameters, drain, scale, writeback):
+            m.d.comb += part.fields.eq(fields)
+        m.d.comb += [rows.count.eq(count), parameters.count.eq(count)]
+        self._control(m, start, fields, count, done=drain.finished & writeback.idle)
+
+        connect(m, rows.rows, fill.rows)
+        for inner, outer in (
+                (rows.index, self.queue.index), (fill.read, self.activation_read),
+                (parameters.read, self.param_read), (writeback.logits, self.logits),
+                (writeback.activation_write, self.activation_write),
+                (writeback.residual_read, self.residual_read),
+                (writeback.residual_write, self.residual_write)):
+            connect(m, inner, flipped(outer))
+        connect(m, flipped(self.queue.entry), rows.entry)
+        connect(m, flipped(self.table_write), scale.table_write)
+        m.d.comb += [
+            issue.filled.eq(fill.filled), issue.counts.eq(fill.counts),
+            fill.release.eq(issue.release), drain.target.eq(fill.target),
+            issue.ready.eq(parameters.ready), issue.tail.eq(parameters.tail),
+
+            self.weight_read.address.valid.eq(issue.work.enable),
+            self.weight_read.address.payload.eq(issue.weight),
+            array.tile.eq(fill.tile), array.work.eq(issue.work),
+            array.weights.eq(self.weight_read.data.payload),
+
+            drain.load.eq(array.load), drain.space.eq(writeback.space != 0),
+            issue.space.eq(writeback.space), issue.stepped.eq(drain.stepped),
+            issue.held.eq(drain.held), writeback.reserve.eq(drain.stepped),
+            array.row.eq(drain.row), array.word.eq(drain.word),
+            parameters.at.eq(drain.parameter), parameters.release.eq(drain.release),
+
+            scale.valid.eq(drain.valid), scale.values.eq(array.results),
+            scale.channels.eq(parameters.word), scale.weight.eq(drain.weight),
+            writeback.place_valid.eq(drain.valid), writeback.place.eq(drain.place),
+            writeback.results_valid.eq(scale.results_valid), writeback.results.eq(scale.results),
+        ]
+
+        refused = Signal()
+        for port in (self.activation_read.address, self.activation_write.write,
+                     self.residual_read.address, self.residual_write.write,
+                     self.param_read.address, self.logits, self.route):
+            with m.If(port.valid & ~port.ready):
+                m.d.comb += refused.eq(1)
+        m.d.comb += self.engine.stalled.eq(refused & ~issue.work.enable & ~drain.stepped)
+        return m
+
+    def _control(self, m, start, fields, count, done):
+        """Takes an instruction, starts the parts, and waits until all is done."""
+        engine, instruction = self.engine, self.engine.instruction
+        wait, routed = Signal(2), Signal()
+        m.d.comb += [
+            self.queue.expert.eq(fields.expert),
+            self.route.p.rows.eq(count), self.route.p.experts.eq(fields.channels),
+            self.route.p.chosen.eq(fields.chosen), self.route.p.over_chosen.eq(fields.over_chosen),
+            self.route.p.multiplier.eq(fields.multiplier), self.route.p.shift.eq(fields.shift),
+        ]
+        with m.If(self.route_done):
+            m.d.sync += routed.eq(1)
+
+        with m.FSM():
+            with m.State("Idle"):
+                m.d.comb += instruction.ready.eq(1)
+                m.d.sync += [fields.eq(instruction.payload), count.eq(instruction.p.rows),
+                             wait.eq(2)]
+                with m.If(instruction.valid):
+                    m.next = "Begin"
+                    with m.If(instruction.p.queued):
+                        m.next = "Length"
+            with m.State("Length"):
+                m.d.sync += [wait.eq(wait - 1), count.eq(self.queue.length)]
+                with m.If(wait == 0):
+                    m.next = "Begin"
+            with m.State("Begin"):
+                m.d.sync += routed.eq(0)
+                with m.If((count == 0) | (fields.channels == 0) | (fields.source_words == 0)):
+                    m.next = "Done"
+                with m.Elif(fields.target == Target.ROUTER):
+                    m.d.comb += self.route.valid.eq(1)
+                    with m.If(self.route.ready):
+                        m.d.comb += start.eq(1)
+                        m.next = "Run"
+                with m.Else():
+                    m.d.comb += start.eq(1)
+                    m.next = "Run"
+            with m.State("Run"):
+                with m.If(done & (routed | (fields.target != Target.ROUTER))):
+                    m.next = "Done"
+            with m.State("Done"):
+                m.d.comb += engine.done.eq(1)
+                m.next = "Idle"
+        m.d.comb += engine.busy.eq(~instruction.ready)

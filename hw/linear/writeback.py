@@ -1,0 +1,105 @@
+"""Results into the activation memory, the residual memory or the router."""
+
+from amaranth import Cat, Module, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out, connect, flipped
+
+from ..arch.config import Config
+from ..arch.isa import Opcode, Target
+from ..interfaces import Logits, ReadPort, WritePort, fields_layout
+from .drain import Place
+from .residual import ResidualUpdate
+
+__all__ = ["WriteBack"]
+
+
+class WriteBack(wiring.Component):
+    """Buffers up to `depth` results and writes them, one word per cycle, to their target.
+
+    Whoever sends results reserves their place in advance: `space` counts what is left.
+
+    Members
+    -------
+    fields : In(fields_layout(Opcode.LINEAR))
+        Held while results are inside.
+    reserve : In(1)
+        A result will come: only while `space` is not 0.
+    space : Out(range(depth + 1))
+    idle : Out(1)
+        Every reserved result was written.
+    place_valid : In(1)
+    place : In(Place(config))
+        Places come in the order of their results, none later than its result.
+    results_valid : In(1)
+    results : In(data.ArrayLayout(signed(32), lanes))
+    activation_write : Out(WritePort(8, depth))
+    residual_read : Out(ReadPort(16 * lanes))
+    residual_write : Out(WritePort(16, lanes))
+    logits : Out(stream.Signature(Logits(config)))
+    """
+
+    def __init__(self, config: Config, depth: int):
+        self.config, self.depth = config, depth
+        super().__init__({
+            "fields": In(fields_layout(Opcode.LINEAR)),
+            "reserve": In(1),
+            "space": Out(range(depth + 1), init=depth),
+            "idle": Out(1),
+            "place_valid": In(1),
+            "place": In(Place(config)),
+            "results_valid": In(1),
+            "results": In(data.ArrayLayout(signed(32), config.lanes)),
+            "activation_write": Out(WritePort(8, config.depth)),
+            "residual_read": Out(ReadPort(16 * config.lanes)),
+            "residual_write": Out(WritePort(16, config.lanes)),
+            "logits": Out(stream.Signature(Logits(config))),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, target = self.config, self.fields.target
+        lanes = config.lanes
+
+        m.submodules.places = places = SyncFIFO(width=len(self.place.as_value()), depth=self.depth)
+        m.submodules.values = values = SyncFIFO(width=32 * lanes, depth=self.depth)
+        m.submodules.update = update = ResidualUpdate(config)
+        connect(m, update.read, flipped(self.residual_read))
+        connect(m, update.write, flipped(self.residual_write))
+
+        valid, taken, written = values.r_rdy, Signal(), Signal()
+        place = data.View(self.place.shape(), places.r_data)
+        results = data.View(self.results.shape(), values.r_data)
+        m.d.comb += [
+            places.w_data.eq(self.place), places.w_en.eq(self.place_valid),
+            values.w_data.eq(self.results), values.w_en.eq(self.results_valid),
+            places.r_en.eq(taken), values.r_en.eq(taken),
+            update.accumulate.eq(self.fields.accumulate),
+        ]
+        write, logits = self.activation_write.write, self.logits
+        m.d.comb += [
+            write.p.address.eq(place.address),
+            write.p.data.eq(Cat(value[:8] for value in results).replicate(config.depth // lanes)),
+            write.p.mask.eq(Cat(place.mask & (place.part == part).replicate(lanes)
+                                for part in range(config.depth // lanes))),
+            update.updates.p.address.eq(place.address),
+            update.updates.p.data.eq(Cat(value[:16] for value in results)),
+            update.updates.p.mask.eq(place.mask),
+            logits.p.row.eq(place.row), logits.p.channel.eq(place.channel),
+            logits.p.logits.eq(results),
+        ]
+        residual = self.residual_write.write
+        with m.Switch(target):
+            with m.Case(Target.ACTIVATION):
+                m.d.comb += [write.valid.eq(valid), taken.eq(valid & write.ready),
+                             written.eq(taken)]
+            with m.Case(Target.RESIDUAL):
+                m.d.comb += [update.updates.valid.eq(valid),
+                             taken.eq(valid & update.updates.ready),
+                             written.eq(residual.valid & residual.ready)]
+            with m.Case(Target.ROUTER):
+                m.d.comb += [logits.valid.eq(valid), taken.eq(valid & logits.ready),
+                             written.eq(taken)]
+        m.d.sync += self.space.eq(self.space - self.reserve + written)
+        m.d.comb += self.idle.eq(self.space == self.depth)
+        return m

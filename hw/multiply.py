@@ -1,0 +1,93 @@
+"""Pipelined multipliers, as the DSP blocks of the device have them."""
+
+from amaranth import ClockSignal, Const, Instance, Module, Shape, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["Multipliers", "primitive_for"]
+
+
+def primitive_for(platform) -> str:
+    """The multiplier primitive of a platform: "ecp5", or "generic" where inference does."""
+    device = getattr(platform, "device", None) or ""
+    return "ecp5" if device.upper().startswith("LFE5") else "generic"
+
+
+class Multipliers(wiring.Component):
+    """A bank of `count` exact multipliers of at most 18 by 18 bits: ``product[i] = a[i] * b[i]``.
+
+    One product of each per cycle, `LATENCY` cycles after its operands, with registers at the
+    input, inside and at the output. Nothing moves while `advance` is low, and such a cycle does
+    not count. Contents are undefined until `LATENCY` operands went in.
+
+    On ECP5 each is one MULT18X18D with its own registers, which synthesis would not use by itself;
+    elsewhere they are described by their behaviour, with the same latency.
+
+    Parameters
+    ----------
+    a, b : shape of the operands, at most 18 bits signed or 17 bits unsigned
+    count : multipliers
+    primitive : "ecp5" or "generic"; by default what the platform has
+
+    Members
+    -------
+    advance : In(1)
+    a : In(data.ArrayLayout(a, count))
+    b : In(data.ArrayLayout(b, count))
+    product : Out(data.ArrayLayout(shape of the product, count))
+    """
+
+    LATENCY = 3
+
+    def __init__(self, a, b, count: int = 1, *, primitive: str | None = None):
+        a, b = Shape.cast(a), Shape.cast(b)
+        for name, shape in (("a", a), ("b", b)):
+            if shape.width + (not shape.signed) > 18:
+                raise ValueError(f"Multipliers.{name} must be at most 18 bits with its sign, "
+                                 f"not {shape!r}; split wider operands")
+        if primitive not in (None, "ecp5", "generic"):
+            raise ValueError(f"Multipliers.primitive must be 'ecp5' or 'generic', not {primitive!r}")
+        self.count, self.primitive = count, primitive
+        self.product_shape = Shape(a.width + b.width, a.signed or b.signed)
+        super().__init__({
+            "advance": In(1),
+            "a": In(data.ArrayLayout(a, count)),
+            "b": In(data.ArrayLayout(b, count)),
+            "product": Out(data.ArrayLayout(self.product_shape, count)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        primitive = self.primitive or primitive_for(platform)
+        for i in range(self.count):
+            if primitive == "ecp5":
+                m.submodules[f"multiplier_{i}"] = self._mult18x18d(i)
+            else:
+                a = Signal(self.a[i].shape(), reset_less=True, name=f"a_{i}")
+                b = Signal(self.b[i].shape(), reset_less=True, name=f"b_{i}")
+                inside = Signal(self.product_shape, reset_less=True, name=f"inside_{i}")
+                product = Signal(self.product_shape, reset_less=True, name=f"product_{i}")
+                m.d.comb += self.product[i].eq(product)
+                with m.If(self.advance):
+                    m.d.sync += [a.eq(self.a[i]), b.eq(self.b[i]), inside.eq(a * b),
+                                 product.eq(inside)]
+        return m
+
+    def _mult18x18d(self, i):
+        full = Signal(36, name=f"full_{i}")
+        operands = {"A": Signal(18, name=f"a_{i}"), "B": Signal(18, name=f"b_{i}")}
+        m = Module()
+        # Operands are extended to 18 bits with their own sign, so that both are always signed.
+        m.d.comb += [operands["A"].eq(self.a[i]), operands["B"].eq(self.b[i]),
+                     self.product[i].eq(full)]
+        ports = {
+            f"i_{name}{bit}": operand[bit]
+            for name, operand in operands.items() for bit in range(18)
+        } | {f"o_P{bit}": full[bit] for bit in range(36)}
+        for register in ("INPUTA", "INPUTB", "PIPELINE", "OUTPUT"):
+            ports |= {f"p_REG_{register}_CLK": "CLK0", f"p_REG_{register}_CE": "CE0",
+                      f"p_REG_{register}_RST": "RST0"}
+        m.submodules.dsp = Instance(
+            "MULT18X18D", **ports, i_CLK0=ClockSignal(), i_CE0=self.advance, i_RST0=Const(0),
+            i_SIGNEDA=Const(1), i_SIGNEDB=Const(1), i_SOURCEA=Const(0), i_SOURCEB=Const(0))
+        return m

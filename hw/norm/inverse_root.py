@@ -1,0 +1,89 @@
+"""Inverse square root of a variance: justify, root, divide, each working on a row of its own."""
+
+from amaranth import Const, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..divide import Divide, Justify
+from ..root import Root
+from .variance import Moments
+
+__all__ = ["InverseRoot", "RowScale"]
+
+
+class RowScale(data.Struct):
+    """A row's value x becomes ``round((factor * x - total) * inverse / 2**shift)``."""
+
+    inverse: 17  # 2**16 or more
+    shift: 6  # 5..33
+    total: signed(27)
+    factor: 11
+
+
+class InverseRoot(wiring.Component):
+    """The inverse root r of `numerics.normalise`: ``r / 2**(h + 16) ~ 1 / sqrt(variance)``.
+
+    r = 2**17, the one value of 18 bits, leaves as 2**16 with a shift less by one, which is the same
+    number and rounds the same. A variance of 0 gives some inverse: every value of such a row equals
+    its mean, so that the product is 0.
+
+    A row every `INTERVAL` cycles; the first `LATENCY` cycles after its moments. Up to four rows are
+    inside, and a refused result stays without holding up the next row's division.
+
+    Members
+    -------
+    moments : In(stream.Signature(Moments))
+    scales : Out(stream.Signature(RowScale))
+    """
+
+    INTERVAL = 19
+    LATENCY = 43
+
+    moments: In(stream.Signature(Moments))
+    scales: Out(stream.Signature(RowScale))
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.justify = justify = Justify(64, granule=2)
+        m.submodules.root = root = Root(32)
+        m.submodules.divide = divide = Divide(33, 16, 18)
+
+        # What belongs to a row moves with it from unit to unit.
+        beside = data.StructLayout({"total": signed(27), "factor": 11, "half": 5})
+        justifying, rooting, dividing = (
+            Signal(beside, name=name) for name in ("justifying", "rooting", "dividing"))
+        m.d.comb += [
+            justify.values.payload.eq(self.moments.p.variance),
+            justify.values.valid.eq(self.moments.valid),
+            self.moments.ready.eq(justify.values.ready),
+
+            root.values.payload.eq(justify.justified.p.mantissa[32:]),
+            root.values.valid.eq(justify.justified.valid),
+            justify.justified.ready.eq(root.values.ready),
+
+            divide.operands.p.numerator.eq(Const(1 << 32, 33)),
+            divide.operands.p.denominator.eq(root.roots.payload),
+            divide.operands.valid.eq(root.roots.valid),
+            root.roots.ready.eq(divide.operands.ready),
+
+            divide.quotients.ready.eq(~self.scales.valid | self.scales.ready),
+        ]
+        with m.If(justify.values.valid & justify.values.ready):
+            m.d.sync += [justifying.total.eq(self.moments.p.total),
+                         justifying.factor.eq(self.moments.p.factor)]
+        with m.If(root.values.valid & root.values.ready):
+            m.d.sync += [rooting.eq(justifying),
+                         rooting.half.eq(justify.justified.p.length >> 1)]
+        with m.If(divide.operands.valid & divide.operands.ready):
+            m.d.sync += dividing.eq(rooting)
+
+        quotient = divide.quotients.payload
+        with m.If(divide.quotients.ready):
+            m.d.sync += [
+                self.scales.valid.eq(divide.quotients.valid),
+                self.scales.p.inverse.eq(Mux(quotient[17], 1 << 16, quotient[:17])),
+                self.scales.p.shift.eq(dividing.half + 6 - quotient[17]),
+                self.scales.p.total.eq(dividing.total),
+                self.scales.p.factor.eq(dividing.factor),
+            ]
+        return m

@@ -1,0 +1,80 @@
+"""The lanes that normalise values, once the scale of their row is known."""
+
+from amaranth import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..multiply import Multipliers
+from .inverse_root import RowScale
+
+__all__ = ["Normalise"]
+
+
+class Normalise(wiring.Component):
+    """``round((factor * x - total) * inverse / 2**shift)``, ties up, saturated to int16, per lane.
+
+    A word a cycle, `LATENCY` cycles of `advance` after its operands; nothing moves while `advance`
+    is 0. The scale belongs to the word beside it and may change from word to word.
+
+    Members
+    -------
+    advance : In(1)
+    values : In(data.ArrayLayout(signed(16), lanes))
+    scale : In(RowScale)
+    normalised : Out(data.ArrayLayout(signed(16), lanes))
+    """
+
+    LATENCY = 2 * Multipliers.LATENCY + 5
+
+    def __init__(self, lanes: int):
+        self.lanes = lanes
+        values = data.ArrayLayout(signed(16), lanes)
+        super().__init__({"advance": In(1), "values": In(values), "scale": In(RowScale),
+                          "normalised": Out(values)})
+
+    def elaborate(self, platform):
+        m = Module()
+        # What is common to the lanes, from stage to stage.
+        depth = Multipliers.LATENCY
+        beside = [self.scale]
+        for stage in range(1, 2 * depth + 2):
+            beside.append(Signal(RowScale, reset_less=True, name=f"scale_{stage}"))
+        # Ties round up: floor(x / 2**s + 1/2) == (floor(x / 2**(s - 1)) + 1) >> 1. The shift by
+        # s - 1 (4..32) takes two stages.
+        amount, amount_fine = Signal(6, reset_less=True), Signal(3, reset_less=True)
+        with m.If(self.advance):
+            m.d.sync += [after.eq(before) for before, after in zip(beside, beside[1:])]
+            m.d.sync += [amount.eq(beside[-1].shift - 1), amount_fine.eq(amount[:3])]
+
+        m.submodules.by_factor = by_factor = Multipliers(signed(16), unsigned(11), self.lanes)
+        m.submodules.by_inverse = by_inverse = Multipliers(signed(18), unsigned(17), 2 * self.lanes)
+        m.d.comb += [by_factor.advance.eq(self.advance), by_inverse.advance.eq(self.advance)]
+        for lane in range(self.lanes):
+            difference = Signal(signed(28), reset_less=True, name=f"difference_{lane}")
+            product = Signal(signed(45), reset_less=True, name=f"product_{lane}")
+            coarse = Signal(signed(45), reset_less=True, name=f"coarse_{lane}")
+            fine = Signal(signed(41), reset_less=True, name=f"fine_{lane}")
+            low, high = by_inverse.product[2 * lane], by_inverse.product[2 * lane + 1]
+            m.d.comb += [
+                by_factor.a[lane].eq(self.values[lane]),
+                by_factor.b[lane].eq(self.scale.factor),
+                by_inverse.a[2 * lane].eq(difference[:17]),
+                by_inverse.a[2 * lane + 1].eq(difference[17:].as_signed()),
+                by_inverse.b[2 * lane].eq(beside[depth + 1].inverse),
+                by_inverse.b[2 * lane + 1].eq(beside[depth + 1].inverse),
+            ]
+            # In range if all bits from the sign upwards agree, and rounding does not carry into it.
+            rounded = Signal(17, name=f"rounded_{lane}")
+            upper = fine[16:]
+            fits = (upper.all() | ~upper.any()) & (fine[:17] != 0xffff)
+            m.d.comb += rounded.eq(fine[:17] + 1)
+            with m.If(self.advance):
+                m.d.sync += [
+                    difference.eq(by_factor.product[lane] - beside[depth].total),
+                    product.eq(Cat(low[:17], high + (low >> 17)).as_signed()),
+                    coarse.eq(product >> (amount[3:] << 3)),
+                    fine.eq(coarse >> amount_fine),
+                    self.normalised[lane].eq(
+                        Mux(fits, rounded[1:], Mux(fine[-1], -1 << 15, (1 << 15) - 1))),
+                ]
+        return m

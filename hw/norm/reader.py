@@ -1,0 +1,107 @@
+"""Rows of memory words, read ahead into a small queue."""
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from ..interfaces import READ_LATENCY, ReadPort
+
+__all__ = ["Rows", "RowReader", "Word"]
+
+
+class Rows(data.Struct):
+    """Rows of a memory: row i starts at word ``base + i * stride``."""
+
+    base: 20
+    stride: 13
+    rows: 13
+    channels: 16
+
+
+class Word(data.StructLayout):
+    """A memory word of a row: its first `count` lanes belong to the row, and `last` ends it."""
+
+    def __init__(self, shape, lanes: int):
+        super().__init__({"data": shape, "count": range(lanes + 1), "last": 1})
+
+
+class RowReader(wiring.Component):
+    """Reads the words of rows of `channels` values, `lanes` to a word.
+
+    One word a cycle where the port and the consumer allow it; the first word 4 cycles after its
+    rows were taken. At most `DEPTH` words are on the way or waiting, so that a consumer that stops
+    loses none. Rows are taken when all addresses of the rows before were accepted; no rows, or
+    rows of no channels, read nothing.
+
+    Members
+    -------
+    rows : In(stream.Signature(Rows))
+    port : Out(ReadPort(shape))
+    words : Out(stream.Signature(Word(shape, lanes)))
+    """
+
+    DEPTH = 8
+
+    def __init__(self, shape, lanes: int):
+        self.lanes = lanes
+        self.word = Word(shape, lanes)
+        super().__init__({
+            "rows": In(stream.Signature(Rows)),
+            "port": Out(ReadPort(shape)),
+            "words": Out(stream.Signature(self.word)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        lanes = self.lanes
+        job = Signal(Rows)  # its base is that of the row being read, its rows those left
+        active = Signal()
+        address = Signal(20)
+        left = Signal(16)  # channels of the row that were not asked for
+        free = Signal(range(self.DEPTH + 1), init=self.DEPTH)
+
+        accepted = self.port.address.valid & self.port.address.ready
+        last = left <= lanes
+        next_base = (job.base + job.stride)[:20]
+        m.d.comb += [
+            self.rows.ready.eq(~active),
+            self.port.address.payload.eq(address),
+            self.port.address.valid.eq(active & (free != 0)),
+        ]
+        with m.If(~active):
+            m.d.sync += [
+                job.eq(self.rows.payload),
+                address.eq(self.rows.p.base),
+                left.eq(self.rows.p.channels),
+                active.eq(self.rows.valid & (self.rows.p.rows != 0)
+                          & (self.rows.p.channels != 0)),
+            ]
+        with m.Elif(accepted):
+            with m.If(last):
+                m.d.sync += [
+                    job.base.eq(next_base), address.eq(next_base), left.eq(job.channels),
+                    job.rows.eq(job.rows - 1), active.eq(job.rows != 1),
+                ]
+            with m.Else():
+                m.d.sync += [address.eq(address + 1), left.eq(left - lanes)]
+
+        # What is known of a word travels beside its read.
+        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1})
+        tags = [Signal(tag, name=f"tag_{i}") for i in range(READ_LATENCY + 1)]
+        m.d.comb += [tags[0].valid.eq(accepted), tags[0].last.eq(last),
+                     tags[0].count.eq(Mux(last, left, lanes))]
+        m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+
+        m.submodules.queue = queue = SyncFIFO(width=self.word.size, depth=self.DEPTH)
+        arriving = Signal(self.word)
+        m.d.comb += [
+            arriving.data.eq(self.port.data.payload), arriving.count.eq(tags[-1].count),
+            arriving.last.eq(tags[-1].last),
+            queue.w_data.eq(arriving), queue.w_en.eq(tags[-1].valid),
+            self.words.payload.eq(queue.r_data), self.words.valid.eq(queue.r_rdy),
+            queue.r_en.eq(self.words.ready),
+        ]
+        taken = self.words.valid & self.words.ready
+        m.d.sync += free.eq(free - accepted + taken)
+        return m

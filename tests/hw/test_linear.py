@@ -1,0 +1,254 @@
+"""`LinearUnit` against `numerics`, exactly: every target and row selection on shapes that divide
+nothing, under random stalls; and its cycles."""
+
+import random
+
+import numpy as np
+import pytest
+from amaranth import Value
+
+from moeware.hw.arch import numerics
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import FIELDS, Opcode, Target
+from moeware.hw.arch.layout import pack_params
+from moeware.hw.linear import LinearUnit
+
+from .simulate import simulate
+
+EXPERTS = {0: "empty", 1: "one", 2: "some", 3: "all", 4: "ragged"}
+TOKENS, SOURCE, HIDDEN = 11, 7, 150  # rows; activation word of the input; of the written rows
+RESIDUAL, TABLES = 3, 2
+
+
+def config(tokens, outputs, depth, lanes, **changes):
+    return Config(**dict(
+        tokens=tokens, outputs=outputs, depth=depth, lanes=lanes, queries=1, bus_bytes=4,
+        activation_banks=1, activation_words=512, residual_words=512, weight_words=512,
+        param_words=128, tables=TABLES, row_words=5, max_rows=16, max_experts=8, max_chosen=2,
+        queue=2) | changes)
+
+
+class Machine:
+    """The memories, queues and router around a linear unit: as numpy arrays for `execute`, and as
+    a bench that refuses at random with probability `refuse`."""
+
+    def __init__(self, config, seed, refuse=0.0):
+        self.config, self.refuse = config, refuse
+        self.draw, rng = random.Random(seed), np.random.default_rng(seed)
+        self.activation = rng.integers(-128, 128, (config.activation_words, config.depth))
+        self.residual = rng.integers(-32768, 32768, (config.residual_words, config.lanes))
+        self.weight = rng.integers(-128, 128, (config.weight_words, config.outputs, config.depth))
+        channels = config.param_words * config.lanes
+        self.bias = rng.integers(-2**31, 2**31, channels) >> rng.integers(0, 31, channels)
+        self.multiplier = rng.integers(0, 1 << 16, channels)
+        self.shift = rng.integers(8, 30, channels)
+        self.shift[::7], self.shift[3::11] = 1, 47
+        params = pack_params(config, self.bias, self.multiplier, self.shift)
+        self.params = [int.from_bytes(word.tobytes(), "little") for word in params]
+        self.tables = rng.integers(-128, 128, (config.tables, 256))
+        tokens = {"empty": [], "one": [TOKENS - 1], "some": [2, 3, 5, 9],
+                  "all": range(TOKENS), "ragged": [10, 0, 1, 4, 7]}
+        self.queues = {expert: [(token, (0, 65535, 32768, self.draw.randrange(1 << 16))[i % 4])
+                                for i, token in enumerate(tokens[name])]
+                       for expert, name in EXPERTS.items()}
+        self.logits, self.setups, self.writes = [], [], 0
+
+    # The unit's ports, on the same arrays.
+
+    async def bench(self, ctx, unit):
+        reads = [(unit.activation_read, lambda a: _pack(self.activation[a], 8)),
+                 (unit.residual_read, lambda a: _pack(self.residual[a], 16)),
+                 (unit.weight_read, lambda a: _pack(self.weight[a].ravel(), 8)),
+                 (unit.param_read, self.params.__getitem__)]
+        writes = [(unit.activation_write.write, self.activation, 8),
+                  (unit.residual_write.write, self.residual, 16)]
+        readies = ([port.address.ready for port, _ in reads if port is not unit.weight_read]
+                   + [port.ready for port, _, _ in writes] + [unit.logits.ready, unit.route.ready])
+        ctx.set(unit.weight_read.address.ready, 1)
+        pending, entry, length, route_in = [None] * len(reads), None, 0, 0
+        sampled = ([s for port, _ in reads
+                    for s in (port.address.valid, port.address.ready, port.address.payload)]
+                   + [s for port, _, _ in writes for s in (port.valid, port.ready, port.payload)]
+                   + [unit.logits.valid, unit.logits.ready, unit.logits.payload,
+                      unit.route.valid, unit.route.ready, unit.route.payload,
+                      unit.queue.expert, unit.queue.index.valid, unit.queue.index.payload])
+        while True:
+            for ready in readies:
+                ctx.set(ready, self.draw.random() >= self.refuse)
+            values = iter((await ctx.tick().sample(*sampled))[2:])
+            for i, (port, look_up) in enumerate(reads):
+                valid, ready, address = next(values), next(values), next(values)
+                payload = Value.cast(port.data.payload)
+                # What is on the port when nothing arrives must not matter.
+                ctx.set(payload, self.draw.getrandbits(len(payload)) if pending[i] is None
+                        else pending[i])
+                ctx.set(port.data.valid, pending[i] is not None)
+                pending[i] = look_up(address) if valid and ready else None
+            for port, memory, bits in writes:
+                valid, ready, payload = next(values), next(values), next(values)
+                if valid and ready:
+                    self.writes += 1
+                    for cell in range(memory.shape[1]):
+                        if payload.mask >> cell & 1:
+                            memory[payload.address, cell] = _signed(
+                                payload.data >> bits * cell, bits)
+            valid, ready, payload = next(values), next(values), next(values)
+            ctx.set(unit.route_done, route_in == 1)
+            route_in = max(0, route_in - 1)
+            if valid and ready:
+                experts, rows = self.setups[-1].experts, self.setups[-1].rows
+                count = min(self.config.lanes, experts - payload.channel)
+                self.logits.append((payload.row, payload.channel, *payload.logits[:count]))
+                if len(self.logits) == rows * -(-experts // self.config.lanes):
+                    route_in = 9
+            valid, ready, payload = next(values), next(values), next(values)
+            if valid and ready:
+                self.setups.append(payload)
+            expert, valid, index = next(values), next(values), next(values)
+            ctx.set(unit.queue.length, length)
+            length = len(self.queues.get(expert, ()))
+            token, weight = entry or (self.draw.getrandbits(13), self.draw.getrandbits(16))
+            ctx.set(unit.queue.entry.payload, {"token": token, "weight": weight})
+            entry = self.queues[expert][index] if valid else None
+
+    # The same in numpy.
+
+    def execute(self, fields):
+        """Effects of LINEAR on the arrays; `fields` has every field. Returns the writes it takes."""
+        f, c = fields, self.config
+        queue = self.queues[f["expert"]] if f["queued"] else [(i, 0) for i in range(f["rows"])]
+        sources = [token if f["gather"] and f["queued"] else i for i, (token, _) in enumerate(queue)]
+        targets = [token if f["scatter"] and f["queued"] else i for i, (token, _) in enumerate(queue)]
+        if not queue or not f["channels"] or not f["source_words"]:
+            return 0
+        groups = -(-f["channels"] // c.outputs)
+        weight = self.weight[f["weight"]:][:groups * f["source_words"]]
+        weight = weight.reshape(groups, -1, c.outputs, c.depth).swapaxes(1, 2)
+        weight = weight.reshape(groups * c.outputs, -1)[:f["channels"]]
+        rows = [self.activation[f["source"] + row * f["source_stride"]:][:f["source_words"]].ravel()
+                for row in sources]
+        channels = slice(f["param"] * c.lanes, f["param"] * c.lanes + f["channels"])
+        bias, scale = self.bias[channels], (self.multiplier[channels], self.shift[channels])
+        values = (np.array(rows) @ weight.T + bias).astype(np.int32).astype(np.int64)
+
+        if f["target"] == Target.ROUTER:
+            for first in range(0, len(rows), c.tokens):
+                for base in range(0, f["channels"], c.outputs):
+                    for row in range(first, min(first + c.tokens, len(rows))):
+                        for channel in range(base, min(base + c.outputs, f["channels"]), c.lanes):
+                            self.logits.append((row, channel, *values[row, channel:][
+                                :min(c.lanes, f["channels"] - channel)].tolist()))
+            return 0
+        for row, target in enumerate(targets):
+            start = f["destination"] + target * f["destination_stride"]
+            if f["target"] == Target.ACTIVATION:
+                result = numerics.requantise(values[row], *scale)
+                if f["tabled"]:
+                    result = self.tables[f["table"]][result & 255]
+                self.activation[start:].reshape(-1)[:f["channels"]] = result
+            else:
+                result = numerics.requantise(values[row], *scale, bits=16)
+                if f["gated"] and f["queued"]:
+                    result = numerics.gated(result, queue[row][1])
+                flat = self.residual[start:].reshape(-1)[:f["channels"]]
+                flat[:] = numerics.accumulate_residual(flat, result) if f["accumulate"] else result
+        return len(rows) * -(-f["channels"] // c.lanes)
+
+
+def _pack(values, bits):
+    return sum((int(value) & (1 << bits) - 1) << bits * i for i, value in enumerate(values))
+
+
+def _signed(value, bits):
+    value &= (1 << bits) - 1
+    return value - (value >> bits - 1 << bits)
+
+
+def run(config, instructions, seed=1, refuse=0.0):
+    """Execute instructions one after another on unit and model, comparing everything after each.
+    Returns the cycles of each, from the one in which it is taken to `done`."""
+    machine, model = Machine(config, seed, refuse), Machine(config, seed)
+    unit, cycles = LinearUnit(config), []
+    every = {name: 0 for name, _ in FIELDS[Opcode.LINEAR]} | {"expert": 0}
+
+    async def host(ctx):
+        for table in range(config.tables):
+            for entry in range(256):
+                ctx.set(unit.table_write.payload,
+                        {"address": 256 * table + entry, "data": machine.tables[table][entry] & 255})
+                ctx.set(unit.table_write.valid, 1)
+                await ctx.tick()
+        ctx.set(unit.table_write.valid, 0)
+        for number, fields in enumerate(instructions):
+            fields = every | fields
+            writes, before = model.execute(fields), machine.writes
+            ctx.set(unit.engine.instruction.payload, fields)
+            ctx.set(unit.engine.instruction.valid, 1)
+            await ctx.tick().until(unit.engine.instruction.ready)
+            ctx.set(unit.engine.instruction.valid, 0)
+            taken = 1
+            while not ctx.get(unit.engine.done):
+                assert ctx.get(unit.engine.busy)
+                await ctx.tick()
+                taken += 1
+            cycles.append(taken)
+            where = f"instruction {number}: {fields}"
+            assert (machine.activation == model.activation).all(), where
+            assert (machine.residual == model.residual).all(), where
+            assert machine.logits == model.logits, where
+            assert machine.writes - before == writes, where
+            machine.logits.clear()
+            model.logits.clear()
+            await ctx.tick()
+            assert not ctx.get(unit.engine.done) and not ctx.get(unit.engine.busy), where
+        assert len(machine.setups) == sum(
+            f.get("target") == Target.ROUTER and f["rows"] > 0 for f in instructions)
+
+    async def surroundings(ctx):
+        await machine.bench(ctx, unit)
+
+    simulate(unit, host, (surroundings, True), deadline=60_000)
+    return cycles
+
+
+def cases(config, seed):
+    """Instructions of every target and row selection; their sizes vary with the seed."""
+    draw = random.Random(seed)
+
+    def case(target, words=None, channels=None, **fields):
+        words = words or draw.randint(1, config.row_words)
+        # Never a multiple of `outputs`, unless that is 1.
+        channels = channels or config.outputs * draw.randint(0, 2) + draw.randint(
+            1, max(1, config.outputs - 1))
+        activation = target == Target.ACTIVATION
+        stride = -(-channels // (config.depth if activation else config.lanes))
+        return dict(
+            target=target, rows=draw.randint(1, TOKENS), source=SOURCE, source_words=words,
+            source_stride=max(words, draw.randint(3, 8)), channels=channels,
+            weight=draw.randrange(16), param=draw.randrange(8),
+            destination=HIDDEN if activation else RESIDUAL,
+            destination_stride=stride + draw.randint(0, 2)) | fields
+
+    yield case(Target.ACTIVATION)
+    yield case(Target.ACTIVATION, rows=1, tabled=1, table=1)
+    yield case(Target.RESIDUAL, channels=3 * config.outputs)
+    yield case(Target.RESIDUAL, accumulate=1, words=1)
+    yield case(Target.ROUTER)
+    yield case(Target.ACTIVATION, rows=0)
+    yield case(Target.ROUTER, rows=0)
+    for expert in EXPERTS:
+        yield case(Target.ACTIVATION, queued=1, gather=1, expert=expert, tabled=1)
+        yield case(Target.RESIDUAL, queued=1, scatter=1, gated=1, accumulate=1, expert=expert)
+    yield case(Target.RESIDUAL, queued=1, gather=1, scatter=1, expert=3)
+    yield case(Target.RESIDUAL, queued=1, gated=1, expert=4)
+    yield case(Target.RESIDUAL, accumulate=1, gated=1, gather=1, scatter=1, expert=2)
+
+
+SHAPES = [(3, 5, 6, 1), (2, 4, 8, 2), (1, 1, 1, 1), (5, 6, 9, 3), (1, 6, 4, 2), (4, 4, 4, 4),
+          (2, 8, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("refuse", [0.0, 0.4], ids=("steady", "stalling"))
+def test_matches_numerics(shape, refuse):
+    run(config(*shape), list(cases(config(*shape), seed=sum(shape))), refuse=refuse)

@@ -1,0 +1,218 @@
+"""NORM against `numerics`: every mode, ragged rows, stalls on every port, chained instructions."""
+
+import collections
+import random
+
+import numpy as np
+import pytest
+from amaranth.hdl import Value
+
+from moeware.hw.arch import numerics
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import NormMode
+from moeware.hw.arch.layout import pack_params
+from moeware.hw.norm import NormUnit
+
+from .simulate import simulate
+
+
+def config(**sizes):
+    base = dict(tokens=2, outputs=16, depth=8, queries=2, lanes=2, bus_bytes=2, activation_banks=1,
+                activation_words=1024, residual_words=1024, weight_words=64, param_words=64,
+                tables=1, row_words=64, max_rows=256, max_experts=16, max_chosen=2, queue=2)
+    return Config(**base | sizes)
+
+
+def norm(**fields):
+    return dict(rows=1, mode=NormMode.LAYER, channels=1, source=0, source_stride=0, destination=0,
+                destination_stride=0, param=0, epsilon=0) | fields
+
+
+class Memories:
+    """Random contents of the memories that the unit reads."""
+
+    def __init__(self, sizes, seed, loud=False):
+        draw = np.random.default_rng(seed)
+        lanes = sizes.lanes
+        limit = 1 << 15 if loud else 1000
+        self.residual = draw.integers(-limit, limit, (sizes.residual_words, lanes))
+        count = sizes.param_words * lanes
+        self.bias = draw.integers(-3000, 3000, count)
+        self.multiplier = draw.integers(0, 1 << 16, count)
+        self.shift = draw.integers(15, 24, count)
+        self.params = pack_params(sizes, self.bias, self.multiplier, self.shift)
+
+
+def execute(sizes, memories, instruction):
+    """The words that an instruction writes, by address, by `numerics`."""
+    lanes, depth = sizes.lanes, sizes.depth
+    channels, result = instruction["channels"], {}
+    for i in range(instruction["rows"] if channels else 0):
+        words = -(-channels // lanes)
+        start = instruction["source"] + i * instruction["source_stride"]
+        x = memories.residual[start:start + words].reshape(-1)[:channels]
+        if instruction["mode"] != NormMode.SCALE:
+            x = numerics.normalise(x, channels, instruction["epsilon"],
+                                   centred=instruction["mode"] == NormMode.LAYER)
+        c = instruction["param"] * lanes + np.arange(channels)
+        y = numerics.requantise(x + memories.bias[c], memories.multiplier[c], memories.shift[c])
+        row = np.zeros(-(-channels // depth) * depth, np.uint8)
+        row[:channels] = y.astype(np.int8).view(np.uint8)
+        start = instruction["destination"] + i * instruction["destination_stride"]
+        result |= enumerate(row.reshape(-1, depth), start)
+    return result
+
+
+def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
+    """Runs instructions and compares what each wrote; every port refuses with probability `refuse`,
+    and instructions come late with probability `gaps`. Returns counts."""
+    dut = NormUnit(sizes)
+    draw = random.Random(7)
+    activation = {}
+    state = {"done": 0, "cycles": 0, "writes": 0, "stalled": 0}
+    running = lambda: state["done"] < len(instructions)  # noqa: E731
+
+    def reader(port, words):
+        raw = [int.from_bytes(word.tobytes(), "little") for word in words]
+
+        async def bench(ctx):
+            data, garbage = Value.cast(port.data.payload), draw.getrandbits(16)
+            under_way = collections.deque([None])
+            while running():
+                ready = draw.random() >= refuse
+                ctx.set(port.address.ready, ready)
+                *_, valid, address = await ctx.tick().sample(port.address.valid, port.address.payload)
+                under_way.append(raw[address] if valid and ready else None)
+                word = under_way.popleft()
+                ctx.set(port.data.valid, word is not None)
+                ctx.set(data, garbage if word is None else word)
+        return bench
+
+    async def writer(ctx):
+        write = dut.activation_write.write
+        while running():
+            ready = draw.random() >= refuse
+            ctx.set(write.ready, ready)
+            *_, valid, address, data, mask = await ctx.tick().sample(
+                write.valid, write.p.address, write.p.data, write.p.mask)
+            if valid and ready:
+                state["writes"] += 1
+                value = np.frombuffer(data.to_bytes(sizes.depth, "little"), np.uint8)
+                assert mask == (1 << sizes.depth) - 1
+                activation[address] = value
+
+    async def sequencer(ctx):
+        for instruction in instructions:
+            while draw.random() < gaps:
+                await ctx.tick()
+            ctx.set(dut.engine.instruction.payload, instruction)
+            ctx.set(dut.engine.instruction.valid, 1)
+            await ctx.tick().until(dut.engine.instruction.ready)
+            ctx.set(dut.engine.instruction.valid, 0)
+
+    async def observer(ctx):
+        while running():
+            *_, done, busy, stalled = await ctx.tick().sample(
+                dut.engine.done, dut.engine.busy, dut.engine.stalled)
+            state["cycles"] += 1
+            state["stalled"] += stalled
+            assert busy or not (done or stalled)
+            if done:
+                # All that it writes is there when it is done; the next may be ahead, elsewhere.
+                expected = execute(sizes, memories, instructions[state["done"]])
+                for address, word in expected.items():
+                    assert np.array_equal(activation[address], word), (state, address)
+                state["done"] += 1
+        for _ in range(30):  # nothing comes after the last
+            assert not ctx.get(dut.engine.done) and not ctx.get(dut.activation_write.write.valid)
+            await ctx.tick()
+        assert not ctx.get(dut.engine.busy)
+
+    simulate(dut, reader(dut.statistics_read, memories.residual.astype("<i2")),
+             reader(dut.residual_read, memories.residual.astype("<i2")),
+             reader(dut.param_read, memories.params), writer, sequencer, observer)
+    wanted = {a for i in instructions for a in execute(sizes, memories, i)}
+    assert activation.keys() == wanted
+    return state
+
+
+SHAPES = [
+    dict(lanes=1, depth=1, outputs=1), dict(lanes=1, depth=4, outputs=4), dict(lanes=2, depth=8),
+    dict(lanes=4, depth=4), dict(lanes=3, depth=6, outputs=6), dict(lanes=8, depth=16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("refuse", [0.0, 0.4])
+def test_matches_numerics(shape, refuse):
+    sizes = config(**shape)
+    memories = Memories(sizes, seed=1, loud=sizes.lanes == 4)
+    instructions = []
+    for index, (mode, channels) in enumerate(
+            [(NormMode.LAYER, 21), (NormMode.RMS, 16), (NormMode.SCALE, 13), (NormMode.LAYER, 1),
+             (NormMode.RMS, 2 * sizes.depth + 1), (NormMode.LAYER, sizes.lanes)]):
+        words = -(-channels // sizes.depth)
+        instructions.append(norm(
+            rows=3, mode=mode, channels=channels, source=7 + 11 * index, source_stride=23,
+            destination=150 * index + 5, destination_stride=words + index, param=index,
+            epsilon=(0, 5000, 1 << 33)[index % 3]))
+    run(sizes, memories, instructions, refuse, gaps=refuse)
+
+
+def test_extreme_values():
+    sizes = config(residual_words=1200, depth=4, param_words=1024, outputs=4)
+    memories = Memories(sizes, seed=2)
+    memories.multiplier[:], memories.shift[:], memories.bias[:] = 3000, 24, 0
+    memories.params = pack_params(sizes, memories.bias, memories.multiplier, memories.shift)
+    rows = memories.residual
+    rows[:1024] = -1 << 15  # the largest sums: 2,047 times the most negative value
+    rows[1024:1032] = 0
+    rows[1032:1040] = 77
+    rows[1040:1048] = [[32767, -32768]] * 8
+    rows[1048:1056] = 0
+    rows[1055] = [1, 0]
+    instructions = [norm(mode=mode, channels=2047, source=0, destination=0, epsilon=epsilon)
+                    for mode, epsilon in ((NormMode.RMS, (1 << 48) - 1), (NormMode.LAYER, 0))]
+    for index, (mode, epsilon) in enumerate(
+            [(mode, epsilon) for mode in (NormMode.LAYER, NormMode.RMS)
+             for epsilon in (0, 1, (1 << 48) - 1)]):
+        instructions.append(norm(rows=4, mode=mode, channels=16, source=1024, source_stride=8,
+                                 destination=520 + 16 * index, destination_stride=4,
+                                 epsilon=epsilon))
+    run(sizes, memories, instructions)
+
+
+def test_empty_instructions():
+    sizes = config()
+    memories = Memories(sizes, seed=3)
+    instructions = [norm(rows=0, channels=8), norm(rows=2, channels=0, mode=NormMode.RMS),
+                    norm(rows=2, channels=10, source_stride=5, destination_stride=2),
+                    norm(rows=0, channels=0, mode=NormMode.SCALE),
+                    norm(rows=1, channels=9, mode=NormMode.SCALE, destination=9)]
+    state = run(sizes, memories, instructions)
+    assert state["writes"] == 2 * 2 + 2
+
+
+@pytest.mark.parametrize("mode, channels, rows", [
+    (NormMode.LAYER, 96, 12), (NormMode.RMS, 95, 12), (NormMode.SCALE, 96, 12),
+    (NormMode.LAYER, 16, 30), (NormMode.SCALE, 16, 30)])
+def test_rate(mode, channels, rows):
+    sizes = config()
+    memories = Memories(sizes, seed=4)
+    state = run(sizes, memories, [norm(
+        rows=rows, mode=mode, channels=channels, source_stride=30, destination_stride=12)])
+    print(mode, channels, rows, state)
+    period = max(-(-channels // sizes.lanes), NormUnit.ROW_INTERVAL)
+    assert state["cycles"] <= (rows + 1) * period + 90
+    assert state["writes"] == rows * -(-channels // sizes.depth)  # whole words, each once
+    assert not state["stalled"]
+
+
+def test_instructions_overlap():
+    sizes = config()
+    memories = Memories(sizes, seed=5)
+    instructions = [norm(rows=2, channels=96, source=48 * i, source_stride=48, destination=24 * i,
+                         destination_stride=12) for i in range(8)]
+    state = run(sizes, memories, instructions)
+    print(state)
+    assert state["cycles"] <= (2 * 8 + 1) * 48 + 90 + 8 * 30

@@ -1,0 +1,208 @@
+"""The PyTorch path against a plain numpy evaluation of the quantised graph, exactly."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from moeware.hw.arch.isa import Memory, NormMode
+from moeware.runtime import torch_arithmetic, torch_path
+from moeware.runtime.device import DeviceError, open_device
+from moeware.runtime.torch_path import TorchDevice
+
+from .reference import Graph, evaluate
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "int8"])
+def int8_products(request, monkeypatch):
+    if request.param and not torch_arithmetic.INT8_PRODUCTS:
+        request.param = False  # this CPU has one way only
+    monkeypatch.setattr(torch_arithmetic, "INT8_PRODUCTS", request.param)
+
+
+def compare(graph: Graph, frames: int = 3) -> dict[str, np.ndarray]:
+    """Runs all of `graph` on PyTorch; returns the tensors, which are those of the reference."""
+    program = graph.program(graph.operations[-1].output)
+    inputs = graph.integers(frames)
+    found = TorchDevice().run(program, program.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for op in graph.operations:
+        assert found[op.output].dtype == np.int64
+        np.testing.assert_array_equal(found[op.output], expected[op.output], err_msg=op.output)
+    return found
+
+
+def transformer(graph: Graph, tokens: int, depth: int, width: int, heads: int, key_heads: int, *,
+                hidden: int, experts: int, chosen: int, causal: bool = False,
+                mode: NormMode = NormMode.LAYER) -> None:
+    """One block with a class token, dense and expert halves, pooling and a head."""
+    patches = graph.input(tokens, depth)
+    x = graph.constant(tokens + 1, heads * width)
+    x = graph.add_linear(patches, x, heads * width, first_row=1)
+    y = graph.norm(x, mode)
+    q, k, v = (graph.linear(y, n * width) for n in (heads, key_heads, key_heads))
+    x = graph.add_linear(graph.attention(q, k, v, heads, key_heads, causal=causal), x, heads * width)
+    x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, heads * width)
+    y = graph.norm(x, mode)
+    x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden)
+    y = graph.norm(x, mode)
+    pooled = graph.attention(None, y, y, 1, 1)
+    graph.add_linear(pooled, None, 7)
+
+
+@pytest.mark.parametrize("gain", [1, 6], ids=["fitting", "saturating"])
+@pytest.mark.parametrize("sizes", [
+    dict(tokens=7, depth=5, width=3, heads=4, key_heads=2, hidden=9, experts=5, chosen=2),
+    dict(tokens=1, depth=1, width=1, heads=1, key_heads=1, hidden=1, experts=1, chosen=1),
+    dict(tokens=16, depth=24, width=16, heads=3, key_heads=3, hidden=33, experts=16, chosen=4,
+         causal=True, mode=NormMode.RMS),
+    dict(tokens=4, depth=6, width=5, heads=6, key_heads=4, hidden=3, experts=3, chosen=3)],
+    ids=["odd", "one", "causal", "all-experts"])
+def test_transformer(int8_products, sizes, gain):
+    for seed in range(3):
+        graph = Graph(seed, gain=gain)
+        transformer(graph, **sizes)
+        compare(graph)
+
+
+@pytest.mark.parametrize("depth", [1024, 1025, 3000])
+def test_deep_product(int8_products, depth):
+    graph = Graph(depth)
+    source = graph.input(3, depth)
+    graph.linear(source, 5)
+    graph.route(source, 4, 2)
+    graph.add_linear(source, None, 6)
+    compare(graph)
+
+
+def test_products_at_the_limits(int8_products):
+    graph = Graph(0)
+    source = graph.input(2, 2048)
+    graph.add_linear(source, None, 2)
+    graph.operations[0].weight[:] = -128
+    program = graph.program(graph.operations[0].output)
+    inputs = {source: np.full((1, 2, 2048), -128)}
+    inputs[source][0, 1] = 127
+    found = TorchDevice().run(program, program.steps[0], inputs)
+    expected = evaluate(graph.operations, inputs)
+    np.testing.assert_array_equal(found["addlinear0"], expected["addlinear0"])
+
+
+@pytest.mark.parametrize("mode", list(NormMode))
+@pytest.mark.parametrize("channels", [1, 2, 31, 1200])
+def test_norm(mode, channels):
+    for first_row, epsilon in ((0, 0), (2, 1), (1, (1 << 48) - 1)):
+        graph = Graph(channels)
+        source = graph.input(5, channels, Memory.RESIDUAL)
+        graph.norm(source, mode, first_row=first_row, rows=3, epsilon=epsilon)
+        compare(graph)
+
+
+def test_norm_of_special_rows():
+    rows = np.array([[0] * 6, [5] * 6, [32767] * 6, [-32768] * 6, [0, 0, 0, 0, 0, 1],
+                     [-32768, 32767] * 3, [-32768] * 5 + [32767]])
+    for mode in NormMode:
+        graph = Graph(1, gain=1)
+        source = graph.input(*rows.shape, Memory.RESIDUAL)
+        output = graph.norm(source, mode, epsilon=0)
+        program = graph.program(output)
+        found = TorchDevice().run(program, program.steps[0], {source: rows[None]})
+        expected = evaluate(graph.operations, {source: rows[None]})
+        np.testing.assert_array_equal(found[output], expected[output])
+
+
+def test_one_loud_channel_saturates_int16():
+    rows = np.zeros((1, 1, 2000), np.int64)
+    rows[0, 0, 7] = 30000
+    graph = Graph(2)
+    source = graph.input(1, 2000, Memory.RESIDUAL)
+    output = graph.norm(source, NormMode.RMS, epsilon=0)
+    program = graph.program(output)
+    found = TorchDevice().run(program, program.steps[0], {source: rows})
+    np.testing.assert_array_equal(found[output], evaluate(graph.operations, {source: rows})[output])
+
+
+@pytest.mark.parametrize("multiplier, shift", [(0, 1), (1, 47), (65535, 1), (40000, 14), (40000, 22)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_scale(multiplier, shift, causal):
+    graph = Graph(shift)
+    q, k, v = graph.input(5, 12), graph.input(9, 6), graph.input(9, 6)
+    graph.attention(q, k, v, 4, 2, causal=causal, multiplier=multiplier, shift=shift)
+    compare(graph)
+
+
+def test_attention_over_many_keys():
+    graph = Graph(3)
+    q, k, v = graph.input(2, 8), graph.input(300, 8), graph.input(300, 8)
+    graph.attention(q, k, v, 1, 1, multiplier=0)  # all alike: sums above 2**24
+    graph.attention(q, k, v, 2, 2)
+    graph.attention(None, k, v, 1, 1)
+    compare(graph, frames=2)
+
+
+@pytest.mark.parametrize("over_chosen", [False, True])
+def test_ties_go_to_the_lower_expert(over_chosen):
+    graph = Graph(4)
+    source = graph.input(6, 8)
+    equal = np.repeat(graph.int8(3, 8), 5, axis=0)
+    graph.route(source, 15, 4, over_chosen=over_chosen, weight=equal, bias=np.zeros(15, np.int32))
+    route = compare(graph)["route0"]
+    assert (route[..., :3, 0] % 5 == [0, 1, 2]).all()
+
+
+def test_experts_without_rows():
+    graph = Graph(5)
+    source, residual = graph.input(6, 8), graph.input(6, 10, Memory.RESIDUAL)
+    bias = np.full(9, -1 << 24, np.int32)
+    bias[[2, 7]] = 1 << 24, (1 << 24) + 1
+    route = graph.route(source, 9, 2, bias=bias)
+    graph.experts(source, residual, route, 9, 5, table=False)
+    chosen = compare(graph)[route][..., 0]
+    assert (chosen == [7, 2]).all()
+
+
+def test_logits_beyond_float32_are_told_apart():
+    graph = Graph(6)
+    source = graph.input(4, 3)
+    graph.route(source, 3, 2, weight=np.zeros((3, 3), np.int8),
+                bias=np.array([2 ** 30, 2 ** 30 + 1, 2 ** 31 - 1], np.int32))
+    assert (compare(graph)["route0"][..., 0] == [2, 1]).all()
+
+
+def test_frames_in_chunks_agree(monkeypatch):
+    graph = Graph(7)
+    transformer(graph, 5, 6, 4, 2, 1, hidden=8, experts=4, chosen=2)
+    whole = compare(graph, frames=7)
+    monkeypatch.setattr(torch_path, "CHUNK_BYTES", 1500)
+    program = graph.program(graph.operations[-1].output)
+    graph.random = np.random.default_rng(0)
+    inputs, seen = graph.integers(7), []
+    found = TorchDevice().run(program, program.steps[0], inputs,
+                              progress=lambda done, total: seen.append((done, total)))
+    assert len(seen) > 2 and seen[-1] == (7, 7)
+    expected = evaluate(graph.operations, inputs)
+    np.testing.assert_array_equal(found["addlinear16"], expected["addlinear16"])
+    assert list(found) == ["addlinear16"] and whole["addlinear16"].shape == (7, 1, 7)
+
+
+def test_prepared_steps_are_forgotten_with_their_program():
+    device = TorchDevice()
+    for seed in range(3):
+        graph = Graph(seed)
+        graph.linear(graph.input(2, 3), 4)
+        program = graph.program("linear0")
+        device.run(program, program.steps[0], graph.integers(1))
+    del program, graph
+    gc.collect()
+    assert not device._prepared
+
+
+def test_inputs_must_be_those_of_the_step():
+    graph = Graph(0)
+    graph.linear(graph.input(2, 3), 4)
+    program = graph.program("linear0")
+    device = open_device("torch", None)
+    for inputs in ({}, {"input0": np.zeros((0, 2, 3))}, {"input0": np.zeros((1, 3, 2))},
+                   {"other": np.zeros((1, 2, 3))}):
+        with pytest.raises(DeviceError, match="Inputs of a device step must be"):
+            device.run(program, program.steps[0], inputs)
