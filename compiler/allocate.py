@@ -23,7 +23,8 @@ def rings(lowered: Lowered, config: Config) -> None:
 
 def allocate(lowered: Lowered, config: Config) -> Lowered:
     """Place activation and residual buffers: lowest free address over the buffer's lifetime, an
-    activation buffer in its bank where there is room.
+    activation buffer in its bank where there is room. Where banks leave gaps that are too small,
+    all are placed without regard to them.
 
     Raises
     ------
@@ -31,23 +32,33 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
         A buffer does not fit: which, and by how much.
     """
     lifetimes = _lifetimes(lowered)
-    banks = config.activation_banks * config.activation_words
-    for memory, words in ((Memory.ACTIVATION, banks), (Memory.RESIDUAL, config.residual_words)):
-        placed: list[Buffer] = []
-        for buffer in lowered.buffers:
-            if buffer.memory is not memory:
-                continue
-            first, last = lifetimes[id(buffer)]
-            live = [other for other in placed
-                    if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1]]
-            start = buffer.bank * config.activation_words if memory is Memory.ACTIVATION else 0
-            buffer.address = _lowest(buffer.words, live, start, words)
-            if buffer.address is None:
-                buffer.address = _lowest(buffer.words, live, 0, words)
-            if buffer.address is None:
-                _refuse(buffer, live, words)
-            placed.append(buffer)
+    bank = config.activation_words
+    for memory, words in ((Memory.ACTIVATION, config.activation_banks * bank),
+                          (Memory.RESIDUAL, config.residual_words)):
+        buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
+        if memory is Memory.RESIDUAL or not _place(buffers, lifetimes, words, bank):
+            if not _place(buffers, lifetimes, words, 0):
+                _refuse(buffers, lifetimes, words)
     return lowered
+
+
+def _place(buffers: list[Buffer], lifetimes, words: int, bank: int) -> bool:
+    """First fit, from the start of each buffer's bank; whether all have an address."""
+    placed: list[Buffer] = []
+    for buffer in buffers:
+        live = _beside(buffer, placed, lifetimes)
+        address = _lowest(buffer.words, live, buffer.bank * bank, words)
+        buffer.address = _lowest(buffer.words, live, 0, words) if address is None else address
+        if buffer.address is None:
+            return False
+        placed.append(buffer)
+    return True
+
+
+def _beside(buffer: Buffer, placed: list[Buffer], lifetimes) -> list[Buffer]:
+    first, last = lifetimes[id(buffer)]
+    return [other for other in placed
+            if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1]]
 
 
 def _lifetimes(lowered: Lowered) -> dict[int, tuple[int, int]]:
@@ -71,10 +82,12 @@ def _lowest(words: int, live: list[Buffer], start: int, end: int) -> int | None:
     return address if address + words <= end else None
 
 
-def _refuse(buffer: Buffer, live: list[Buffer], words: int) -> None:
+def _refuse(buffers: list[Buffer], lifetimes, words: int) -> None:
+    """Name the buffer that `_place` found no room for."""
+    number, buffer = next((n, b) for n, b in enumerate(buffers) if b.address is None)
+    live = _beside(buffer, buffers[:number], lifetimes)
     name = buffer.memory.name.lower()
-    taken = sum(other.words for other in live)
-    short = buffer.words + taken - words
+    short = buffer.words + sum(other.words for other in live) - words
     others = ", ".join(f"{other.name} ({other.words})" for other in live) or "nothing"
     how = f"{short} words too many" if short > 0 else "too fragmented"
     raise CompileError(

@@ -5,6 +5,7 @@ import dataclasses
 from moeware.compiler.allocate import place_blocks
 from moeware.compiler.lowered import Block, Instr, Lowered, Span
 from moeware.compiler.synchronise import synchronise
+from moeware.compiler.verify import verify_tokens
 from moeware.hw.arch import isa
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import DeviceStep
@@ -18,8 +19,9 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
     image = bytearray(constants)
     result = []
     for lowered, entry in zip(steps, entries):
-        code = bytearray()
-        for instr, (wait, signal) in zip(lowered.instructions, synchronise(lowered, config)):
+        code, masks = bytearray(), synchronise(lowered, config)
+        verify_tokens(masks, [instr.engine for instr in lowered.instructions], config)
+        for instr, (wait, signal) in zip(lowered.instructions, masks):
             code += isa.encode(_resolve(instr, wait, signal))
         code += isa.encode(isa.Instruction(isa.Opcode.END, {}))
         image[entry:entry + len(code)] = code

@@ -14,6 +14,7 @@ import onnxscript.optimizer
 from google.protobuf.message import DecodeError
 
 from moeware.compiler.errors import CompileError
+from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
 
 OPSETS = range(17, 25)
@@ -33,9 +34,10 @@ def load(path: str | Path) -> ir.Model:
         proto = _read(path)
         _check_opset(proto)
         _load_external_data(proto, path)
+        _fix_batch(proto)
         _check_proto(proto, path)
         _check_weights(proto)
-        _fix_batch(proto)
+        _forget_shapes(proto)
         return _simplify(proto)
     except CompileError:
         raise
@@ -170,7 +172,10 @@ def _fix_batch(proto: onnx.ModelProto) -> None:
                     f"Axis {axis} of graph input {value.name!r} must be positive, not "
                     f"{dimension.dim_value}; export with a non-empty example input"
                 )
-    # Shapes recorded for the exported batch are stale now; inference writes them anew.
+
+
+def _forget_shapes(proto: onnx.ModelProto) -> None:
+    """Shapes recorded for the exported batch are stale; inference writes them anew."""
     del proto.graph.value_info[:]
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
@@ -197,6 +202,7 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     passes.TopologicalSortPass()(model)
     passes.NameFixPass()(model)
     inferred = passes.ShapeInferencePass()(model).model
+    refuse_baked_counts(inferred)
     for node in inferred.graph:
         for value in node.outputs:
             if value.shape is not None and any(size == 0 for size in value.shape):

@@ -13,6 +13,7 @@ the residual stream int16 on one grid. Three exact identities are used before an
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,12 +67,12 @@ class Embedding:
     patches: ir.Node
 
 
-def quantise(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value],
+def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
              calibration: Calibration) -> QuantisedStep:
     """Quantise the nodes of one device step.
 
-    nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : the
-    step's values.
+    nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
+    the values that enter and leave the step.
 
     Raises
     ------
@@ -83,7 +84,9 @@ def quantise(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Valu
 
 class _Quantiser:
     def __init__(self, nodes, inputs, outputs, calibration: Calibration):
-        self.nodes, self.inputs, self.outputs = nodes, inputs, outputs
+        named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
+        self.nodes = nodes
+        self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
         self.calibration = calibration
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}

@@ -58,8 +58,9 @@ class _Tiler:
             getattr(self, f"_{type(operation).__name__}")(operation)
             if trace and operation.output in self.buffers:
                 probes.append(self._probe(operation))
-        for port in self.step.outputs:
-            outputs.append((port, self._store(port.tensor, port.region, port.name)))
+            # At once, as the stream is updated in place.
+            outputs += [(port, self._store(port.tensor, port.region, port.name))
+                        for port in self.step.outputs if port.tensor == operation.output]
         return Lowered(self.instructions, inputs, outputs, probes, self.step.operations, self.macs)
 
     # Tensors
@@ -262,8 +263,7 @@ class _Tiler:
                 if residual in (getattr(op, "residual", None), getattr(op, "source", None))]
         writers = [op.name for op in self.step.operations
                    if getattr(op, "residual", None) == residual]
-        if len(writers) > 1 or uses[-1] != writers[0] or any(
-                port.tensor == residual for port in self.step.outputs):
+        if len(writers) > 1 or uses[-1] != writers[0]:
             raise CompileError(f"Residual {residual!r} must not be used after {writers[0]!r} adds to "
                                f"it, but {uses} use it")
         self.buffers[output], self.shapes[output] = self.buffers[residual], self.shapes[residual]

@@ -16,7 +16,7 @@ BURST_BYTES = 256  # a power of two that divides a page; the buffer holds two
 
 
 def dispatched_layout(opcode: Opcode) -> data.StructLayout:
-    """An instruction on its way to its engine: what the sequencer uses, and what the engine does."""
+    """An instruction on its way to its engine: what the sequencer uses, what the engine does."""
     return data.StructLayout({"wait": 5, "signal": 5, "conditional": 1,
                               "fields": fields_layout(opcode)})
 
@@ -136,7 +136,8 @@ class Fetch(wiring.Component):
 
         command = self.read_command
         length = beats - position[:low]
-        ask = running & ~command.valid & (reserved <= beats)
+        # Only once a word of the last burst is taken: what came before that held no END.
+        ask = running & ~command.valid & (reserved < beats)
         with m.If(ask):
             m.d.sync += [command.valid.eq(1), command.p.address.eq(position << shift),
                          command.p.beats.eq(length), position.eq(position + length)]

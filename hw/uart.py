@@ -52,7 +52,8 @@ class BitClock(wiring.Component):
 class UARTReceiver(wiring.Component):
     """Bytes from a serial line.
 
-    A byte appears in the middle of its stop bit; one whose stop bit is 0 is dropped. There is no
+    A byte appears in the middle of its stop bit; one whose stop bit is 0 is dropped, and the line
+    must be 1 before the next one. There is no
     back-pressure on a line: a byte that is not taken before the next one arrives is lost.
 
     Members
@@ -77,14 +78,17 @@ class UARTReceiver(wiring.Component):
 
         shift = Signal(9)  # start bit and data, newest on top
         bits_left = Signal(range(11))
+        was_idle = Signal()  # only a falling edge starts a byte: not the rest of a long 0
         with m.If(self.bytes.ready):
             m.d.sync += self.bytes.valid.eq(0)
         with m.If(bits_left == 0):
             m.d.comb += clock.restart.eq(1)
-            with m.If(~line):
+            m.d.sync += was_idle.eq(line)
+            with m.If(~line & was_idle):
                 m.d.sync += bits_left.eq(10)
         with m.Elif(clock.tick):
-            m.d.sync += [shift.eq(Cat(shift[1:], line)), bits_left.eq(bits_left - 1)]
+            m.d.sync += [shift.eq(Cat(shift[1:], line)), bits_left.eq(bits_left - 1),
+                         was_idle.eq(line)]
             with m.If((bits_left == 10) & line):
                 m.d.sync += bits_left.eq(0)  # a spike, not a start bit
             with m.If((bits_left == 1) & line):

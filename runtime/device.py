@@ -88,12 +88,11 @@ def open_device(name: str, config: Config | None, **options) -> Device:
     return _factories[name](config, **options)
 
 
-def check_digest(device: str, found: int, config: Config | None, program: Program) -> None:
-    """That a device with the digest `found` is what `program` was compiled for.
+def check_digest(device: str, found: int, config: Config | None, wanted: Config) -> None:
+    """That a device with the digest `found` runs programs of the configuration `wanted`.
 
     config : the device's, where it is known.
     """
-    wanted = program.config
     if found != wanted.digest:
         of_device = f" ({config.to_dict()})" if config is not None else ""
         raise DeviceError(

@@ -12,7 +12,7 @@ import torch
 from moeware.hw.arch import numerics
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["HALF", "Product", "Scale", "gate_weight_table", "inverse", "probability_table",
+__all__ = ["HALF", "Product", "Scale", "exponent", "gate_weight_table", "inverse", "probability_table",
            "top_experts"]
 
 FLOAT32_DEPTH = 1 << (24 - 14)  # int8 products, each at most 2**14, whose sum float32 holds
@@ -35,30 +35,36 @@ INT8_PRODUCTS = _exact_int8_products()
 
 
 class Product:
-    """``source @ weight.T`` for int8 source [rows, depth] and weight [channels, depth]: float64
-    [rows, channels].
+    """``source @ weight.T`` for int8 source [rows, depth] and weight [channels, depth].
 
-    int8_products : use the CPU's int8 instructions; otherwise float32 products, in parts of the
-    depth whose sums are exact.
+    It uses the CPU's int8 instructions where there are any; otherwise float32 products, in parts of
+    the depth whose sums are exact.
     """
 
-    def __init__(self, weight: np.ndarray, *, int8_products: bool | None = None):
-        self.int8_products = INT8_PRODUCTS if int8_products is None else int8_products
-        turned = torch.from_numpy(np.ascontiguousarray(np.asarray(weight, np.int8).T))
+    def __init__(self, weight: np.ndarray):
+        # PyTorch 2.13's int8 product takes a depth of 1 for a transposed matrix, and is wrong.
+        self.int8_products = INT8_PRODUCTS and weight.shape[1] > 1
+        turned = torch.tensor(np.asarray(weight, np.int8).T.copy())
         if self.int8_products:
             self.parts = [turned]
         else:
             self.parts = [part.float() for part in turned.split(FLOAT32_DEPTH)]
 
-    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+    def sums(self, source: torch.Tensor) -> torch.Tensor:
+        """[rows, channels], exact, in the type that is fastest."""
         if self.int8_products:
-            return torch._int_mm(source, self.parts[0]).double()
+            # It takes strides at their word, even those of an axis of length 1, which can be anything.
+            plain = source.contiguous().view(-1).view(source.shape)
+            return torch._int_mm(plain, self.parts[0])
         real = source.float()
-        total = torch.mm(real[:, :FLOAT32_DEPTH], self.parts[0]).double()
-        for number, part in enumerate(self.parts[1:], 1):
-            start = number * FLOAT32_DEPTH
-            total += torch.mm(real[:, start:start + FLOAT32_DEPTH], part)
-        return total
+        if len(self.parts) == 1:
+            return torch.mm(real, self.parts[0])
+        return sum(torch.mm(columns, part).double()
+                   for columns, part in zip(real.split(FLOAT32_DEPTH, 1), self.parts))
+
+    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        """`sums` as float64."""
+        return self.sums(source).double()
 
 
 class Scale:
@@ -119,13 +125,19 @@ def gate_weight_table() -> torch.Tensor:
     return torch.from_numpy(numerics.exp2_weight(steps).astype(np.float64))
 
 
-def inverse(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(r, 2**(1 - e))`` with (r, e) from `numerics.reciprocal` of float64 integers.
+def exponent(value: torch.Tensor) -> torch.Tensor:
+    """`numerics.bit_length` of float64 integers, int64: the exponent field of their bits."""
+    return (value.view(torch.int64) >> 52).sub_(1022).clamp_(min=0)
 
-    With total = f * 2**e, f from frexp: 2**(e + 15) / total = 2**15 / f, whose distance from the
+
+def inverse(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(r, 2**(1 - e))`` with (r, e) from `numerics.reciprocal` of positive float64 integers.
+
+    With total = f * 2**e, 1/2 <= f < 1: 2**(e + 15) / total = 2**15 / f, whose distance from the
     next integer is at least 2**-32 unless it is one, so that a float64 quotient has the same floor.
     """
-    fraction = torch.frexp(total).mantissa
+    mantissa = (total.view(torch.int64) & ((1 << 52) - 1)) | (1022 << 52)
+    fraction = mantissa.view(torch.float64)
     return (32768 / fraction).floor_().clamp_(max=65535), 2 * fraction / total
 
 

@@ -15,7 +15,7 @@ from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.quantised import Affine
 
 from .torch_arithmetic import (
-    HALF, Product, Scale, gate_weight_table, inverse, probability_table, to_int8, top_experts,
+    HALF, Product, Scale, exponent, gate_weight_table, inverse, probability_table, to_int8, top_experts,
 )
 
 __all__ = ["Values", "prepare"]
@@ -85,7 +85,7 @@ def _(op: quantised.Norm):
         if op.mode is NormMode.LAYER:
             total = row.sum(-1, keepdim=True)
             variance -= total * total
-        half = (torch.frexp(variance).exponent.view(-1) + 1).bitwise_right_shift_(1)
+        half = (exponent(variance).view(-1) + 1) >> 1
         root = (variance * align.index_select(0, half).view(-1, 1)).floor_().sqrt_().floor_()
         step = (4294967296.0 / root.clamp_(min=1)).floor_()
         step *= drop.index_select(0, half).view(-1, 1)
@@ -105,8 +105,10 @@ def _(op: quantised.Attention):
 
     def by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
         """float32 [frames, heads of the query, rows, width]."""
-        split = tensor.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        return split if heads == op.heads else split.index_select(1, key_head)
+        split = tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if heads != op.heads:
+            split = split.index_select(1, key_head)
+        return split.to(torch.float32, memory_format=torch.contiguous_format)
 
     def weighed(values: Values) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities float32 [frames, heads, rows, keys] and their sums."""
@@ -174,15 +176,14 @@ def _(op: quantised.Experts):
     up_scale = [Scale(_of_expert(op.up_affine, e), table=op.table) for e in range(count)]
     down_scale = [Scale(_of_expert(op.down_affine, e), wide=True) for e in range(count)]
 
-    def each(products, scales, source: torch.Tensor, ends: list[int]) -> torch.Tensor:
-        """Expert e's product of its rows, before rounding."""
-        value = torch.empty(len(source), op.down.shape[1] if products is down else op.up.shape[1],
-                            dtype=torch.float64)
-        start = 0
-        for product, scale, end in zip(products, scales, ends):
-            if end > start:
-                value[start:end] = scale.linear(product(source[start:end]))
-            start = end
+    def each(products, scales, source: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Scaled products of the experts' rows, which follow one another."""
+        parts = source.split(counts)
+        value = torch.cat([product.sums(part) for product, part in zip(products, parts)
+                           if len(part)]).double()
+        for scale, part in zip(scales, value.split(counts)):
+            if len(part):
+                scale.linear(part)
         return scales[0].finish(value)
 
     def experts(values: Values, frames: int) -> torch.Tensor:
@@ -193,9 +194,9 @@ def _(op: quantised.Experts):
         # Entry i of the queues of all experts, one behind the other, is slot queue[i] of the rows.
         flat = chosen.view(-1).numpy().astype(np.uint8)
         queue = torch.from_numpy(np.argsort(flat, kind="stable"))
-        ends = np.bincount(flat, minlength=count).cumsum().tolist()
+        counts = np.bincount(flat, minlength=count).tolist()
         rows = source.flatten(0, 1).index_select(0, queue // chosen.shape[1])
-        update = each(down, down_scale, each(up, up_scale, rows, ends), ends)
+        update = each(down, down_scale, each(up, up_scale, rows, counts), counts)
         gate = gates.view(-1).index_select(0, queue).mul_(2.0 ** -16)
         torch.addcmul(HALF, update, gate.view(-1, 1), out=update).floor_()
         place = torch.empty_like(queue)

@@ -64,7 +64,8 @@ class TorchDevice:
         prepared = self._prepare(step)
         source = {port.tensor: torch.from_numpy(np.asarray(inputs[port.tensor], _INPUT[
                       port.region.memory])) for port in step.inputs}
-        chunk = max(1, CHUNK_BYTES // prepared.frame_bytes)
+        chunks = -(-frames // max(1, CHUNK_BYTES // prepared.frame_bytes))
+        chunk = -(-frames // chunks)
         names = [port.tensor for port in step.outputs]
         if probes:
             names += [op.output for op in step.operations if op.output not in names]

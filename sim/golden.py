@@ -43,41 +43,60 @@ class Machine:
         ------
         GoldenError
         """
+        self.reset()
+        instructions = self.decode(entry)
+        for number, instruction in enumerate(instructions):
+            try:
+                if not self.ready(instruction):
+                    raise ValueError(f"{instruction.opcode.name} waits for a token that only a "
+                                     "later instruction could give")
+                self.execute(instruction)
+            except (ValueError, IndexError) as error:
+                raise GoldenError(f"instruction {number} at {entry + number * isa.BYTES:#x}: "
+                                  f"{error}") from error
+        return len(instructions) + 1
+
+    def reset(self) -> None:
+        """What START does: no tokens, empty queues. The memories keep their contents."""
         self.tokens[:] = 0
         self.queues = [[] for _ in range(self.config.max_experts)]
-        execute = {Opcode.LOAD: self._load, Opcode.STORE: self._store, Opcode.LINEAR: self._linear,
-                   Opcode.ATTENTION: self._attention, Opcode.NORM: self._norm}
-        count = 0
+
+    def decode(self, entry: int) -> list[Instruction]:
+        """The instructions from byte address `entry` up to END, without it."""
+        instructions: list[Instruction] = []
         while True:
-            address = entry + count * isa.BYTES
+            address = entry + len(instructions) * isa.BYTES
             try:
                 instruction = isa.decode(self.dram[address:address + isa.BYTES].tobytes())
-                count += 1
-                if instruction.opcode is Opcode.END:
-                    return count
-                engine = Engine(instruction.opcode)
-                self._take(engine, instruction.wait)
-                if not (instruction.conditional and not self.queues[instruction.expert]):
-                    execute[instruction.opcode](instruction)
-                self._give(engine, instruction.signal)
-            except (ValueError, IndexError) as error:
-                raise GoldenError(f"instruction {count} at {address:#x}: {error}") from error
+            except ValueError as error:
+                raise GoldenError(f"instruction {len(instructions)} at {address:#x}: "
+                                  f"{error}") from error
+            if instruction.opcode is Opcode.END:
+                return instructions
+            instructions.append(instruction)
 
-    def _take(self, engine: Engine, wait: int) -> None:
-        for other in Engine:
-            if wait >> other & 1 and other is not engine:
-                if not self.tokens[other, engine]:
-                    raise ValueError(f"{engine.name} waits for a token of {other.name} that only a "
-                                     "later instruction could give")
-                self.tokens[other, engine] -= 1
+    def ready(self, instruction: Instruction) -> bool:
+        """Whether the tokens that an instruction waits for are there."""
+        engine = Engine(instruction.opcode)
+        return all(self.tokens[other, engine] for other in Engine
+                   if instruction.wait >> other & 1 and other is not engine)
 
-    def _give(self, engine: Engine, signal: int) -> None:
+    def execute(self, instruction: Instruction) -> None:
+        """Take an instruction's tokens, carry it out, give its tokens."""
+        engine = Engine(instruction.opcode)
         for other in Engine:
-            if signal >> other & 1 and other is not engine:
-                self.tokens[engine, other] += 1
+            if other is not engine:
+                self.tokens[other, engine] -= instruction.wait >> other & 1
+        if not (instruction.conditional and not self.queues[instruction.expert]):
+            {Opcode.LOAD: self._load, Opcode.STORE: self._store, Opcode.LINEAR: self._linear,
+             Opcode.ATTENTION: self._attention, Opcode.NORM: self._norm,
+             }[instruction.opcode](instruction)
+        for other in Engine:
+            if other is not engine:
+                self.tokens[engine, other] += instruction.signal >> other & 1
                 if self.tokens[engine, other] > isa.TOKEN_LIMIT:
-                    raise ValueError(f"more than {isa.TOKEN_LIMIT} tokens from {engine.name} to "
-                                     f"{other.name}")
+                    raise ValueError(f"at most {isa.TOKEN_LIMIT} tokens may wait from "
+                                     f"{engine.name} to {other.name}")
 
     def _memory(self, memory: int) -> np.ndarray:
         """A memory as bytes [words, word_bytes], a view."""
@@ -230,17 +249,18 @@ class GoldenDevice:
             self._machine, self._program = Machine(program.config, dram), program
         machine, config = self._machine, program.config
         frames = len(next(iter(inputs.values())))
-        results: dict[str, list[np.ndarray]] = {}
+        places = {place.tensor: place.region
+                  for place in [*step.outputs, *(step.probes if probes else ())]}
+        results: dict[str, list[np.ndarray]] = {tensor: [] for tensor in places}
         self.counters = []
         for frame in range(frames):
             for port in step.inputs:
                 raw = port.region.pack(config, inputs[port.tensor][frame])
                 machine.dram[port.region.address:][:len(raw)] = np.frombuffer(raw, np.uint8)
             self.counters.append({"instructions": machine.run(step.entry)})
-            for place in [*step.outputs, *(step.probes if probes else ())]:
-                region = place.region
+            for tensor, region in places.items():
                 raw = machine.dram[region.address:][:region.bytes(config)].tobytes()
-                results.setdefault(place.tensor, []).append(region.unpack(config, raw))
+                results[tensor].append(region.unpack(config, raw))
             if progress:
                 progress(frame + 1, frames)
         return {tensor: np.stack(values) for tensor, values in results.items()}

@@ -7,14 +7,16 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 __all__ = ["VerilateError", "cache_folder", "verilate"]
 
 OPTIONS = ("--cc", "--exe", "--build", "-j", "2", "--threads", "1", "-O3", "--x-assign", "fast",
-           "--x-initial", "unique", "--noassert", "-Wno-fatal", "-Wno-lint", "--prefix", "Vtop",
-           "-MAKEFLAGS", "OPT_FAST=-O3")
+           "--x-initial", "unique", "--noassert", "-Wno-fatal", "-Wno-lint", "--prefix", "Vtop")
+FAST, QUICK_TO_BUILD = ("-MAKEFLAGS", "OPT_FAST=-O3"), ("-MAKEFLAGS", "OPT_FAST=-O0")
+# Libraries of several models in one process must each keep to their own symbols.
+LIBRARY_FLAGS, LIBRARY_LINK_FLAGS = " -fPIC -fno-gnu-unique", "-shared -Wl,-Bsymbolic"
 
 
 class VerilateError(RuntimeError):
@@ -27,7 +29,8 @@ def cache_folder() -> Path:
 
 
 def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] = (),
-             shared: bool = False) -> Path:
+             shared: bool = False, fast: bool = True,
+             notify: Callable[[str], None] | None = None) -> Path:
     """Compile module `top` of `verilog` (source text) with `harness` (a C++ file).
 
     The harness finds the model as class ``Vtop`` in ``Vtop.h``. Registers without a reset value
@@ -37,6 +40,8 @@ def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] =
     ----------
     headers : paths of C++ headers that `harness` includes by their bare name.
     shared : make a shared library (for `ctypes`) instead of an executable.
+    fast : optimise the simulation; otherwise the compilation, for a model that runs briefly.
+    notify : called with a line that says so if there is something to compile.
 
     Returns
     -------
@@ -48,22 +53,25 @@ def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] =
     VerilateError
     """
     root = verilator_root()
+    options = OPTIONS + (FAST if fast else QUICK_TO_BUILD)
     sources = {"top.v": verilog, harness.name: harness.read_text()}
     sources |= {header.name: header.read_text() for header in headers}
-    digest = hashlib.sha256(repr((sorted(sources.items()), top, shared, OPTIONS,
+    digest = hashlib.sha256(repr((sorted(sources.items()), top, shared, options,
                                   importlib.metadata.version("verilator"))).encode()).hexdigest()
     product = "simulation.so" if shared else "simulation"
     final = cache_folder() / "verilated" / digest[:24] / product
     if final.exists():
         return final
 
+    if notify is not None:
+        notify(f"Compiling a simulation of {top!r}, once (about {_seconds(verilog, fast)} s) ...")
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verilate-", dir=final.parent) as folder:
         for name, text in sources.items():
             Path(folder, name).write_text(text)
-        flags = "-O2 -I.." + (" -fPIC" if shared else "")
-        command = [str(root / "bin" / "verilator"), *OPTIONS, "--top-module", top, "--Mdir", "build",
-                   "-CFLAGS", flags, *(("-LDFLAGS", "-shared") if shared else ()),
+        flags = "-O2 -I.." + (LIBRARY_FLAGS if shared else "")
+        command = [str(root / "bin" / "verilator"), *options, "--top-module", top, "--Mdir", "build",
+                   "-CFLAGS", flags, *(("-LDFLAGS", LIBRARY_LINK_FLAGS) if shared else ()),
                    "-o", product, "top.v", harness.name]
         run = subprocess.run(command, cwd=folder, env=os.environ | {"VERILATOR_ROOT": str(root)},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -72,6 +80,11 @@ def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] =
                                 f"with status {run.returncode}:\n{run.stdout[-4000:]}")
         os.replace(Path(folder, "build", product), final)
     return final
+
+
+def _seconds(verilog: str, fast: bool) -> int:
+    """What a build takes on two cores, measured on accelerators of 8 to 256 multipliers."""
+    return 10 + len(verilog) // (40_000 if fast else 100_000)
 
 
 def verilator_root() -> Path:

@@ -16,10 +16,10 @@ import torch
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
-from moeware.compiler.fuse.pointwise import KNOWN
 from moeware.compiler.fuse.rebuild import Builder, flat_root
 from moeware.compiler.fuse.region import inputs_of, region, run
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
+from moeware.compiler.reference import FUNCTIONS
 
 _NORMALISATIONS = ("chosen", "all")
 # Relative difference that separates the rounding of float32 from another function.
@@ -27,11 +27,7 @@ _TOLERANCE = 2e-4
 
 
 def fuse_moe(model: ir.Model) -> None:
-    """Replace each proven mixture of experts by ``Route`` and ``Experts``.
-
-    Raises ``CompileError`` for routing whose token counts were baked in at export.
-    """
-    refuse_baked_counts(model)
+    """Replace each proven mixture of experts by ``Route`` and ``Experts``."""
     for node in list(model.graph):
         if node.graph is not None and is_op(node, "TopK"):
             _fuse(model, node)
@@ -52,7 +48,7 @@ def refuse_baked_counts(model: ir.Model) -> None:
                 continue
             for node in _descendants(sort.outputs[1]):
                 sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
-                if sizes is not None and len(set(sizes.tolist())) > 1:
+                if sizes is not None and attribute(node, "axis", 0) == 0:
                     raise CompileError(
                         f"Node {node.name!r} must not split sorted tokens into the constant sizes "
                         f"{sizes.tolist()}: they are the expert counts of the example input and "
@@ -188,7 +184,7 @@ def _prove(
     rows = sample.reshape(tokens, features)
     combine = {name: _combine(scores.reshape(tokens, experts), k, name) for name in _NORMALISATIONS}
     for weights in proposals:
-        for function in KNOWN:
+        for function in FUNCTIONS:
             each = _run_experts(rows, weights, function)
             for normalise, factors in combine.items():
                 value = np.einsum("te,etd->td", factors, each)
@@ -209,22 +205,13 @@ def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
 
 def _run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.ndarray:
     """Every expert on every row, ``[experts, tokens, features]``."""
-    x = torch.from_numpy(rows)
-    hidden = torch.einsum("td,ehd->eth", x, torch.from_numpy(weights.w1))
-    hidden = hidden + torch.from_numpy(weights.b1)[:, None]
-    hidden = _TORCH[function](hidden)
-    output = torch.einsum("eth,edh->etd", hidden, torch.from_numpy(weights.w2))
-    return (output + torch.from_numpy(weights.b2)[:, None]).numpy().astype(np.float64)
-
-
-_TORCH = {
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+    w1, b1, w2, b2 = (
+        torch.from_numpy(np.array(array))
+        for array in (weights.w1, weights.b1, weights.w2, weights.b2)
+    )
+    hidden = torch.einsum("td,ehd->eth", torch.from_numpy(rows), w1) + b1[:, None]
+    output = torch.einsum("eth,edh->etd", FUNCTIONS[function](hidden), w2) + b2[:, None]
+    return output.numpy().astype(np.float64)
 
 
 def _replace(

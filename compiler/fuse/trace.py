@@ -95,6 +95,11 @@ def _expand(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     return None if shape is None else [np.broadcast_to(numbers, shape)]
 
 
+def _tile(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
+    repeats = constant(operand(node, 1))
+    return None if repeats is None else [np.tile(numbers, repeats)]
+
+
 def _gather(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     indices = constant(operand(node, 1))
     return None if indices is None else [np.take(numbers, indices, attribute(node, "axis", 0))]
@@ -135,6 +140,7 @@ _MOVES = {
     "Cast": _cast,
     "Transpose": _transpose,
     "Expand": _expand,
+    "Tile": _tile,
     "Gather": _gather,
     "Split": _split,
     "Slice": _slice,

@@ -54,8 +54,9 @@ def unpack(config: Config, memory: Memory, image: bytes, words: int) -> np.ndarr
     """Inverse of `pack`: uint8 [words, word_bytes]."""
     size, per_beat, beats_each = _geometry(config, memory)
     groups = -(-words // per_beat)
-    raw = np.frombuffer(image, np.uint8, groups * beats_each * config.bus_bytes)
-    return raw.reshape(groups, -1)[:, :per_beat * size].reshape(-1, size)[:words].copy()
+    raw = np.frombuffer(image[:groups * beats_each * config.bus_bytes], np.uint8)
+    raw = raw.reshape(groups, beats_each * config.bus_bytes)
+    return raw[:, :per_beat * size].reshape(-1, size)[:words].copy()
 
 
 def pack_params(config: Config, bias, multiplier, shift) -> np.ndarray:

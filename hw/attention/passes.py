@@ -159,13 +159,11 @@ class PassReader(wiring.Component):
                 with m.If(leaves & last_word):
                     m.next = "SCORES"
             # The last scores still need the group's maxima and scale.
-            with m.State("SCORES"):
-                with m.If(advance):
-                    m.next = "DIFFERENCES"
-            with m.State("DIFFERENCES"):
-                with m.If(advance):
-                    m.d.comb += self.released.eq(1)
-                    m.next = "IDLE"
+            with m.State("SCORES"), m.If(advance):
+                m.next = "DIFFERENCES"
+            with m.State("DIFFERENCES"), m.If(advance):
+                m.d.comb += self.released.eq(1)
+                m.next = "IDLE"
         return group, maxima
 
     def _issue(self, m, advance, valid, place, probabilities):

@@ -35,7 +35,7 @@ class ScoreLanes(wiring.Component):
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
-        self.latency = 2 + Multipliers.LATENCY + (config.depth - 1).bit_length()
+        self.latency = 3 + Multipliers.LATENCY + (config.depth - 1).bit_length()
         scores = data.ArrayLayout(score_shape(config), config.queries)
         super().__init__({
             "arrives": In(1), "arrival": In(Arrival(config)), "word": In(8 * config.depth),
@@ -47,16 +47,15 @@ class ScoreLanes(wiring.Component):
         depth, queries = self.config.depth, self.config.queries
         bytes_ = data.ArrayLayout(signed(8), depth)
 
-        # The query words leave their memory together with a copy of the key word. The copy is also
-        # what lets a key word follow the last query word directly.
-        key = Signal(bytes_, reset_less=True)
-        m.d.sync += key.eq(self.word)
+        # The query words are read when a key word arrives, so that a key word can follow the last
+        # query word directly, and meet it after the register behind their memory.
+        key = delayed(m, data.View(bytes_, self.word), 2, name="key")
         m.submodules.multipliers = multipliers = Multipliers(
             signed(8), signed(8), queries * depth, primitive=self.primitive)
         m.d.comb += multipliers.advance.eq(1)
 
         # Steps from an arrival to the sum over its word, and on to the score.
-        to_sum = 1 + Multipliers.LATENCY + (depth - 1).bit_length()
+        to_sum = self.latency - 1
         is_key = Signal()
         m.d.comb += is_key.eq(self.arrives & ~self.arrival.query)
         summed = delayed(m, is_key, to_sum, name="summed", reset_less=False)
@@ -78,7 +77,8 @@ class ScoreLanes(wiring.Component):
             memory = Memory(shape=8 * depth, depth=HEAD_WORDS, init=[])
             m.submodules[f"queries_{row}"] = memory
             write, read = memory.write_port(), memory.read_port()
-            query = data.View(bytes_, read.data)
+            query = Signal(bytes_, name=f"query_{row}", reset_less=True)
+            m.d.sync += query.eq(read.data)
             m.d.comb += [
                 write.addr.eq(self.arrival.word), write.data.eq(self.word),
                 write.en.eq(self.arrives & self.arrival.query & (self.arrival.row == row)),

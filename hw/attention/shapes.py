@@ -6,8 +6,19 @@ from amaranth.lib import data
 from ..arch.config import Config
 from ..arch.numerics import PROBABILITY_BITS
 
-__all__ = ["Arrival", "Group", "HEAD_WORDS", "Pass", "Span", "Weights", "accumulator_shape",
-           "delayed", "difference_bits", "score_shape", "total_bits"]
+__all__ = [
+    "HEAD_WORDS",
+    "Arrival",
+    "Group",
+    "Pass",
+    "Span",
+    "Weights",
+    "accumulator_shape",
+    "delayed",
+    "difference_bits",
+    "score_shape",
+    "total_bits",
+]
 
 HEAD_WORDS = 64  # activation words of the widest head
 

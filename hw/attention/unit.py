@@ -4,7 +4,7 @@ from amaranth import Cat, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
 from ..arch.isa import Opcode
@@ -33,14 +33,15 @@ class AttentionUnit(wiring.Component):
     `config.max_rows`; the results must not overlap the instruction's own keys and values.
 
     Rows are taken in groups of `queries`. The first stage holds the query words of a group and
-    streams the keys; the second streams the values of the group before, once for each word. A group
-    of r rows takes ``(keys + r) * words + 1`` cycles in the first stage and ``keys * words`` plus a
-    few in the second, where `keys` are those that any of its rows sees; each value word at least
-    ``r * depth / lanes`` plus about 20 for write-back, the first one of a group up to
-    `ResultWriter.reciprocal_cycles` more. So the steady state is the greater of the two. A port
-    that does not answer delays only its own stage.
+    streams the keys; the second streams the values of the group before, once for each word.
 
-    The next instruction is taken while the second stage still works on the one before.
+    A group of r rows takes ``keys * words + max(r * words + 1, 10)`` cycles, where `keys` are those
+    that any of its rows sees, and an instruction 6 more, as long as write-back keeps up: it needs
+    ``r * depth / lanes`` + 20 cycles of the `keys` cycles of a value word, and for the first word of
+    a group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
+
+    The next instruction is taken while the second stage still works on the one before; what it reads
+    of the results of that one waits for them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How words of each memory sit in bus words: the rule of `arch.layout` as constants for gateware."""
+"""How words of each memory sit in bus words: the rule of `arch.layout`, as constants."""
 
 from dataclasses import dataclass
 

@@ -8,11 +8,12 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
 from ..interfaces import EngineSignature, WritePort
+from ..linear.scale import TableWrite
 from ..ports import Burst
 from .bursts import BurstSplitter
 from .geometry import geometries
 
-__all__ = ["LoadEngine", "TableWrite"]
+__all__ = ["LoadEngine"]
 
 JOBS = 4  # instructions whose bursts are requested while earlier ones still arrive
 
@@ -23,13 +24,6 @@ class Job(data.Struct):
     memory: 3
     local: 20
     words: 20
-
-
-class TableWrite(data.Struct):
-    """An entry of a pointwise table; table t has entries 256 t ... 256 t + 255."""
-
-    address: 12
-    data: 8
 
 
 class LoadEngine(wiring.Component):
@@ -102,7 +96,7 @@ class LoadEngine(wiring.Component):
         return m
 
     def _repack(self, m, job, active):
-        """The datapath. Returns two signals: a word is written; a bus word or part of it is used."""
+        """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
         beat = Signal(bus_bits)

@@ -9,7 +9,7 @@ from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
 from ..interfaces import EngineSignature, ReadPort
 from ..ports import Burst
-from .bursts import BurstSplitter, Transfer
+from .bursts import BurstSplitter
 from .geometry import geometries
 
 __all__ = ["StoreEngine"]
@@ -59,7 +59,8 @@ class StoreEngine(wiring.Component):
         to_read = Signal(20)  # words; `job.words` counts those not packed yet
         m.d.comb += [instruction.ready.eq(~active & transfer.ready),
                      transfer.valid.eq(~active & instruction.valid)]
-        m.d.comb += [transfer.p[name].eq(instruction.p[name]) for name in Transfer.as_shape().members]
+        m.d.comb += [transfer.p[name].eq(instruction.p[name])
+                     for name in ("memory", "words", "address")]
 
         in_flight = Signal(range(WRITES + 1))
         room = in_flight != WRITES

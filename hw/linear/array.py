@@ -49,8 +49,8 @@ class DotArray(wiring.Component):
         Results ``[row][word * lanes + i]``, one cycle after `row` and `word`.
     """
 
-    def __init__(self, config: Config, *, primitive: str | None = None):
-        self.config, self.primitive = config, primitive
+    def __init__(self, config: Config):
+        self.config = config
         stages = -(-(config.depth - 1).bit_length() // _LEVELS)
         self.latency = READ_LATENCY + Multipliers.LATENCY + stages + 1
         super().__init__({
@@ -69,7 +69,7 @@ class DotArray(wiring.Component):
         tokens, outputs, depth = config.tokens, config.outputs, config.depth
 
         m.submodules.multiply = multiply = Multipliers(
-            signed(8), signed(8), tokens * outputs * depth, primitive=self.primitive)
+            signed(8), signed(8), tokens * outputs * depth)
         m.d.comb += multiply.advance.eq(1)
         weights = data.View(data.ArrayLayout(signed(8), outputs * depth), self.weights)
         for token in range(tokens):

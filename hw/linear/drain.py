@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..arch.isa import Opcode, Target
 from ..interfaces import fields_layout
-from .fill import GROUPS, RowTarget, TargetWrite
+from .fill import RowTarget, TargetWrite, groups_kept
 
 __all__ = ["Drain", "Place"]
 
@@ -52,6 +52,8 @@ class Drain(wiring.Component):
         Position of the parameters of what is picked, as in `Parameters`.
     release : Out(1)
         The parameters of what is picked are not needed again.
+    drained : Out(1)
+        The last results of a token group were picked in this cycle.
     valid : Out(1)
         Results were picked one cycle ago.
     place : Out(Place(config))
@@ -76,6 +78,7 @@ class Drain(wiring.Component):
             "word": Out(range(config.outputs // config.lanes)),
             "parameter": Out(range(parameters)),
             "release": Out(1),
+            "drained": Out(1),
             "valid": Out(1),
             "place": Out(Place(config)),
             "weight": Out(16),
@@ -89,9 +92,10 @@ class Drain(wiring.Component):
         parts = config.depth // lanes
 
         row_bits = len(self.row)
-        m.submodules.targets = targets = Memory(shape=RowTarget, depth=GROUPS << row_bits, init=[])
+        groups = groups_kept(config)
+        m.submodules.targets = targets = Memory(shape=RowTarget, depth=groups << row_bits, init=[])
         write, read = targets.write_port(), targets.read_port(domain="comb")
-        group, row, target = Signal(range(GROUPS)), Signal(range(config.tokens)), read.data
+        group, row, target = Signal(range(groups)), Signal(range(config.tokens)), read.data
         m.d.comb += [
             write.en.eq(self.target.enable), write.data.eq(self.target.target),
             write.addr.eq(Cat(self.target.row, self.target.group)),
@@ -125,6 +129,7 @@ class Drain(wiring.Component):
             group_done.eq(row_done & target.last),
             self.row.eq(row), self.word.eq(word), self.parameter.eq(at.parameter),
             self.release.eq(self.stepped & target.last),
+            self.drained.eq(self.stepped & group_done & channels_done),
         ]
         with m.If(self.stepped):
             m.d.sync += [at.eq(after), word.eq(word + 1)]

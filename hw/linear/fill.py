@@ -9,11 +9,13 @@ from ..arch.isa import Opcode
 from ..interfaces import READ_LATENCY, ReadPort, fields_layout
 from .rows import Row
 
-__all__ = ["Fill", "GROUPS", "RowTarget", "TileWrite", "TargetWrite"]
+__all__ = ["Fill", "RowTarget", "TargetWrite", "TileWrite", "groups_kept"]
 
-# Token groups whose row targets are kept: one being filled, one computed, one written back, and a
-# fourth that makes the number a power of two.
-GROUPS = 4
+
+def groups_kept(config: Config) -> int:
+    """Token groups whose row targets are kept: one being filled, one computed, one written back,
+    and on small arrays, where several can be in the pipeline, what fits into 16 rows."""
+    return max(4, 16 >> (config.tokens - 1).bit_length())
 
 
 class TileWrite(data.StructLayout):
@@ -37,14 +39,14 @@ class TargetWrite(data.StructLayout):
     """An entry for the memory of row targets."""
 
     def __init__(self, config: Config):
-        super().__init__({"enable": 1, "group": range(GROUPS), "row": range(config.tokens),
+        super().__init__({"enable": 1, "group": range(groups_kept(config)), "row": range(config.tokens),
                           "target": RowTarget})
 
 
 class Fill(wiring.Component):
     """Copies the rows of one token group after another into alternating halves of the tile memory.
 
-    One word per cycle, while a half is free and `read` accepts addresses. A group is `filled` when
+    One word per cycle, while a half and a place for row targets are free and `read` accepts addresses. A group is `filled` when
     its last word is written; nothing is written for the rows that a ragged last group lacks.
 
     Members
@@ -63,6 +65,8 @@ class Fill(wiring.Component):
         Rows in each half, valid one cycle before `filled`.
     release : In(1)
         One cycle for each group: it was read for the last time.
+    drained : In(1)
+        One cycle for each group: its row targets were read for the last time.
     """
 
     def __init__(self, config: Config):
@@ -77,24 +81,29 @@ class Fill(wiring.Component):
             "filled": Out(1),
             "counts": Out(data.ArrayLayout(range(config.tokens + 1), 2)),
             "release": In(1),
+            "drained": In(1),
         })
 
     def elaborate(self, platform):
         m = Module()
         config, row = self.config, self.rows.payload
 
-        half, group, occupied = Signal(), Signal(range(GROUPS)), Signal(range(3))
+        groups = groups_kept(config)
+        half, group = Signal(), Signal(range(groups))
+        occupied, kept = Signal(range(3)), Signal(range(groups + 1))  # halves, row targets
         bank, word = Signal(range(config.tokens)), Signal(13)
         taken, row_done, group_done = Signal(), Signal(), Signal()
         m.d.comb += [
-            self.read.address.valid.eq(self.rows.valid & (occupied != 2)),
+            self.read.address.valid.eq(
+                self.rows.valid & (occupied != 2) & (kept != groups)),
             self.read.address.payload.eq(row.source + word),
             taken.eq(self.read.address.valid & self.read.address.ready),
             row_done.eq(taken & (word + 1 == self.fields.source_words)),
             group_done.eq(row_done & ((bank == config.tokens - 1) | row.end)),
             self.rows.ready.eq(row_done),
         ]
-        m.d.sync += occupied.eq(occupied + group_done - self.release)
+        m.d.sync += [occupied.eq(occupied + group_done - self.release),
+                     kept.eq(kept + group_done - self.drained)]
         with m.If(taken):
             m.d.sync += word.eq(word + 1)
         with m.If(row_done):

@@ -49,8 +49,8 @@ class Scale(wiring.Component):
 
     LATENCY = 1 + Requantise.LATENCY + Multipliers.LATENCY + 1
 
-    def __init__(self, config: Config, *, primitive: str | None = None):
-        self.config, self.primitive = config, primitive
+    def __init__(self, config: Config):
+        self.config = config
         super().__init__({
             "fields": In(fields_layout(Opcode.LINEAR)),
             "valid": In(1),
@@ -93,7 +93,7 @@ class Scale(wiring.Component):
             channel = self.channels[lane]
             biased = Signal(signed(32), name=f"biased_{lane}")
             m.submodules[f"requantise_{lane}"] = requantise = Requantise(
-                signed(32), signed(16), primitive=self.primitive)
+                signed(32), signed(16))
             m.d.sync += [biased.eq(self.values[lane] + channel.bias),
                          requantise.multiplier.eq(channel.multiplier),
                          requantise.shift.eq(channel.shift)]
@@ -126,8 +126,7 @@ class Scale(wiring.Component):
         return found
 
     def _gate(self, m, lane, update, weight):
-        m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), GATE_BITS,
-                                                               primitive=self.primitive)
+        m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), GATE_BITS)
         gated = Signal(signed(16), name=f"gated_{lane}")
         m.d.comb += [multiply.advance.eq(1), multiply.a[0].eq(update), multiply.b[0].eq(weight)]
         m.d.sync += gated.eq((multiply.product[0] + (1 << (GATE_BITS - 1))) >> GATE_BITS)

@@ -63,9 +63,9 @@ class LinearUnit(wiring.Component):
         One cycle, when the router has finished the rows of its last setup.
     """
 
-    def __init__(self, config: Config, *, primitive: str | None = None):
-        self.config, self.primitive = config, primitive
-        self.array = DotArray(config, primitive=primitive)
+    def __init__(self, config: Config):
+        self.config = config
+        self.array = DotArray(config)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
         in_flight = self.array.latency + Scale.LATENCY + 8
@@ -94,7 +94,7 @@ class LinearUnit(wiring.Component):
         m.submodules.issue = issue = Issue(config, array.latency, self.buffer)
         m.submodules.parameters = parameters = Parameters(config)
         m.submodules.drain = drain = Drain(config, parameters.depth)
-        m.submodules.scale = scale = Scale(config, primitive=self.primitive)
+        m.submodules.scale = scale = Scale(config)
         m.submodules.writeback = writeback = WriteBack(config, self.buffer)
 
         start, fields, count = Signal(), Signal(fields_layout(Opcode.LINEAR)), Signal(13)
@@ -118,6 +118,7 @@ class LinearUnit(wiring.Component):
         m.d.comb += [
             issue.filled.eq(fill.filled), issue.counts.eq(fill.counts),
             fill.release.eq(issue.release), drain.target.eq(fill.target),
+            fill.drained.eq(drain.drained),
             issue.ready.eq(parameters.ready), issue.tail.eq(parameters.tail),
 
             self.weight_read.address.valid.eq(issue.work.enable),

@@ -1,4 +1,4 @@
-"""A behavioural DRAM behind a `MemoryPort`, for simulation: latency, stalls, and the port's rules."""
+"""A behavioural DRAM behind a `MemoryPort`: latency, stalls, and a check of the port's rules."""
 
 import random
 from collections import deque
@@ -73,7 +73,8 @@ class Dram:
                 command.valid, command.payload, data.valid, data.payload)
             if given and take:
                 address, beats = open_bursts.popleft()
-                self.image[address:address + self.bus_bytes] = word.to_bytes(self.bus_bytes, "little")
+                self.image[address:address + self.bus_bytes] = word.to_bytes(self.bus_bytes,
+                                                                             "little")
                 if beats == 1:
                     finished.append(cycle + self.latency + 1)
                 else:

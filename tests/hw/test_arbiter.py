@@ -4,7 +4,7 @@ import random
 import pytest
 from moeware.hw.arbiter import MemoryArbiter
 
-from .beside import simulate_beside
+from .background import simulate_beside
 from .dram import Dram
 from .simulate import simulate
 from .streams import get_all, put_all
@@ -59,7 +59,7 @@ def test_every_client_sees_its_own_data_in_order(count, idle, latency, stall):
         return ask, read, write, count_written
 
     benches = [bench for client in range(count) for bench in client_benches(client)]
-    simulate_beside(dram.serve(arbiter.memory), arbiter, *benches)
+    simulate_beside(arbiter, benches, dram.serve(arbiter.memory))
     assert finished == count
     assert dram.image == expected
 

@@ -2,21 +2,21 @@ import random
 
 import numpy as np
 import pytest
-from amaranth.sim import Simulator
 
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Memory, Opcode
-from moeware.hw.arch.layout import beats, pack, unpack, word_bytes
+from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.layout import beats, pack, word_bytes
 from moeware.hw.dma import LoadEngine, ReadShare, StoreEngine
 from moeware.hw.dma.bursts import ceil_divide
 from moeware.hw.interfaces import READ_LATENCY
 
+from .background import simulate_beside
 from .dram import Dram
-from .simulate import simulate
-from .streams import put_all
+from .streams import get_all, put_all
 
-BASE = dict(activation_banks=1, activation_words=64, residual_words=64, weight_words=64,
-            param_words=64, tables=4, row_words=16, max_rows=16, max_experts=4, max_chosen=2, queue=4)
+BASE = {"activation_banks": 1, "activation_words": 64, "residual_words": 64, "weight_words": 64,
+        "param_words": 64, "tables": 4, "row_words": 16, "max_rows": 16, "max_experts": 4,
+        "max_chosen": 2, "queue": 4}
 
 
 def config(tokens=1, outputs=4, depth=4, queries=1, lanes=2, bus_bytes=8):
@@ -41,28 +41,13 @@ def name(config):
     return f"O{config.outputs}-K{config.depth}-W{config.lanes}-B{config.bus_bytes}"
 
 
-def run(dut, benches, background, deadline=30_000):
-    """`simulate` with benches that never end."""
-    async def watchdog(ctx):
-        for _ in range(deadline):
-            await ctx.tick()
-        raise AssertionError(f"No completion within {deadline} cycles")
-
-    sim = Simulator(dut)
-    sim.add_clock(1e-8)
-    for bench in benches:
-        sim.add_testbench(bench)
-    for bench in (*background, watchdog):
-        sim.add_testbench(bench, background=True)
-    sim.run()
-
-
 def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
     """Runs LOADs (memory, local, address, rows of words); returns what was written, by memory."""
     dut = LoadEngine(config)
     dram = Dram(config.bus_bytes, latency=latency, stall=stall, seed=seed)
     draw = random.Random(seed)
-    ports = {Memory.ACTIVATION: dut.activation_write.write, Memory.RESIDUAL: dut.residual_write.write,
+    ports = {Memory.ACTIVATION: dut.activation_write.write,
+             Memory.RESIDUAL: dut.residual_write.write,
              Memory.WEIGHT: dut.weight_write.write, Memory.PARAM: dut.param_write.write,
              Memory.TABLE: dut.table_write}
     cells = {Memory.ACTIVATION: config.depth, Memory.RESIDUAL: config.lanes, Memory.WEIGHT: 1,
@@ -100,12 +85,13 @@ def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
     async def reads(ctx):
         await dram.serve_reads(ctx, dut.read_command, dut.read_data)
 
-    run(dut, [issue, await_done], [accept_writes, reads])
+    simulate_beside(dut, [issue, await_done], [accept_writes, reads])
     return written, dram
 
 
 def words_of(config, memory, count, seed):
-    return np.random.default_rng(seed).integers(0, 256, (count, word_bytes(config, memory)), np.uint8)
+    shape = count, word_bytes(config, memory)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def as_dict(local, words):
@@ -131,7 +117,7 @@ def test_load_follows_the_layout(config, latency, stall, refuse):
 
 
 def test_load_keeps_the_bus_busy():
-    """Two LOADs of wide words: a bus word in every cycle but for the start and one cycle between."""
+    """Two LOADs of wide words: a bus word in every cycle, but for one cycle between them."""
     subject = config(outputs=4, depth=4, lanes=4, bus_bytes=4)
     dut = LoadEngine(subject)
     dram = Dram(4, latency=20)
@@ -154,7 +140,7 @@ def test_load_keeps_the_bus_busy():
     async def reads(ctx):
         await dram.serve_reads(ctx, dut.read_command, dut.read_data)
 
-    run(dut, [issue, watch], [reads])
+    simulate_beside(dut, [issue, watch], [reads])
     assert taken[-1] - taken[0] <= 320 + 1
     assert max(count for _, count in dram.reads) == 64
 
@@ -199,8 +185,9 @@ def run_store(config, jobs, *, latency, stall, seed, refuse=0.0):
     async def writes(ctx):
         await dram.serve_writes(ctx, dut.write_command, dut.write_data, dut.written)
 
-    run(dut, [issue, await_done], [writes, memory_bench(Memory.ACTIVATION, dut.activation_read),
-                                   memory_bench(Memory.RESIDUAL, dut.residual_read)])
+    simulate_beside(dut, [issue, await_done], [
+        writes, memory_bench(Memory.ACTIVATION, dut.activation_read),
+        memory_bench(Memory.RESIDUAL, dut.residual_read)])
     covered = {i for start, length in finished for i in range(start, start + length)}
     assert all(byte == 0xA5 for i, byte in enumerate(dram.image) if i not in covered)
     return dram
@@ -242,3 +229,40 @@ def test_ceil_divide_is_exact(divisor):
     """For every value of 20 bits; the expression works on arrays as on signals."""
     values = np.arange(1 << 20, dtype=np.int64)
     assert np.array_equal(ceil_divide(values, divisor), -(-values // divisor))
+
+
+@pytest.mark.parametrize("stall", [0, 0.4])
+def test_share_returns_to_each_client_its_own(stall):
+    """Two clients with random bursts: each gets its words, in order; urgent ones overtake."""
+    dut = ReadShare(4)
+    dram = Dram(4, latency=6, stall=stall, seed=8)
+    draw = random.Random(8)
+    for address in range(0, len(dram.image), 4):
+        dram.image[address:address + 4] = address.to_bytes(4, "little")
+    clients = {}
+    for number, kind in enumerate(("urgent", "other")):
+        bursts = [(0x8000 * number + 0x100 * i, draw.randint(1, 20)) for i in range(25)]
+        clients[kind] = bursts
+
+    def ask(kind):
+        async def bench(ctx):
+            bursts = [{"address": address, "beats": count} for address, count in clients[kind]]
+            await put_all(ctx, getattr(dut, f"{kind}_command"), bursts,
+                          (draw.random() < 0.8 for _ in iter(int, 1)) if kind == "urgent" else ())
+        return bench
+
+    def take(kind):
+        async def bench(ctx):
+            expected = [address + 4 * i for address, count in clients[kind] for i in range(count)]
+            received = await get_all(ctx, getattr(dut, f"{kind}_data"), len(expected),
+                                     (draw.random() < stall for _ in iter(int, 1)))
+            assert received == expected
+        return bench
+
+    async def reads(ctx):
+        await dram.serve_reads(ctx, dut.command, dut.data)
+
+    simulate_beside(dut, [bench(kind) for bench in (ask, take) for kind in clients], [reads])
+    order = [address >> 15 for address, _ in dram.reads]
+    assert sorted(order) == [0] * 25 + [1] * 25
+    assert order[-1] == 1, "the urgent client must not be the last"

@@ -51,7 +51,7 @@ class Machine:
         self.queues = {expert: [(token, (0, 65535, 32768, self.draw.randrange(1 << 16))[i % 4])
                                 for i, token in enumerate(tokens[name])]
                        for expert, name in EXPERTS.items()}
-        self.logits, self.setups, self.writes = [], [], 0
+        self.logits, self.setups, self.writes, self.over = [], [], 0, False
 
     # The unit's ports, on the same arrays.
 
@@ -72,7 +72,7 @@ class Machine:
                    + [unit.logits.valid, unit.logits.ready, unit.logits.payload,
                       unit.route.valid, unit.route.ready, unit.route.payload,
                       unit.queue.expert, unit.queue.index.valid, unit.queue.index.payload])
-        while True:
+        while not self.over:
             for ready in readies:
                 ctx.set(ready, self.draw.random() >= self.refuse)
             values = iter((await ctx.tick().sample(*sampled))[2:])
@@ -203,11 +203,12 @@ def run(config, instructions, seed=1, refuse=0.0):
             assert not ctx.get(unit.engine.done) and not ctx.get(unit.engine.busy), where
         assert len(machine.setups) == sum(
             f.get("target") == Target.ROUTER and f["rows"] > 0 for f in instructions)
+        machine.over = True
 
     async def surroundings(ctx):
         await machine.bench(ctx, unit)
 
-    simulate(unit, host, (surroundings, True), deadline=60_000)
+    simulate(unit, host, surroundings, deadline=60_000)
     return cycles
 
 

@@ -12,7 +12,7 @@ from moeware.hw.sdram import (CHUNK_WORDS, FIFO_WORDS, Chunker, SDRAMController,
 from moeware.hw.sdram_timing import SDRAMTiming
 from moeware.sim.sdram_model import SDRAMChip, SDRAMViolation
 
-from .beside import simulate_beside
+from .background import simulate_beside
 from .simulate import simulate
 from .streams import get_all, put_all
 
@@ -55,7 +55,7 @@ class Bench:
 
     def run(self, *benches, deadline=10_000):
         """Run every bench to completion, with the chip at the pads."""
-        simulate_beside([self.run_chip], self.dut, *benches, deadline=deadline)
+        simulate_beside(self.dut, benches, [self.run_chip], deadline)
 
     def words(self, content):
         return [int.from_bytes(content[i:i + self.bus_bytes], "little")

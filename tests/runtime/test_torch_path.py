@@ -62,7 +62,7 @@ def test_transformer(int8_products, sizes, gain):
     for seed in range(3):
         graph = Graph(seed, gain=gain)
         transformer(graph, **sizes)
-        compare(graph)
+        compare(graph, frames=1 + seed)
 
 
 @pytest.mark.parametrize("depth", [1024, 1025, 3000])
@@ -158,7 +158,7 @@ def test_experts_without_rows():
     route = graph.route(source, 9, 2, bias=bias)
     graph.experts(source, residual, route, 9, 5, table=False)
     chosen = compare(graph)[route][..., 0]
-    assert (chosen == [7, 2]).all()
+    assert (np.sort(chosen) == [2, 7]).all()
 
 
 def test_logits_beyond_float32_are_told_apart():

@@ -1,0 +1,218 @@
+"""From a model to a program: the stages, one after the other.
+
+``load -> fuse -> partition -> calibrate -> quantise -> tile -> schedule -> allocate -> emit``.
+Partition stands before calibrate because grids are chosen for what runs on the accelerator.
+"""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler import canonical
+from moeware.compiler.allocate import allocate
+from moeware.compiler.calibrate import Calibration, calibrate
+from moeware.compiler.emit import emit
+from moeware.compiler.errors import CompileError
+from moeware.compiler.fuse import fuse
+from moeware.compiler.load import load
+from moeware.compiler.lowered import Lowered
+from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.quantise import QuantisedStep, quantise
+from moeware.compiler.schedule import schedule
+from moeware.compiler.tile import tile
+from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.program import HostStep, Program
+
+__all__ = ["STAGES", "compile_model", "model_ports"]
+
+Ports = list[tuple[str, tuple[int, ...], str]]
+Progress = Callable[[str, int, int], None]  # stage, number from 1, stages in all
+
+TYPES = {"FLOAT": "tensor(float)", "INT64": "tensor(int64)", "DOUBLE": "tensor(double)",
+         "INT32": "tensor(int32)", "BOOL": "tensor(bool)"}
+
+
+@dataclass
+class State:
+    """What the stages hand on; every stage fills in what it makes."""
+
+    path: Path
+    config: Config
+    samples: dict[str, np.ndarray]
+    trace: bool = False
+    model: ir.Model | None = None
+    inputs: Ports = field(default_factory=list)
+    outputs: Ports = field(default_factory=list)
+    placement: str = ""
+    report: dict = field(default_factory=dict)
+    calibration: Calibration | None = None
+    quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
+    lowered: list[Lowered] = field(default_factory=list)
+    program: Program | None = None
+
+
+def _load(state: State) -> None:
+    state.model = load(state.path)
+
+
+def _fuse(state: State) -> None:
+    state.model = fuse(state.model)
+    canonical.verify(state.model)
+    state.inputs, state.outputs = model_ports(state.model)
+
+
+def _partition(state: State) -> None:
+    parts = partition(state.model)
+    state.placement, state.report = describe(parts), report(parts)
+
+
+def _calibrate(state: State) -> None:
+    if not state.samples:
+        raise CompileError("Calibration data must hold real inputs of the model, not nothing: give "
+                           "an .npz file or a folder (--calibration)")
+    state.calibration = calibrate(state.model, state.samples)
+
+
+def _quantise(state: State) -> None:
+    state.quantised = []
+    for part in partition(state.model).steps:
+        if part.kind == "host":
+            step = HostStep(model=part.model, inputs=list(part.inputs), outputs=list(part.outputs),
+                            reasons=part.reasons)
+        else:
+            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration)
+            verify_quantised(step)
+        state.quantised.append(step)
+
+
+def _tile(state: State) -> None:
+    state.lowered = [tile(step, state.config, trace=state.trace) for step in _device(state)]
+    for lowered in state.lowered:
+        verify_order(lowered)
+
+
+def _schedule(state: State) -> None:
+    for lowered in state.lowered:
+        schedule(lowered, state.config)
+        verify_order(lowered)
+
+
+def _allocate(state: State) -> None:
+    for lowered in state.lowered:
+        allocate(lowered, state.config)
+        verify_addresses(lowered, state.config)
+
+
+def _emit(state: State) -> None:
+    image, dram_bytes, steps = emit(state.lowered, state.config)
+    device = iter(steps)
+    state.program = Program(
+        config=state.config, image=image, dram_bytes=dram_bytes, placement=state.placement,
+        steps=[step if isinstance(step, HostStep) else next(device) for step in state.quantised],
+        inputs=state.inputs, outputs=state.outputs,
+        metadata={"model": state.path.name, "partition": state.report,
+                  "calibration_frames": state.calibration.frames,
+                  "starved_experts": state.calibration.starved})
+
+
+def _device(state: State) -> list[QuantisedStep]:
+    return [step for step in state.quantised if isinstance(step, QuantisedStep)]
+
+
+STAGES: dict[str, Callable[[State], None]] = {
+    "load": _load, "fuse": _fuse, "partition": _partition, "calibrate": _calibrate,
+    "quantise": _quantise, "tile": _tile, "schedule": _schedule, "allocate": _allocate,
+    "emit": _emit,
+}
+
+
+def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
+                  trace: bool = False, dump: str | os.PathLike | None = None,
+                  start: str = "load", stop: str = "emit",
+                  progress: Progress | None = None) -> Program | None:
+    """Compile an ONNX model.
+
+    Parameters
+    ----------
+    path : the ONNX file.
+    config : the accelerator that the program is for.
+    samples : real inputs, float32 [frames, ...] by input name (see `calibrate.load_samples`).
+    trace : the program stores every layer's result, so that devices can be compared.
+    dump : folder that gets each stage's result; needed to resume.
+    start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
+        before is read from `dump`.
+    progress : called before each stage.
+
+    Returns
+    -------
+    The program, or None where `stop` is before the last stage.
+
+    Raises
+    ------
+    CompileError
+        The model, the data or the configuration does not allow it.
+    """
+    names = list(STAGES)
+    for name in (start, stop):
+        if name not in STAGES:
+            raise CompileError(f"Stage must be one of {', '.join(names)}, not {name!r}")
+    first, last = names.index(start), names.index(stop)
+    if first > last:
+        raise CompileError(f"Stage {start!r} must not come after {stop!r}")
+    state = State(Path(path), config, samples, trace)
+    if first:
+        if dump is None:
+            raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
+        state = _resume(Path(dump), names[first - 1], state)
+    for number in range(first, last + 1):
+        if progress:
+            progress(names[number], number + 1, len(names))
+        STAGES[names[number]](state)
+        if dump is not None:
+            _dump(Path(dump), names[number], state)
+    return state.program
+
+
+def model_ports(model: ir.Model) -> tuple[Ports, Ports]:
+    """Inputs and outputs of a canonical model: name, shape without the batch axis, type."""
+    def port(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
+        return str(value.name), canonical.shape(value)[1:], TYPES.get(value.dtype.name, "tensor")
+    return [port(v) for v in model.graph.inputs], [port(v) for v in model.graph.outputs]
+
+
+def _dump(folder: Path, stage: str, state: State) -> None:
+    """The model as ONNX, all else as a pickle beside it; complete files only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        model = state.model
+        ir.save(model, Path(temporary) / "model.onnx")
+        state.model = None
+        try:
+            (Path(temporary) / "state.pickle").write_bytes(pickle.dumps(state))
+        finally:
+            state.model = model
+        for name in ("model.onnx", "state.pickle"):
+            os.replace(Path(temporary) / name, folder / f"{stage}.{name}")
+
+
+def _resume(folder: Path, stage: str, wanted: State) -> State:
+    """The state after `stage`; a dump is the user's own file, like a pickle of theirs."""
+    try:
+        state = pickle.loads((folder / f"{stage}.state.pickle").read_bytes())
+        state.model = ir.load(folder / f"{stage}.model.onnx")
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise CompileError(f"Dump folder {folder} must hold the stage {stage!r}: run the stages up "
+                           f"to it with the same folder first ({error})") from error
+    if state.config != wanted.config and list(STAGES).index(stage) >= list(STAGES).index("tile"):
+        raise CompileError(f"Dump folder {folder} must be of the configuration "
+                           f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
+                           "at tile")
+    state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
+    return state

@@ -1,0 +1,162 @@
+"""The accelerator: engines, memories, router and control, wired together."""
+
+from amaranth import Cat, Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out, connect, flipped
+
+from .arch.config import Config
+from .arch.isa import Engine, Opcode
+from .attention.unit import AttentionUnit
+from .control import ControlUnit
+from .dma import LoadEngine, ReadShare, StoreEngine
+from .fetch import Fetch
+from .interfaces import parameter_layout
+from .linear.unit import LinearUnit
+from .memories import BankedMemory
+from .norm import NormUnit
+from .ports import MemoryPort, RegisterPort
+from .router import Router
+from .sequencer import Sequencer, Tokens
+
+__all__ = ["Accelerator"]
+
+
+class Accelerator(wiring.Component):
+    """Runs programs of `arch.isa` that lie in the memory behind `memory`, as the registers of
+    `arch.registers` say.
+
+    A run begins with START and is done when END was dispatched, every engine is idle and every
+    store was reported written. Its result does not depend on the timing of the memory, if the
+    program orders by tokens what depends on each other. A run that cannot go on, because of an
+    opcode that does not exist or because every engine waits for tokens that cannot come any more,
+    ends with ERROR, after all instructions that can execute have done so. On-chip memories keep
+    their contents from run to run; tokens and waiting instructions do not.
+
+    Parameters
+    ----------
+    primitive : multiplier primitive, see `multiply.Multipliers`; by default what the platform has
+
+    Members
+    -------
+    memory : Out(MemoryPort(config.bus_bytes))
+    registers : In(RegisterPort())
+    """
+
+    def __init__(self, config: Config, *, primitive: str | None = None):
+        self.config, self.primitive = config, primitive
+        super().__init__({
+            "memory": Out(MemoryPort(config.bus_bytes)),
+            "registers": In(RegisterPort()),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.load = load = LoadEngine(config)
+        m.submodules.linear = linear = LinearUnit(config, primitive=self.primitive)
+        m.submodules.attention = attention = AttentionUnit(config, primitive=self.primitive)
+        m.submodules.norm = norm = NormUnit(config)
+        m.submodules.store = store = StoreEngine(config)
+        m.submodules.router = router = Router(config)
+
+        self._memories(m, load, linear, attention, norm, store)
+        connect(m, load.table_write, linear.table_write)
+        connect(m, linear.route, router.setup)
+        connect(m, linear.logits, router.logits)
+        connect(m, linear.queue, router.queue)
+        m.d.comb += linear.route_done.eq(router.done)
+
+        m.submodules.fetch = fetch = Fetch(config)
+        self._bus(m, fetch, load, store)
+        engines = {Engine.LOAD: load, Engine.LINEAR: linear, Engine.ATTENTION: attention,
+                   Engine.NORM: norm, Engine.STORE: store}
+        self._control(m, fetch, engines, router.empty)
+        return m
+
+    def _memories(self, m, load, linear, attention, norm, store):
+        """The on-chip memories with everything that reads and writes them."""
+        config = self.config
+        clients = {
+            "activation": (
+                {"cell_bits": 8, "cells": config.depth, "words": config.activation_words,
+                 "banks": config.activation_banks},
+                [linear.activation_read, attention.key_read, attention.value_read,
+                 store.activation_read],
+                [linear.activation_write, attention.activation_write, norm.activation_write,
+                 load.activation_write]),
+            "residual": (
+                {"cell_bits": 16, "cells": config.lanes, "words": config.residual_words},
+                [linear.residual_read, norm.residual_read, norm.statistics_read,
+                 store.residual_read],
+                [linear.residual_write, load.residual_write]),
+            "weight": (
+                {"cell_bits": 8 * config.outputs * config.depth, "cells": 1,
+                 "words": config.weight_words},
+                [linear.weight_read], [load.weight_write]),
+            "param": (
+                {"cell_bits": 64 * config.lanes, "cells": 1, "words": config.param_words,
+                 "shape": parameter_layout(config)},
+                [linear.param_read, norm.param_read], [load.param_write]),
+        }
+        for name, (shape, readers, writers) in clients.items():
+            m.submodules[name] = memory = BankedMemory(
+                **shape, readers=len(readers), writers=len(writers))
+            for client, port in zip(readers, memory.readers):
+                connect(m, client, port)
+            for client, port in zip(writers, memory.writers):
+                connect(m, client, port)
+
+    def _bus(self, m, fetch, load, store):
+        """The memory port: fetch and LOAD read, STORE writes."""
+        memory = self.memory
+        m.submodules.share = share = ReadShare(self.config.bus_bytes)
+        connect(m, fetch.read_command, share.urgent_command)
+        connect(m, share.urgent_data, fetch.read_data)
+        connect(m, load.read_command, share.other_command)
+        connect(m, share.other_data, load.read_data)
+        connect(m, share.command, flipped(memory.read_command))
+        connect(m, flipped(memory.read_data), share.data)
+        connect(m, store.write_command, flipped(memory.write_command))
+        connect(m, store.write_data, flipped(memory.write_data))
+        m.d.comb += store.written.eq(memory.written)
+
+    def _control(self, m, fetch, engines, empty):
+        """Registers, sequencers and tokens; start and end of a run."""
+        memory = self.memory
+        m.submodules.control = control = ControlUnit(self.config)
+        m.submodules.tokens = tokens = Tokens()
+        connect(m, flipped(self.registers), control.registers)
+
+        stuck = Signal()
+        sequencers = []
+        for engine, unit in engines.items():
+            name = engine.name.lower()
+            sequencer = Sequencer(self.config, Opcode(engine))
+            m.submodules[f"{name}_sequencer"] = sequencer
+            sequencers.append(sequencer)
+            connect(m, getattr(fetch, name), sequencer.queued)
+            connect(m, unit.engine, sequencer.engine)
+            m.d.comb += [
+                sequencer.available.eq(tokens.available[engine]),
+                tokens.take[engine].eq(sequencer.take),
+                tokens.add[engine].eq(sequencer.give),
+                sequencer.empty.eq(empty),
+                sequencer.clear.eq(control.start | stuck),
+                control.busy[engine].eq(unit.engine.busy),
+                control.stalled[engine].eq(unit.engine.stalled),
+                control.waiting[engine].eq(sequencer.waiting),
+            ]
+
+        idle = Cat(sequencer.idle for sequencer in sequencers)
+        waiting = Cat(sequencer.waiting for sequencer in sequencers)
+        m.d.comb += [
+            # No engine works, so no token can come: whoever waits now would wait for ever.
+            stuck.eq((idle | waiting).all() & waiting.any() & (fetch.idle | fetch.blocked)),
+            fetch.start.eq(control.start), fetch.program.eq(control.program), fetch.stop.eq(stuck),
+            tokens.clear.eq(control.start),
+            control.finished.eq(idle.all() & fetch.idle),
+            control.error.eq(fetch.illegal | stuck),
+            control.dispatched.eq(fetch.dispatched),
+            control.read_beat.eq(memory.read_data.valid & memory.read_data.ready),
+            control.write_beat.eq(memory.write_data.valid & memory.write_data.ready),
+        ]

@@ -1,0 +1,5 @@
+"""The router: logits of the gate to queues of tokens, one for each expert."""
+
+from .unit import Router
+
+__all__ = ["Router"]

@@ -1,0 +1,118 @@
+"""The router."""
+
+from amaranth import Cat, Module, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..arch.config import Config
+from ..interfaces import Logits, QueuePort, RouteSetup
+from .buffer import LogitBuffer
+from .choose import Choose
+from .gate import Gate
+from .queues import Queues
+from .weigh import Weigh
+
+__all__ = ["Router"]
+
+
+class Router(wiring.Component):
+    """Chooses experts for each token row, and queues the token with its gate weight at each.
+
+    A setup empties all queues. Then the logits of its rows come; for each row, in order, an entry
+    (row, weight) is appended to the queue of each of its `chosen` experts:
+    `numerics.chosen_experts` and `numerics.gate_weights`. Limits: ``1 <= chosen <= max_chosen``,
+    ``chosen <= experts <= max_experts``, ``rows <= max_rows``.
+
+    One logit a cycle and stage, and stages work on successive rows: a row takes
+    ``max(experts, ROW_INTERVAL)`` cycles if the weights are over the chosen, and
+    ``max(experts + chosen, ROW_INTERVAL)`` if over all. A lone row is done ``LATENCY + experts +
+    2 * chosen`` cycles after its last logits, and `experts` later over all. Two token groups of
+    logits are buffered; more are refused.
+
+    Members
+    -------
+    setup : In(stream.Signature(RouteSetup))
+        Taken once the rows of the one before are done.
+    logits : In(stream.Signature(Logits(config)))
+        Of the rows of the last setup; refused before it.
+    queue : In(QueuePort())
+        Use it from `done` to the next setup.
+    done : Out(1)
+        Pulses once for each setup, when all its rows can be read; soon after it, if it has none.
+    empty : Out(max_experts)
+        Bit e: no entry in queue e.
+    """
+
+    ROW_INTERVAL = 18
+    LATENCY = Weigh.LATENCY + Gate.LATENCY + 3
+
+    def __init__(self, config: Config):
+        self.config = config
+        super().__init__({
+            "setup": In(stream.Signature(RouteSetup)),
+            "logits": In(stream.Signature(Logits(config))),
+            "queue": In(QueuePort()),
+            "done": Out(1),
+            "empty": Out(config.max_experts),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        count = self.config.max_chosen
+        m.submodules.buffer = buffer = LogitBuffer(self.config)
+        m.submodules.choose = choose = Choose(count)
+        m.submodules.weigh = weigh = Weigh(count)
+        m.submodules.gate = gate = Gate(count)
+        m.submodules.queues = queues = Queues(self.config)
+
+        setup = Signal(RouteSetup)
+        row = Signal(13)  # the next to be appended
+        finishing = Signal(Queues.LATENCY)
+        active = Signal()
+
+        starts = self.setup.valid & self.setup.ready
+        m.d.comb += [
+            self.setup.ready.eq(~active),
+            buffer.restart.eq(starts), queues.clear.eq(starts),
+            buffer.experts.eq(setup.experts), buffer.twice.eq(~setup.over_chosen),
+            weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(row),
+            self.empty.eq(queues.empty), self.done.eq(finishing[-1]),
+
+            buffer.logits.payload.eq(self.logits.payload),
+            buffer.logits.valid.eq(self.logits.valid & active),
+            self.logits.ready.eq(buffer.logits.ready & active),
+        ]
+        wiring.connect(m, wiring.flipped(self.queue), queues.queue)
+        wiring.connect(m, buffer.first, choose.logits)
+        wiring.connect(m, buffer.second, weigh.logits)
+        wiring.connect(m, weigh.weights, gate.weights)
+        wiring.connect(m, gate.entries, queues.entries)
+
+        # The choices of a row: experts to wait for its weights, and values to the softmax, not
+        # earlier.
+        sent = Signal()  # the experts went ahead
+        m.d.comb += [
+            weigh.choices.payload.eq(choose.choices.payload),
+            gate.experts.payload.eq(Cat(choice.expert for choice in choose.choices.payload)),
+            gate.experts.valid.eq(choose.choices.valid & ~sent),
+            weigh.choices.valid.eq(choose.choices.valid & (sent | gate.experts.ready)),
+            choose.choices.ready.eq(weigh.choices.ready & (sent | gate.experts.ready)),
+        ]
+        with m.If(choose.choices.valid & choose.choices.ready):
+            m.d.sync += sent.eq(0)
+        with m.Elif(gate.experts.valid & gate.experts.ready):
+            m.d.sync += sent.eq(1)
+
+        ends = gate.entries.valid & gate.entries.p.last
+        m.d.sync += finishing.eq(finishing << 1)
+        with m.If(ends):
+            m.d.sync += row.eq(row + 1)
+            with m.If(row + 1 == setup.rows):
+                m.d.sync += finishing[0].eq(1)
+        with m.If(starts):
+            m.d.sync += [setup.eq(self.setup.payload), row.eq(0), active.eq(1)]
+            with m.If(self.setup.p.rows == 0):
+                m.d.sync += finishing[0].eq(1)
+        with m.If(self.done):
+            m.d.sync += active.eq(0)
+        return m

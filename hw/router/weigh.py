@@ -1,0 +1,110 @@
+"""Softmax numerators of the chosen experts, and their denominator."""
+
+from amaranth import Array, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..exp2 import Exp2, Octaves
+from ..interfaces import RouteSetup
+from .buffer import Logit
+from .choose import choices_layout
+
+__all__ = ["Weigh", "weights_layout"]
+
+TOTAL_BITS = 24  # 256 experts of at most 65472
+
+
+def weights_layout(count: int) -> data.StructLayout:
+    """Of a row: `exp2_weight` of each chosen expert, and the sum that they are to be divided by."""
+    return data.StructLayout({"weights": data.ArrayLayout(16, count), "total": TOTAL_BITS})
+
+
+class Weigh(wiring.Component):
+    """``exp2_weight(octaves(maximum - logit))`` of the chosen logits of each row, and its sum over
+    the chosen or, without `over_chosen`, over all logits of the row.
+
+    A logit a cycle: a row takes `chosen` cycles, and as many more as it has logits if they all
+    count. The weights come `LATENCY` cycles after the last of them. While they are refused
+    everything waits.
+
+    Members
+    -------
+    setup : In(RouteSetup)
+        Holds still while rows are inside.
+    choices : In(stream.Signature(choices_layout(count)))
+    logits : In(stream.Signature(Logit))
+        All logits of the row; nothing comes here with `over_chosen`.
+    weights : Out(stream.Signature(weights_layout(count)))
+        Those past `chosen` are undefined.
+    """
+
+    LATENCY = 2 + Octaves.LATENCY + Exp2.LATENCY + 1
+
+    def __init__(self, count: int):
+        self.count = count
+        super().__init__({
+            "setup": In(RouteSetup),
+            "choices": In(stream.Signature(choices_layout(count))),
+            "logits": In(stream.Signature(Logit)),
+            "weights": Out(stream.Signature(weights_layout(count))),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        setup = self.setup
+        advance = Signal()
+        m.d.comb += advance.eq(~self.weights.valid | self.weights.ready)
+
+        # What enters: the chosen, then all.
+        tag = data.StructLayout({"valid": 1, "position": range(self.count + 1), "counts": 1,
+                                 "last": 1})
+        position = Signal(range(self.count + 1))
+        picking = position != setup.chosen
+        entering = Signal(tag)
+        chosen = Array(choice.value for choice in self.choices.payload)[position]
+        m.d.comb += [
+            entering.position.eq(Mux(picking, position, self.count)),
+            entering.counts.eq(~picking | setup.over_chosen),
+            entering.valid.eq(self.choices.valid & (picking | self.logits.valid)),
+            entering.last.eq(Mux(picking, setup.over_chosen & (position + 1 == setup.chosen),
+                                 self.logits.p.last)),
+            self.logits.ready.eq(advance & self.choices.valid & ~picking),
+            self.choices.ready.eq(advance & entering.valid & entering.last),
+        ]
+        value, maximum = Signal(signed(32)), Signal(signed(32))
+        difference = Signal(32)
+        with m.If(advance):
+            m.d.sync += [
+                value.eq(Mux(picking, chosen, self.logits.p.value)),
+                maximum.eq(self.choices.payload[0].value),
+                difference.eq(maximum - value),
+            ]
+            with m.If(entering.valid & picking):
+                m.d.sync += position.eq(position + 1)
+            with m.If(entering.valid & entering.last):
+                m.d.sync += position.eq(0)
+
+        m.submodules.octaves = octaves = Octaves()
+        m.submodules.exp2 = exp2 = Exp2()
+        m.d.comb += [
+            octaves.advance.eq(advance), exp2.advance.eq(advance),
+            octaves.difference.eq(difference), octaves.multiplier.eq(setup.multiplier),
+            octaves.shift.eq(setup.shift), exp2.steps.eq(octaves.steps),
+        ]
+        tags = [entering] + [Signal(tag, name=f"tag_{i}") for i in range(self.LATENCY - 1)]
+        leaving = tags[-1]
+        fresh = Signal(init=1)  # the next to leave is the first of its row
+        weights = self.weights.p
+        with m.If(advance):
+            m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+            m.d.sync += self.weights.valid.eq(leaving.valid & leaving.last)
+            with m.If(leaving.valid):
+                m.d.sync += [
+                    fresh.eq(leaving.last),
+                    weights.total.eq(Mux(fresh, 0, weights.total)
+                                     + Mux(leaving.counts, exp2.weight, 0)),
+                ]
+                for i in range(self.count):
+                    with m.If(leaving.position == i):
+                        m.d.sync += weights.weights[i].eq(exp2.weight)
+        return m

@@ -1,0 +1,73 @@
+"""What a caller hands to a session, checked against what the model takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeware.hw.arch.program import Program
+
+__all__ = ["FeedError", "NodeArg", "check_feeds", "check_names"]
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
+           "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(int32)": np.int32,
+           "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+
+
+class FeedError(ValueError):
+    """A feed or an output name that the model does not have, or a feed of another type or shape."""
+
+
+@dataclass(frozen=True)
+class NodeArg:
+    """An input or output of the model, as ONNX Runtime describes it; the first axis is the batch."""
+
+    name: str
+    shape: list[str | int]
+    type: str
+
+
+def check_names(program: Program, names: Sequence[str] | None) -> list[str]:
+    """Names of the outputs to return: all for None or an empty list."""
+    known = [name for name, _, _ in program.outputs]
+    for name in names or ():
+        if name not in known:
+            raise FeedError(f"Output name must be one of {known}, not {name!r}")
+    return list(names or known)
+
+
+def check_feeds(program: Program, feeds: Mapping[str, np.ndarray]) -> int:
+    """That `feeds` has each input as an array [frames, *shape] of its type, for one number of frames
+    of at least one; returns that number.
+
+    Raises
+    ------
+    FeedError
+    """
+    known = [name for name, _, _ in program.inputs]
+    for name in feeds:
+        if name not in known:
+            raise FeedError(f"Feed must be one of the inputs {known}, not {name!r}")
+    frames: int | None = None
+    for name, shape, kind in program.inputs:
+        expected = f"{kind} ['batch', {', '.join(map(str, shape))}]"
+        if name not in feeds:
+            raise FeedError(f"Feeds must have the input {name!r} ({expected}), not only "
+                            f"{sorted(feeds)}")
+        value = feeds[name]
+        if not isinstance(value, np.ndarray) or value.dtype != _DTYPES[kind]:
+            found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise FeedError(f"Feed {name!r} must be a numpy array of {np.dtype(_DTYPES[kind])} "
+                            f"({expected}), not {found}: convert it with "
+                            f"numpy.asarray(value, numpy.{np.dtype(_DTYPES[kind])})")
+        if value.ndim != 1 + len(shape) or value.shape[1:] != tuple(shape):
+            raise FeedError(f"Feed {name!r} must have the shape ['batch', "
+                            f"{', '.join(map(str, shape))}], not {list(value.shape)}")
+        if not len(value):
+            raise FeedError(f"Feed {name!r} must have at least one frame, not the shape "
+                            f"{list(value.shape)}")
+        if frames is not None and len(value) != frames:
+            raise FeedError(f"Feeds must have one batch size, not {frames} and, for {name!r}, "
+                            f"{len(value)}")
+        frames = len(value)
+    return frames or 1

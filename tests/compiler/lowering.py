@@ -1,0 +1,69 @@
+"""Random transformers as quantised graphs, lowered to programs for any configuration."""
+
+from moeware.compiler.allocate import allocate
+from moeware.compiler.emit import emit
+from moeware.compiler.quantise import QuantisedStep
+from moeware.compiler.schedule import schedule
+from moeware.compiler.tile import tile
+from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory, NormMode
+from moeware.hw.arch.program import Port, Program, Region
+
+from ..runtime.reference import Graph
+
+__all__ = ["lower", "program", "transformer"]
+
+
+def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
+                experts: int, chosen: int, causal: bool = False, gain: float = 1.0,
+                mode: NormMode = NormMode.LAYER) -> Graph:
+    """Patches and a class token, a dense and a routed block, the class token's and the mean head."""
+    graph = Graph(seed, gain=gain)
+    size = heads * width
+    patches = graph.input(tokens, depth)
+    x = graph.add_linear(patches, graph.constant(tokens + 1, size), size, first_row=1)
+    y = graph.norm(x, mode)
+    q, k, v = (graph.linear(y, size) for _ in range(3))
+    x = graph.add_linear(graph.attention(q, k, v, heads, heads, causal=causal), x, size)
+    x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, size)
+    y = graph.norm(x, mode)
+    x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden)
+    y = graph.norm(x, mode)
+    graph.add_linear(graph.attention(None, y, y, 1, 1), None, 7)
+    graph.add_linear(graph.norm(x, NormMode.SCALE, first_row=tokens // 2, rows=1), None, 5)
+    return graph
+
+
+def quantised(graph: Graph) -> QuantisedStep:
+    """The graph as a step whose inputs and last two results are ports."""
+    def port(name: str, memory: Memory) -> Port:
+        rows, channels = graph.shapes[name]
+        return Port(name=name, tensor=name, shape=(rows, channels), scale=1 / 64,
+                    split=(rows, channels), order=(0, 1),
+                    region=Region(memory=memory, rows=rows, channels=channels, address=0))
+    heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None]
+    return QuantisedStep(graph.operations, [port(*item) for item in graph.sources.items()],
+                         [port(name, Memory.RESIDUAL) for name in heads])
+
+
+def lower(graph: Graph, config: Config, *, trace: bool = True):
+    """The graph after `allocate`, verified between the stages."""
+    step = quantised(graph)
+    verify_quantised(step)
+    lowered = tile(step, config, trace=trace)
+    verify_order(lowered)
+    schedule(lowered, config)
+    verify_order(lowered)
+    allocate(lowered, config)
+    verify_addresses(lowered, config)
+    return lowered
+
+
+def program(graph: Graph, config: Config, *, trace: bool = True) -> Program:
+    """The graph as a program; with `trace` it stores every tensor."""
+    image, dram_bytes, steps = emit([lower(graph, config, trace=trace)], config)
+    ports = {side: [(port.name, port.shape, "tensor(float)") for port in getattr(steps[0], side)]
+             for side in ("inputs", "outputs")}
+    return Program(config=config, image=image, dram_bytes=dram_bytes, steps=steps,
+                   placement=f"fpga {len(graph.operations)}/{len(graph.operations)} nodes", **ports)

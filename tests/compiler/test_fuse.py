@@ -1,0 +1,191 @@
+"""Exported models become the expected canonical operators and compute what they did before."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from moeware.compiler.canonical import sources
+from moeware.compiler.fuse import fuse
+from moeware.compiler.load import load
+from moeware.compiler.reference import evaluate
+from moeware.compiler.to_onnx import to_onnx
+from torch import nn
+
+from tests.compiler import exports
+from tests.compiler.exports import Mlp, Moe, PackedAttention, SeparateAttention, export, vit
+
+CASES = Path(__file__).parent / "cases"
+
+ATTENTION = "LayerNorm Linear Linear Linear Attention Linear Add"
+DENSE = "LayerNorm Linear Pointwise Linear Add"
+MOE = "LayerNorm Route Experts Add"
+CLASS = ("PatchEmbed ClassToken AddConstant", "LayerNorm TakeToken Linear")
+MEAN = ("PatchEmbed AddConstant", "LayerNorm MeanTokens Linear")
+
+
+def expected(*blocks, ends=CLASS):
+    return " ".join([ends[0], *blocks, ends[1]]).split()
+
+
+def check(path, operators, frames=2, tolerance=1e-4):
+    """Fuse the model at ``path``; compare its operators and its values with ONNX Runtime's."""
+    model = fuse(load(path))
+    assert [node.domain and node.op_type or f"plain {node.op_type}" for node in model.graph] == (
+        operators
+    )
+    names = [value.name for value in model.graph.inputs]
+    generator = np.random.default_rng(11)
+    feeds = {
+        value.name: generator.normal(size=(frames, *list(value.shape)[1:])).astype(np.float32)
+        for value in model.graph.inputs
+    }
+    assert names == list(feeds)
+    wanted = exports.run_onnx(path, **feeds)
+    lowered = onnxruntime.InferenceSession(to_onnx(model).SerializeToString()).run(None, feeds)
+    for results in (list(evaluate(model, feeds).values()), lowered):
+        for value, want in zip(results, wanted, strict=True):
+            assert value.shape == want.shape
+            assert np.abs(value - want).max() <= tolerance * np.abs(want).max()
+    return model
+
+
+# Name: (model, canonical operators of its block, operators around it).
+MODELS = {
+    "sdpa": (lambda: vit(), (ATTENTION, DENSE), CLASS),
+    "scale on scores": (lambda: vit(PackedAttention("manual")), (ATTENTION, DENSE), CLASS),
+    "scale on q": (lambda: vit(PackedAttention("scale_q")), (ATTENTION, DENSE), CLASS),
+    "scale on q and k": (lambda: vit(PackedAttention("scale_both")), (ATTENTION, DENSE), CLASS),
+    "causal sdpa": (lambda: vit(PackedAttention("sdpa", True)), (ATTENTION, DENSE), CLASS),
+    "causal mask": (lambda: vit(PackedAttention("manual", True)), (ATTENTION, DENSE), CLASS),
+    "separate qkv": (lambda: vit(SeparateAttention()), (ATTENTION, DENSE), CLASS),
+    "grouped queries": (lambda: vit(SeparateAttention(True)), (ATTENTION, DENSE), CLASS),
+    "MultiheadAttention": (lambda: vit(exports.TorchAttention()), (ATTENTION, DENSE), CLASS),
+    "TransformerEncoderLayer": (
+        lambda: exports.randomise(exports.Vit(exports.EncoderLayer())),
+        (ATTENTION, DENSE),
+        CLASS,
+    ),
+    "written-out norm": (lambda: vit(norm=exports.PrimitiveNorm), (ATTENTION, DENSE), CLASS),
+    "layer scale": (lambda: vit(layer_scale=True), (ATTENTION, DENSE), CLASS),
+    "mean pool": (lambda: vit(pool="mean"), (ATTENTION, DENSE), MEAN),
+    "rearranged patches": (lambda: vit(embed="rearrange"), (ATTENTION, DENSE), CLASS),
+    "gelu tanh": (lambda: vit(mixer=Mlp(nn.GELU("tanh"))), (ATTENTION, DENSE), CLASS),
+    "silu": (lambda: vit(mixer=Mlp(nn.SiLU())), (ATTENTION, DENSE), CLASS),
+    "relu": (lambda: vit(mixer=Mlp(nn.ReLU())), (ATTENTION, DENSE), CLASS),
+    "loop": (lambda: vit(mixer=Moe("loop")), (ATTENTION, MOE), CLASS),
+    "where": (lambda: vit(mixer=Moe("where")), (ATTENTION, MOE), CLASS),
+    "scatter": (lambda: vit(mixer=Moe("scatter")), (ATTENTION, MOE), CLASS),
+    "onehot": (lambda: vit(mixer=Moe("onehot")), (ATTENTION, MOE), CLASS),
+    "gather": (lambda: vit(mixer=Moe("gather")), (ATTENTION, MOE), CLASS),
+    "gather einsum": (lambda: vit(mixer=Moe("gather_einsum")), (ATTENTION, MOE), CLASS),
+    "all": (lambda: vit(mixer=Moe("loop", "all")), (ATTENTION, MOE), CLASS),
+    "top first": (lambda: vit(mixer=Moe("scatter", "top_first")), (ATTENTION, MOE), CLASS),
+    "top 1": (lambda: vit(mixer=Moe("gather", "all", k=1)), (ATTENTION, MOE), CLASS),
+    "top 3 silu": (lambda: vit(mixer=Moe("onehot", k=3, function=nn.SiLU())), (ATTENTION, MOE), CLASS),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torchscript_export(tmp_path, name):
+    build, blocks, ends = MODELS[name]
+    path = export(build(), tmp_path / "m.onnx", opset=17, dynamo=False)
+    check(path, expected(*blocks, ends=ends))
+
+
+ATTENTIONS = {
+    "sdpa": PackedAttention,
+    "manual": lambda: PackedAttention("manual"),
+    "scale_both": lambda: PackedAttention("scale_both"),
+    "causal": lambda: PackedAttention("sdpa", True),
+    "grouped": lambda: SeparateAttention(True),
+    "torch": exports.TorchAttention,
+}
+MIXERS = {
+    "loop": lambda: Moe("loop"),
+    "where": lambda: Moe("where", "all"),
+    "scatter": lambda: Moe("scatter", "top_first"),
+    "onehot": lambda: Moe("onehot", function=nn.SiLU()),
+    "gather": lambda: Moe("gather", k=1),
+    "gather_einsum": lambda: Moe("gather_einsum", "all", k=3),
+    "dense": lambda: Mlp(nn.GELU("tanh")),
+}
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23])
+def test_dynamo_export_of_every_form(tmp_path, opset):
+    """One model whose blocks are all forms, from each opset that the exporter writes."""
+    attentions, mixers = list(ATTENTIONS.values()), list(MIXERS.values())
+    blocks = [
+        exports.Block(
+            attentions[index % len(attentions)](), mixer(), lambda: nn.LayerNorm(exports.DIM)
+        )
+        for index, mixer in enumerate(mixers)
+    ]
+    model = exports.randomise(exports.Vit(*blocks))
+    path = export(model, tmp_path / "m.onnx", opset=opset)
+    each = [f"{ATTENTION} {MOE}"] * 6 + [f"{ATTENTION} {DENSE}"]
+    fused = check(path, expected(*each), tolerance=1e-3 if opset == 18 else 1e-4)
+    routes = [node for node in fused.graph if node.op_type == "Route"]
+    assert [node.attributes["k"].value for node in routes] == [2, 2, 2, 2, 1, 3]
+    normalise = [node.attributes["normalise"].value for node in routes]
+    assert normalise[:4] == ["chosen", "all", "chosen", "chosen"] and normalise[5] == "all"
+    attention = [node for node in fused.graph if node.op_type == "Attention"]
+    assert [node.attributes["causal"].value for node in attention] == [0, 0, 0, 1, 0, 0, 0]
+    assert [node.attributes["kv_heads"].value for node in attention] == [4, 4, 4, 4, 2, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["rearranged patches", "mean pool", "loop"])
+def test_dynamo_export_with_fixed_batch(tmp_path, name):
+    build, blocks, ends = MODELS[name]
+    path = export(build(), tmp_path / "m.onnx", opset=20, dynamic=False)
+    check(path, expected(*blocks, ends=ends), frames=1)
+
+
+@pytest.mark.parametrize(
+    "case,operators,attributes",
+    [
+        ("layer_norm_rsqrt", ["LayerNorm"], {"epsilon": pytest.approx(1e-5)}),
+        ("gelu_tanh", ["Pointwise"], {"function": "gelu_tanh"}),
+        ("gelu_erf", ["Pointwise"], {"function": "gelu"}),
+        (
+            "attention_operator",
+            ["Attention"],
+            {"heads": 4, "kv_heads": 2, "causal": 1, "scale": pytest.approx(0.3)},
+        ),
+        (
+            "masked_attention",
+            ["plain Transpose", "plain MatMul", "Add", "plain Softmax", "plain MatMul"],
+            {},
+        ),
+        ("three_operand_einsum", ["plain Einsum"], {}),
+    ],
+)
+def test_text_model(case, operators, attributes):
+    model = check(CASES / f"{case}.onnxtxt", operators)
+    (first, *_) = model.graph
+    assert {name: first.attributes[name].value for name in attributes} == attributes
+
+
+def test_sources_name_the_original_nodes(tmp_path):
+    path = export(vit(mixer=Moe("loop")), tmp_path / "m.onnx", opset=17, dynamo=False)
+    names = {node.name for node in load(path).graph}
+    fused = fuse(load(path))
+    for node in fused.graph:
+        assert sources(node) and set(sources(node)) <= names
+    by_name = {node.name: sources(node) for node in fused.graph}
+    assert any("TopK" in name for name in by_name["Route_0"])
+    assert any("Equal" in name for name in by_name["Experts_0"])
+    assert not set(by_name["Route_0"]) & set(by_name["Experts_0"])
+
+
+def test_other_weights_between_softmax_and_experts_stay_plain(tmp_path):
+    """A router whose weights are neither form must not be taken for one of them."""
+
+    class Squared(Moe):
+        def _loop(self, rows, weights, indices):
+            return super()._loop(rows, weights * weights, indices)
+
+    path = export(vit(mixer=Squared("loop")), tmp_path / "m.onnx", opset=17, dynamo=False)
+    operators = {node.op_type for node in fuse(load(path)).graph}
+    assert "TopK" in operators and not operators & {"Route", "Experts"}

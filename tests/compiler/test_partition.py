@@ -1,0 +1,142 @@
+"""Everything supported runs on the accelerator; the rest has a reason and a runnable model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from moeware.compiler.fuse import fuse
+from moeware.compiler.load import load
+from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.reference import evaluate
+from torch import nn
+
+from tests.compiler import exports
+from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, export
+
+CASES = Path(__file__).parent / "cases"
+
+
+def run_steps(model, parts, feeds):
+    """Run the host steps in ONNX Runtime and take what the accelerator would give from float."""
+    record = dict(feeds)
+    evaluate(model, feeds, record.__setitem__)
+    for step in parts.steps:
+        if step.kind == "host":
+            session = onnxruntime.InferenceSession(step.model)
+            outputs = session.run(None, {name: record[name] for name in step.inputs})
+            for name, output in zip(step.outputs, outputs, strict=True):
+                assert output.shape == record[name].shape
+                assert np.allclose(output, record[name], atol=1e-4)
+    assert {name for step in parts.steps for name in step.outputs} >= {
+        value.name for value in model.graph.outputs
+    }
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    def block(mixer):
+        return Block(PackedAttention(), mixer, lambda: nn.LayerNorm(exports.DIM))
+
+    built = exports.randomise(Vit(block(Mlp()), block(Odd()), block(Moe("gather"))))
+    path = tmp_path_factory.mktemp("partition") / "m.onnx"
+    export(exports.Preprocessed(built).eval(), path, opset=17, dynamo=False)
+    return fuse(load(path))
+
+
+@pytest.mark.parametrize("mixer", [Mlp, lambda: Moe("loop")])
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_whole_model_on_the_accelerator(tmp_path, mixer, pool):
+    path = export(exports.vit(mixer=mixer(), pool=pool), tmp_path / "m.onnx", 17, dynamo=False)
+    model = fuse(load(path))
+    parts = partition(model)
+    (step,) = parts.steps
+    assert (step.kind, step.inputs, step.outputs) == ("fpga", ("image",), ("logits",))
+    count = len(model.graph)
+    assert describe(parts) == f"fpga {count}/{count} nodes, 100.0 % of MACs"
+
+
+def test_steps_are_cut_at_the_stream(mixed):
+    parts = partition(mixed)
+    assert [step.kind for step in parts.steps] == ["host", "fpga", "host", "fpga", "host"]
+    operators = [[node.op_type for node in step.nodes] for step in parts.steps]
+    assert operators[0] == ["Sub", "Clip", "Mul"]
+    assert operators[1][0] == "PatchEmbed" and operators[1][-1] == "Add"
+    assert operators[2] == ["LayerNorm", "Einsum", "Sin", "Add"]
+    assert operators[3][-1] == "Linear"
+    assert operators[4] == ["Softmax"]
+    for before, after in zip(parts.steps, parts.steps[1:]):
+        assert before.outputs == after.inputs
+
+
+def test_host_steps_run_with_any_batch(mixed):
+    for frames in (1, 3):
+        run_steps(mixed, partition(mixed), {"image": exports.example(frames)})
+
+
+def test_every_host_node_has_a_reason(mixed):
+    parts = partition(mixed)
+    for step in parts.steps:
+        if step.kind == "fpga":
+            assert step.reasons == {} and step.model is None
+            continue
+        for node in step.nodes:
+            assert step.reasons[node.name].startswith(f"node `{node.name}`: ")
+    reasons = {node.op_type: step.reasons.get(node.name) for step in parts.steps for node in step.nodes}
+    assert "Sin has no form" in reasons["Sin"]
+    assert "feeds" in parts.reasons["LayerNorm_3"]
+
+
+def test_report_counts_macs(mixed):
+    content = json.loads(json.dumps(report(partition(mixed))))
+    assert content["fpga_nodes"] + content["host_nodes"] == len(mixed.graph)
+    (einsum,) = [entry for entry in content["host"] if entry["operator"] == "Einsum"]
+    tokens, dim = exports.PATCHES + 1, exports.DIM
+    assert einsum["macs"] == tokens * tokens * dim
+    assert content["fpga_mac_share"] == pytest.approx(1 - einsum["macs"] / content["macs"])
+    patches = exports.PATCHES * dim * exports.CHANNELS * exports.PATCH**2
+    attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+    dense = 2 * tokens * dim * exports.HIDDEN
+    moe = tokens * dim * exports.EXPERTS + exports.TOP_K * dense
+    head = dim * exports.CLASSES
+    total = patches + 3 * attention + dense + moe + head + einsum["macs"]
+    assert content["macs"] == total
+    assert describe(partition(mixed)).startswith(f"fpga {content['fpga_nodes']}/{len(mixed.graph)} ")
+
+
+@pytest.mark.parametrize(
+    "case,words",
+    [
+        ("three_operand_einsum", "3-operand Einsum is not a supported form; write"),
+        ("post_norm", "reads norm or norm row or attention or function; use pre-norm"),
+        ("masked_attention", "Softmax has no form on the accelerator"),
+    ],
+)
+def test_reason(case, words):
+    model = fuse(load(CASES / f"{case}.onnxtxt"))
+    parts = partition(model)
+    assert [step.kind for step in parts.steps] == ["host"]
+    assert any(words in reason for reason in parts.reasons.values())
+    generator = np.random.default_rng(2)
+    feeds = {
+        value.name: generator.normal(size=(2, *list(value.shape)[1:])).astype(np.float32)
+        for value in model.graph.inputs
+    }
+    run_steps(model, parts, feeds)
+
+
+def test_long_skip_connection_is_refused(tmp_path):
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Block(PackedAttention(), Mlp(), lambda: nn.LayerNorm(exports.DIM))
+
+        def forward(self, x):
+            return self.inner(x) + x
+
+    model = exports.randomise(Vit(Skip()))
+    parts = partition(fuse(load(export(model, tmp_path / "m.onnx", 17, dynamo=False))))
+    kinds = {node.name: step.kind for step in parts.steps for node in step.nodes}
+    assert kinds["Add_2"] == "host" and kinds["Add_1"] == "fpga" and kinds["Linear_6"] == "fpga"
+    assert "joins the residual stream with a Linear or Experts" in parts.reasons["Add_2"]

@@ -1,0 +1,127 @@
+"""The arithmetic against exact rationals and against real mathematics."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from moeware.hw.arch import numerics
+
+RNG = np.random.default_rng(1)
+INT32 = [-2**31, -2**31 + 1, -1, 0, 1, 2**31 - 1]
+
+
+def floor_half_up(value: Fraction) -> int:
+    return math.floor(value + Fraction(1, 2))
+
+
+@pytest.mark.parametrize("shift", [1, 2, 15, 16, 31, 47])
+def test_scale_rounds_ties_up(shift):
+    values = INT32 + RNG.integers(-2**31, 2**31, 50).tolist()
+    for value in values:
+        for multiplier in (0, 1, 3, 32768, 65535):
+            exact = floor_half_up(Fraction(value * multiplier, 2**shift))
+            assert numerics.scale(value, multiplier, shift) == exact
+            assert numerics.requantise(value, multiplier, shift) == min(127, max(-128, exact))
+
+
+def test_gated_rounds_ties_up_and_keeps_16_bits():
+    for update in (-32768, -1, 0, 1, 32767):
+        for weight in (0, 1, 32768, 65535):
+            exact = floor_half_up(Fraction(update * weight, 65536))
+            assert numerics.gated(update, weight) == exact
+            assert -32768 <= exact <= 32767
+
+
+def test_bit_length_is_exact_next_to_powers_of_two():
+    values = [v for e in range(53) for v in ((1 << e) - 1, 1 << e, (1 << e) + 1) if v < 1 << 53]
+    assert numerics.bit_length(values).tolist() == [v.bit_length() for v in values]
+
+
+def test_exp2_is_a_power_of_two_to_its_last_place():
+    steps = np.arange(16 << numerics.OCTAVE_BITS)
+    real = 65472 * 2.0 ** (-steps / 256)
+    assert (np.abs(numerics.exp2_weight(steps) - real) <= 1.5).all()
+    assert numerics.exp2_weight(0) == 65472
+    assert numerics.probability(0) == 1023
+    assert numerics.probability(steps).max() == 1023
+
+
+def test_octaves_clamp_before_16():
+    assert numerics.octaves(2**32 - 1, 65535, 1) == (16 << 8) - 1
+    assert numerics.octaves(0, 65535, 1) == 0
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 1023, 1024, 2**22, 2**31 + 7, 2**32 - 1])
+def test_reciprocal_is_the_largest_below(total):
+    r, e = (int(v) for v in numerics.reciprocal(total))
+    assert e == total.bit_length()
+    assert r == min(2 ** (e + 15) // total, 65535)
+
+
+def test_row_scale_divides_by_the_total():
+    for total in (1023, 5000, 1023 * 4096):
+        m, s = numerics.row_scale(total, 40000, 16)
+        weighted = total * 100  # every value is 100
+        assert numerics.requantise(weighted, m, s) == round(100 * 40000 / 65536)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 64, 192, 2047])
+@pytest.mark.parametrize("centred", [True, False])
+def test_normalise_is_a_normalisation(channels, centred):
+    rows = RNG.integers(-32768, 32768, (20, channels))
+    rows[0] = 7  # no variance
+    rows[1] = 32767
+    rows[2] = -32768
+    epsilon = 3 * channels**2
+    got = numerics.normalise(rows, channels, epsilon, centred=centred)
+    centre = rows - rows.mean(-1, keepdims=True) * centred
+    real = centre / np.sqrt((centre**2).mean(-1, keepdims=True) + 3)
+    # A root of 16 bits and a product rounded once: one step of 2**-10, and 2**-14 of the value.
+    assert (np.abs(got / 1024 - real) <= 1 / 1024 + np.abs(real) * 2.0**-14).all()
+
+
+def test_normalise_by_rational_arithmetic():
+    for _ in range(200):
+        channels = int(RNG.integers(1, 40))
+        row = RNG.integers(-32768, 32768, channels) // int(RNG.integers(1, 5000))
+        epsilon = int(RNG.integers(0, 1000))
+        total = int(row.sum())
+        variance = channels * int((row * row).sum()) - total * total + epsilon
+        expected = [0] * channels
+        if variance:
+            half = (variance.bit_length() + 1) // 2
+            aligned = (variance << (32 - 2 * half)) if half <= 16 else variance >> (2 * half - 32)
+            inverse = (1 << 32) // math.isqrt(aligned)
+            expected = [min(32767, max(-32768, floor_half_up(
+                Fraction((channels * int(x) - total) * inverse, 1 << (half + 6))))) for x in row]
+        assert numerics.normalise(row, channels, epsilon).tolist() == expected
+
+
+def test_zero_variance_gives_zeros():
+    assert not numerics.normalise(np.full((2, 5), 9), 5, 0).any()
+
+
+def test_chosen_experts_prefer_the_lower_index():
+    logits = np.array([[5, 7, 7, 5], [0, 0, 0, 0], [-(2**31), 2**31 - 1, 0, 0]])
+    assert numerics.chosen_experts(logits, 2).tolist() == [[1, 2], [0, 1], [1, 2]]
+
+
+def test_gate_weights_are_a_softmax():
+    logits = RNG.integers(-3000, 3000, (50, 8))
+    multiplier, shift = 47274, 15  # one unit of logit is 1 / 256 nat
+    nats = logits / 256 * 47274 / 2**15 / 256 * math.log(2) * 256
+    for over_chosen in (False, True):
+        chosen = numerics.chosen_experts(logits, 2)
+        got = numerics.gate_weights(logits, chosen, multiplier, shift, over_chosen=over_chosen)
+        real = np.exp(nats - nats.max(-1, keepdims=True))
+        picked = np.take_along_axis(real, chosen, -1)
+        real = picked / (picked if over_chosen else real).sum(-1, keepdims=True)
+        # Exponents are multiples of 1/256 octave (rounded), weights are truncated.
+        assert (np.abs(got / 65536 - real) < 0.003).all()
+
+
+def test_one_chosen_expert_saturates_its_weight():
+    logits = np.array([[3, 9, 1]])
+    assert numerics.gate_weights(logits, np.array([[1]]), 1, 1, over_chosen=True).tolist() == [[65535]]
