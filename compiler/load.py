@@ -97,14 +97,14 @@ def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
             )
         try:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
             onnx.numpy_helper.to_array(tensor)
         except Exception as error:
             raise CompileError(
                 f"External data of initializer {tensor.name!r} must be readable from "
                 f"{location!r}, not fail with {_first_line(error)}; copy the file again"
             ) from error
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
 
 
 def _check_proto(proto: onnx.ModelProto, path: Path) -> None:
@@ -203,6 +203,9 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     passes.NameFixPass()(model)
     inferred = passes.ShapeInferencePass()(model).model
     refuse_baked_counts(inferred)
+    if any(value.shape is None for value in inferred.graph.outputs):
+        # The pass swallows the reason why inference failed; the strict mode raises it.
+        onnx.shape_inference.infer_shapes(ir.to_proto(inferred), strict_mode=True)
     for node in inferred.graph:
         for value in node.outputs:
             if value.shape is not None and any(size == 0 for size in value.shape):

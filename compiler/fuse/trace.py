@@ -95,6 +95,11 @@ def _expand(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     return None if shape is None else [np.broadcast_to(numbers, shape)]
 
 
+def _reduce(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
+    """A reduction over axes of one element (top-1 routing) moves nothing."""
+    return _by_shape(node, numbers) if size(node.outputs[0]) == numbers.size else None
+
+
 def _tile(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     repeats = constant(operand(node, 1))
     return None if repeats is None else [np.tile(numbers, repeats)]
@@ -141,6 +146,9 @@ _MOVES = {
     "Transpose": _transpose,
     "Expand": _expand,
     "Tile": _tile,
+    "ReduceSum": _reduce,
+    "ReduceMean": _reduce,
+    "ReduceMax": _reduce,
     "Gather": _gather,
     "Split": _split,
     "Slice": _slice,

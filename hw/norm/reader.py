@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..interfaces import READ_LATENCY, ReadPort
 
-__all__ = ["Rows", "RowReader", "Word"]
+__all__ = ["RowReader", "Rows", "Word"]
 
 
 class Rows(data.Struct):
@@ -17,13 +17,14 @@ class Rows(data.Struct):
     stride: 13
     rows: 13
     channels: 16
+    measured: 1  # statistics are to be taken; goes with every word
 
 
 class Word(data.StructLayout):
     """A memory word of a row: its first `count` lanes belong to the row, and `last` ends it."""
 
     def __init__(self, shape, lanes: int):
-        super().__init__({"data": shape, "count": range(lanes + 1), "last": 1})
+        super().__init__({"data": shape, "count": range(lanes + 1), "last": 1, "measured": 1})
 
 
 class RowReader(wiring.Component):
@@ -87,17 +88,17 @@ class RowReader(wiring.Component):
                 m.d.sync += [address.eq(address + 1), left.eq(left - lanes)]
 
         # What is known of a word travels beside its read.
-        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1})
+        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1, "measured": 1})
         tags = [Signal(tag, name=f"tag_{i}") for i in range(READ_LATENCY + 1)]
         m.d.comb += [tags[0].valid.eq(accepted), tags[0].last.eq(last),
-                     tags[0].count.eq(Mux(last, left, lanes))]
+                     tags[0].count.eq(Mux(last, left, lanes)), tags[0].measured.eq(job.measured)]
         m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
 
         m.submodules.queue = queue = SyncFIFO(width=self.word.size, depth=self.DEPTH)
         arriving = Signal(self.word)
         m.d.comb += [
             arriving.data.eq(self.port.data.payload), arriving.count.eq(tags[-1].count),
-            arriving.last.eq(tags[-1].last),
+            arriving.last.eq(tags[-1].last), arriving.measured.eq(tags[-1].measured),
             queue.w_data.eq(arriving), queue.w_en.eq(tags[-1].valid),
             self.words.payload.eq(queue.r_data), self.words.valid.eq(queue.r_rdy),
             queue.r_en.eq(self.words.ready),

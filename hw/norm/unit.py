@@ -2,15 +2,16 @@
 
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
 from ..arch.isa import NormMode, Opcode
-from ..interfaces import EngineSignature, ReadPort, WritePort, fields_layout, parameter_layout
+from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
 from ..requantise import Requantise
 from .inverse_root import InverseRoot
 from .normalise import Normalise
 from .reader import RowReader
+from .row_queue import RowQueue
 from .statistics import Statistics
 from .variance import Variance
 from .writer import RowWriter
@@ -25,35 +26,35 @@ class NormUnit(wiring.Component):
     the row, or the row itself in mode SCALE; n + bias must fit in int32. Rows start at residual
     word ``source + i * source_stride`` and at activation word
     ``destination + i * destination_stride``; parameters start at word `param`. Lanes past
-    `channels` of the last activation word of a row are written as zero. `channels` is at most 2047,
-    in mode SCALE 65535.
+    `channels` of the last activation word of a row are written as zero. `channels` is at most
+    `max_channels`, in mode SCALE 65535.
 
-    A statistics pass and an apply pass run beside each other on different rows, each `lanes`
-    channels a cycle: a row takes ``max(ceil(channels / lanes), ROW_INTERVAL)`` cycles once the
-    pipeline is full, which takes about 90 cycles and one pass. SCALE has no statistics pass and
-    leaves `statistics_read` alone. The next instruction is taken, and its statistics begin, while
-    the one before is in its last pass; results are written in program order.
+    Each residual word is read once, and kept until the scale of its row is known: statistics of one
+    row run beside the application of the one before, each `lanes` channels a cycle. A row takes
+    ``max(ceil(channels / lanes), ROW_INTERVAL)`` cycles once the pipeline is full, which takes
+    about 95 cycles and one row. The next instruction is taken, and its statistics begin, while the
+    one before is being applied; results are written in program order.
 
     A refused address or write holds up what needs it, and nothing else.
 
     Members
     -------
     engine : Out(EngineSignature(Opcode.NORM))
-    statistics_read : Out(ReadPort(16 * lanes))
-        Residual memory, first pass.
     residual_read : Out(ReadPort(16 * lanes))
-        Residual memory, second pass.
     param_read : Out(ReadPort(parameter_layout(config)))
     activation_write : Out(WritePort(8, depth))
     """
 
     ROW_INTERVAL = InverseRoot.INTERVAL
+    # Words that follow a row while its scale is computed: room for them keeps the next row going.
+    SCALE_LATENCY = 72
 
     def __init__(self, config: Config):
         self.config = config
+        # The sums of more channels do not fit; rows that no matrix product takes are of no use.
+        self.max_channels = min(2047, config.row_words * config.depth)
         super().__init__({
             "engine": Out(EngineSignature(Opcode.NORM)),
-            "statistics_read": Out(ReadPort(16 * config.lanes)),
             "residual_read": Out(ReadPort(16 * config.lanes)),
             "param_read": Out(ReadPort(parameter_layout(config))),
             "activation_write": Out(WritePort(8, config.depth)),
@@ -62,37 +63,40 @@ class NormUnit(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         lanes = self.config.lanes
-        m.submodules.statistics_reader = statistics_reader = RowReader(16 * lanes, lanes)
         m.submodules.residual_reader = residual_reader = RowReader(16 * lanes, lanes)
         m.submodules.param_reader = param_reader = RowReader(parameter_layout(self.config), lanes)
         m.submodules.statistics = statistics = Statistics(lanes)
+        words = -(-self.max_channels // lanes) + self.SCALE_LATENCY
+        m.submodules.queue = queue = RowQueue(
+            residual_reader.word, 1 << (words - 1).bit_length())
         m.submodules.variance = variance = Variance()
         m.submodules.inverse_root = inverse_root = InverseRoot()
         m.submodules.writer = writer = RowWriter(lanes, self.config.depth)
 
-        wiring.connect(m, statistics_reader.port, wiring.flipped(self.statistics_read))
         wiring.connect(m, residual_reader.port, wiring.flipped(self.residual_read))
         wiring.connect(m, param_reader.port, wiring.flipped(self.param_read))
         wiring.connect(m, writer.port, wiring.flipped(self.activation_write))
+        # Every word goes to the queue, and to the statistics where they are wanted.
+        word = residual_reader.words
         m.d.comb += [
-            statistics.words.payload.eq(statistics_reader.words.payload),
-            statistics.words.valid.eq(statistics_reader.words.valid),
-            statistics_reader.words.ready.eq(statistics.words.ready),
+            queue.arriving.payload.eq(word.payload),
+            queue.arriving.valid.eq(word.valid & (statistics.words.ready | ~word.p.measured)),
+            statistics.words.payload.eq(word.payload),
+            statistics.words.valid.eq(word.valid & word.p.measured & queue.arriving.ready),
+            word.ready.eq(queue.arriving.ready & (statistics.words.ready | ~word.p.measured)),
         ]
         wiring.connect(m, statistics.sums, variance.sums)
         wiring.connect(m, variance.moments, inverse_root.moments)
 
-        self._distribute(m, statistics_reader, residual_reader, param_reader, variance, writer)
-        self._apply(m, residual_reader.words, param_reader.words, inverse_root.scales, writer.words)
+        self._distribute(m, residual_reader, param_reader, variance, writer)
+        self._apply(m, queue.leaving, param_reader.words, inverse_root.scales, writer.words)
         self._report(m, writer.done)
         return m
 
-    def _distribute(self, m, statistics_reader, residual_reader, param_reader, variance, writer):
+    def _distribute(self, m, residual_reader, param_reader, variance, writer):
         """One instruction is held until each part has taken what it needs of it."""
         held = Signal(self.engine.instruction.payload.shape())
-        scaled = held.mode == NormMode.SCALE
-        takers = [statistics_reader.rows, residual_reader.rows, param_reader.rows, variance.setup,
-                  writer.rows]
+        takers = [residual_reader.rows, param_reader.rows, variance.setup, writer.rows]
         pending = Signal(len(takers))
         taken = Cat(taker.ready for taker in takers)
         m.d.comb += [taker.valid.eq(pending[i]) for i, taker in enumerate(takers)]
@@ -103,15 +107,13 @@ class NormUnit(wiring.Component):
                          pending.eq(self.engine.instruction.valid.replicate(len(takers)))]
 
         for taker, base, stride in (
-                (statistics_reader.rows, held.source, held.source_stride),
                 (residual_reader.rows, held.source, held.source_stride),
                 (param_reader.rows, held.param, 0),
                 (writer.rows, held.destination, held.destination_stride)):
             m.d.comb += [taker.p.base.eq(base), taker.p.stride.eq(stride),
                          taker.p.rows.eq(held.rows), taker.p.channels.eq(held.channels)]
-        with m.If(scaled):
-            m.d.comb += statistics_reader.rows.p.rows.eq(0)
         m.d.comb += [
+            residual_reader.rows.p.measured.eq(held.mode != NormMode.SCALE),
             variance.setup.p.mode.eq(held.mode), variance.setup.p.rows.eq(
                 Mux(held.channels == 0, 0, held.rows)),
             variance.setup.p.channels.eq(held.channels), variance.setup.p.epsilon.eq(held.epsilon),
@@ -167,8 +169,8 @@ class NormUnit(wiring.Component):
         engine = self.engine
         inside = Signal(range(4))
         m.d.sync += inside.eq(inside + (engine.instruction.valid & engine.instruction.ready) - done)
-        transfers = [self.statistics_read.address, self.residual_read.address,
-                     self.param_read.address, self.activation_write.write]
+        transfers = [self.residual_read.address, self.param_read.address,
+                     self.activation_write.write]
         m.d.comb += [
             engine.done.eq(done), engine.busy.eq(inside != 0),
             engine.stalled.eq(engine.busy & Cat(t.valid & ~t.ready for t in transfers).any()

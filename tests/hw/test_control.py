@@ -8,33 +8,12 @@ from moeware.hw.arch.registers import ENGINE_COUNTERS, MAGIC, Control, Register,
 from moeware.hw.control import ControlUnit
 
 from .background import simulate_beside
+from .host import access, read, write
 from .simulate import simulate
 
 CONFIG = Config(tokens=1, outputs=2, depth=2, queries=1, lanes=1, bus_bytes=2, activation_banks=1,
                 activation_words=16, residual_words=16, weight_words=16, param_words=16, tables=1,
                 row_words=4, max_rows=4, max_experts=6, max_chosen=2, queue=3)
-
-
-async def access(ctx, port, *, write, index, data=0, patience=0):
-    """One access to a register; the response is taken after `patience` cycles."""
-    ctx.set(port.request.payload, {"write": write, "index": index, "data": data})
-    ctx.set(port.request.valid, 1)
-    await ctx.tick().until(port.request.ready)
-    ctx.set(port.request.valid, 0)
-    for _ in range(patience):
-        await ctx.tick()
-    ctx.set(port.response.ready, 1)
-    value, = await ctx.tick().sample(port.response.payload).until(port.response.valid)
-    ctx.set(port.response.ready, 0)
-    return value
-
-
-async def read(ctx, port, index, **keywords):
-    return await access(ctx, port, write=0, index=index, **keywords)
-
-
-async def write(ctx, port, index, data):
-    await access(ctx, port, write=1, index=index, data=data)
 
 
 async def end(ctx, dut, *, error=0):

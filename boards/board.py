@@ -1,0 +1,50 @@
+"""What a board file says about its board."""
+
+import dataclasses
+from collections.abc import Callable
+
+from amaranth.build import Platform
+from moeware.hw.sdram_timing import SDRAMTiming
+
+__all__ = ["Board", "PinTiming"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PinTiming:
+    """Delays between the flip-flops of the FPGA's IO cells and the SDRAM, in ns.
+
+    The chip's are from its data sheet; the FPGA's are rounded from its data sheet, with the traces
+    in them, and were not measured.
+    """
+
+    output_ns: float = 3.0  # clock edge to pad at the latest, the clock pin included
+    output_min_ns: float = 2.0
+    output_skew_ns: float = 0.5  # between any two pins
+    input_ns: float = 1.0  # pad to flip-flop, its setup included
+    access_ns: float = 6.0  # chip: clock to data
+    hold_ns: float = 2.5  # chip: clock to the end of the data before
+    chip_setup_ns: float = 1.5
+    chip_hold_ns: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Board:
+    """A board with an FPGA, an SDRAM and a serial line.
+
+    platform : makes the Amaranth platform, whose resources are called as `top.BoardTop` asks for.
+    programmer : the board's name for openFPGALoader.
+    clock_hz : system clock unless the build asks for another.
+    """
+
+    name: str
+    platform: Callable[[], Platform]
+    programmer: str
+    oscillator_hz: int
+    clock_hz: int
+    baud: int
+    sdram: SDRAMTiming
+    pins: PinTiming = PinTiming()
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.sdram.size_bytes

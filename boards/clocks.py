@@ -1,0 +1,133 @@
+"""Clocks of an ECP5 board with an SDRAM: dividers of the PLL and phase of the chip's clock."""
+
+import dataclasses
+
+from amaranth import ClockDomain, Const, Elaboratable, Instance, Module, Signal
+from amaranth.lib.cdc import ResetSynchronizer
+
+from .board import PinTiming
+
+__all__ = ["ClockError", "ClockPlan", "SystemClocks", "plan_clocks"]
+
+PFD_HZ = (10e6, 400e6)
+VCO_HZ = (400e6, 800e6)
+DIVIDERS = range(1, 129)
+LEAST_MARGIN_NS = 0.5
+
+
+class ClockError(ValueError):
+    """A system clock that the PLL cannot make or at which the SDRAM's pins cannot be timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClockPlan:
+    """Dividers of an EHXPLLL, and how the SDRAM's pins are timed.
+
+    The chip's clock rises `phase_steps` / `output_divider` of a period after the system clock.
+    `margin_ns` is the least of the setup and hold margins at both ends of the pins.
+    """
+
+    oscillator_hz: int
+    clock_hz: int
+    input_divider: int
+    feedback_divider: int
+    output_divider: int
+    phase_steps: int
+    capture_cycles: int
+    margin_ns: float
+
+    @property
+    def phase_degrees(self) -> float:
+        return 360 * self.phase_steps / self.output_divider
+
+
+def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()) -> ClockPlan:
+    """Dividers for exactly `clock_hz`, with the phase of the best margin.
+
+    Raises
+    ------
+    ClockError
+    """
+    possible = {}
+    for input_divider in DIVIDERS:
+        reference = oscillator_hz / input_divider
+        if not PFD_HZ[0] <= reference <= PFD_HZ[1]:
+            continue
+        for feedback_divider in DIVIDERS:
+            if reference * feedback_divider <= VCO_HZ[1]:
+                possible.setdefault(reference * feedback_divider, (input_divider, feedback_divider))
+    if clock_hz not in possible:
+        near = sorted(possible, key=lambda hz: abs(hz - clock_hz))[:2]
+        raise ClockError(f"System clock must be a frequency that the PLL can make from "
+                         f"{oscillator_hz / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz. The nearest: "
+                         f"{' and '.join(f'{hz / 1e6:g} MHz' for hz in sorted(near))}.")
+    input_divider, feedback_divider = possible[clock_hz]
+    # The fastest oscillator has the finest phase.
+    output_divider = int(VCO_HZ[1] // clock_hz)
+    if output_divider not in DIVIDERS or output_divider * clock_hz < VCO_HZ[0]:
+        raise ClockError(f"System clock must be between {VCO_HZ[0] / DIVIDERS[-1] / 1e6:g} and "
+                         f"{VCO_HZ[1] / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz.")
+    period = 1e9 / clock_hz
+    margin, steps, capture = max(
+        (pin_margin(period, steps * period / output_divider, capture, pins), -steps, capture)
+        for steps in range(output_divider) for capture in (1, 2))
+    if margin < LEAST_MARGIN_NS:
+        raise ClockError(f"System clock must leave the SDRAM's pins a margin of {LEAST_MARGIN_NS} "
+                         f"ns, not {margin:.2f} ns as {clock_hz / 1e6:g} MHz does. Choose another.")
+    return ClockPlan(oscillator_hz, clock_hz, input_divider, feedback_divider, output_divider,
+                     -steps, capture, margin)
+
+
+def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming) -> float:
+    """The least margin in ns, where the chip's clock rises `phase` ns after the system clock, and
+    the word of the edge before is captured `capture_cycles` periods after that system clock."""
+    capture = capture_cycles * period
+    arrives = phase + pins.output_ns + pins.access_ns + pins.input_ns
+    leaves = phase + period + pins.output_min_ns + pins.hold_ns
+    return min(capture - arrives, leaves - capture,
+               phase - pins.chip_setup_ns - pins.output_skew_ns,
+               period - phase - pins.chip_hold_ns - pins.output_skew_ns)
+
+
+class SystemClocks(Elaboratable):
+    """Makes the domains ``sync`` and ``sdram`` (the chip's clock; no logic but its pin).
+
+    ``sync`` is in reset until the PLL has locked.
+    """
+
+    def __init__(self, plan: ClockPlan, oscillator):
+        self._plan, self._oscillator = plan, oscillator
+
+    def elaborate(self, platform):
+        m = Module()
+        plan = self._plan
+        m.domains.sync = sync = ClockDomain()
+        m.domains.sdram = sdram = ClockDomain(reset_less=True)
+        locked = Signal()
+        # The feedback path aligns CLKOP with the input whatever its own phase; half a period leaves
+        # room for CLKOS on both sides.
+        own_phase = plan.output_divider // 2
+        m.submodules.pll = Instance(
+            "EHXPLLL",
+            a_FREQUENCY_PIN_CLKI=f"{plan.oscillator_hz / 1e6:g}",
+            a_FREQUENCY_PIN_CLKOP=f"{plan.clock_hz / 1e6:g}",
+            a_FREQUENCY_PIN_CLKOS=f"{plan.clock_hz / 1e6:g}",
+            a_ICP_CURRENT="12", a_LPF_RESISTOR="8", a_MFG_ENABLE_FILTEROPAMP="1",
+            a_MFG_GMCREF_SEL="2",
+            p_PLLRST_ENA="DISABLED", p_INTFB_WAKE="DISABLED", p_STDBY_ENABLE="DISABLED",
+            p_DPHASE_SOURCE="DISABLED", p_FEEDBK_PATH="CLKOP",
+            p_OUTDIVIDER_MUXA="DIVA", p_OUTDIVIDER_MUXB="DIVB",
+            p_CLKI_DIV=plan.input_divider, p_CLKFB_DIV=plan.feedback_divider,
+            p_CLKOP_ENABLE="ENABLED", p_CLKOP_DIV=plan.output_divider,
+            p_CLKOP_CPHASE=own_phase, p_CLKOP_FPHASE=0,
+            p_CLKOS_ENABLE="ENABLED", p_CLKOS_DIV=plan.output_divider,
+            p_CLKOS_CPHASE=own_phase + plan.phase_steps, p_CLKOS_FPHASE=0,
+            i_CLKI=self._oscillator, i_CLKFB=sync.clk,
+            i_RST=Const(0), i_STDBY=Const(0), i_PHASESEL0=Const(0), i_PHASESEL1=Const(0),
+            i_PHASEDIR=Const(1), i_PHASESTEP=Const(1), i_PHASELOADREG=Const(1),
+            i_PLLWAKESYNC=Const(0), i_ENCLKOP=Const(0), i_ENCLKOS=Const(0),
+            o_CLKOP=sync.clk, o_CLKOS=sdram.clk, o_LOCK=locked,
+        )
+        platform.add_clock_constraint(sync.clk, plan.clock_hz)
+        m.submodules.reset = ResetSynchronizer(~locked, domain="sync")
+        return m

@@ -1,0 +1,67 @@
+"""The FPGA's top: clocks and IO cells around the system."""
+
+from amaranth import Cat, Elaboratable, Module, Signal
+from amaranth.lib import io, wiring
+from amaranth.lib.wiring import Out
+from moeware.hw.accelerator import Accelerator
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.registers import Status
+from moeware.hw.system import System
+
+from .board import Board
+from .clocks import SystemClocks, plan_clocks
+
+__all__ = ["LEDS", "BoardTop"]
+
+LEDS = ("busy", "done", "error", "ready", "heartbeat")  # by number
+PORTS = {"clock_enable": "clk_en", "address": "a", "bank": "ba"}  # where the names differ
+
+
+class BoardTop(Elaboratable):
+    """A board's gateware. `accelerator` replaces the accelerator of `config`, for tests."""
+
+    def __init__(self, board: Board, config: Config, *, clock_hz: int | None = None,
+                 accelerator: wiring.Component | None = None):
+        self.board = board
+        self.plan = plan_clocks(board.oscillator_hz, clock_hz or board.clock_hz, board.pins)
+        self._system = System(
+            accelerator or Accelerator(config), config.bus_bytes, clock_hz=self.plan.clock_hz,
+            baud=board.baud, timing=board.sdram, capture_cycles=self.plan.capture_cycles)
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.system = system = self._system
+
+        m.submodules.oscillator = oscillator = io.Buffer(
+            "i", platform.request(platform.default_clk, dir="-"))
+        m.submodules.clocks = SystemClocks(self.plan, oscillator.i)
+
+        uart = platform.request("uart", dir={"rx": "-", "tx": "-", "rts": "-", "dtr": "-"})
+        m.submodules.rx = rx = io.Buffer("i", uart.rx)
+        m.submodules.tx = tx = io.FFBuffer("o", uart.tx)
+        m.d.comb += [system.rx.eq(rx.i), tx.o.eq(system.tx)]
+
+        self._sdram(m, platform, system.sdram)
+
+        heartbeat = Signal(26)
+        m.d.sync += heartbeat.eq(heartbeat + 1)
+        status = {flag.name.lower(): (system.status & flag).any() for flag in Status}
+        lights = status | {"ready": system.ready, "heartbeat": heartbeat[-1]}
+        for number, name in enumerate(LEDS):
+            m.submodules[f"led_{name}"] = led = io.FFBuffer(
+                "o", platform.request("led", number, dir="-"))
+            m.d.comb += led.o.eq(lights[name])
+        return m
+
+    def _sdram(self, m, platform, pins):
+        """One flip-flop in each IO cell, and the chip's clock."""
+        names = {name: PORTS.get(name, name) for name, member in pins.signature.members.items()
+                 if member.flow is Out and not name.startswith("dq_")}
+        ports = platform.request("sdram", dir=dict.fromkeys([*names.values(), "clk", "dq"], "-"))
+        for name, port in names.items():
+            m.submodules[f"sdram_{name}"] = cell = io.FFBuffer("o", getattr(ports, port))
+            m.d.comb += cell.o.eq(getattr(pins, name))
+        m.submodules.sdram_dq = dq = io.FFBuffer("io", ports.dq)
+        m.d.comb += [dq.o.eq(pins.dq_o), dq.oe.eq(pins.dq_oe), pins.dq_i.eq(dq.i)]
+        m.submodules.sdram_clk = clk = io.DDRBuffer("o", ports.clk, o_domain="sdram")
+        m.d.comb += Cat(clk.o).eq(0b01)  # high in the first half of the period

@@ -1,0 +1,89 @@
+"""The Python interface above all rooms: compile a model, open a session on a model or a program."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moeware.hw.arch.config import Config, ConfigError
+from moeware.hw.arch.program import Program
+from moeware.runtime import session
+
+__all__ = ["Session", "compile", "find_config"]
+
+MODEL_SUFFIXES = (".onnx", ".onnxtxt")
+
+Calibration = Mapping[str, np.ndarray] | str | os.PathLike
+
+
+def find_config(config: Config | str | os.PathLike) -> Config:
+    """The configuration of a board by its name, that of a JSON file, or `config` itself.
+
+    Raises
+    ------
+    ConfigError
+        Neither a board nor a file, or not a configuration.
+    """
+    if isinstance(config, Config):
+        return config
+    path = Path(config)
+    if path.suffix == ".json":
+        try:
+            fields = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"Configuration {path} must be a readable JSON file: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"Configuration {path} must be a JSON object, not "
+                              f"{type(fields).__name__}")
+        return Config.from_dict(fields)
+    from moeware.boards import BOARDS
+    if str(config) not in BOARDS:
+        raise ConfigError(f"Configuration must be a board ({', '.join(sorted(BOARDS))}) or a .json "
+                          f"file, not {str(config)!r}")
+    return BOARDS[str(config)].config
+
+
+def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
+            calibration: Calibration | None = None, **options) -> Program:
+    """Compile an ONNX file.
+
+    Parameters
+    ----------
+    model : path of the ONNX file.
+    config : as `find_config` takes it.
+    calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
+    options : as `moeware.compiler.pipeline.compile_model` takes them.
+
+    Raises
+    ------
+    CompileError, ConfigError
+    """
+    from moeware.compiler.calibrate import load_samples
+    from moeware.compiler.fuse import fuse
+    from moeware.compiler.load import load
+    from moeware.compiler.pipeline import compile_model, model_ports
+    if isinstance(calibration, (str, os.PathLike)):
+        calibration = load_samples(calibration, model_ports(fuse(load(model)))[0])
+    return compile_model(model, find_config(config), dict(calibration or {}), **options)
+
+
+class Session(session.Session):
+    """A session on a program, a program's file, or an ONNX file, which it compiles first.
+
+    Parameters
+    ----------
+    config, calibration : for an ONNX file, as `compile` takes them.
+    model, device, options : as `moeware.runtime.session.Session` takes them.
+    """
+
+    def __init__(self, model: Program | str | os.PathLike, device: str = "auto", *,
+                 config: Config | str | os.PathLike | None = None,
+                 calibration: Calibration | None = None, **options):
+        if not isinstance(model, Program) and Path(model).suffix in MODEL_SUFFIXES:
+            if config is None or calibration is None:
+                raise ValueError("Session on an ONNX file must have a config and calibration data; "
+                                 "or compile the model once and open the program")
+            model = compile(model, config, calibration)
+        super().__init__(model, device, **options)

@@ -1,0 +1,5 @@
+"""``python -m moeware.cli``, for where the script is not on PATH."""
+
+from moeware.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""Compile an ONNX model to a program for one configuration of the accelerator."""
+
+from pathlib import Path
+
+HELP = "compile an ONNX model to a program"
+
+
+def configure(parser) -> None:
+    parser.add_argument("model", help="ONNX file")
+    parser.add_argument("--config", required=True, help="name of a board, or JSON file of a Config")
+    parser.add_argument("--calibration", required=True,
+                        help=".npz file or folder with real inputs of the model")
+    parser.add_argument("-o", "--output", help="program file (default: the model's name, .moe)")
+    parser.add_argument("--trace", action="store_true",
+                        help="store every layer's result, to compare devices layer by layer")
+    parser.add_argument("--dump", help="folder for each stage's result")
+    parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
+    parser.add_argument("--stop", default="emit", help="last stage")
+
+
+def run(arguments) -> dict:
+    import moeware
+    from moeware.cli.progress import stages_bar
+    with stages_bar("compile") as progress:
+        program = moeware.compile(
+            arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
+            dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
+    if program is None:
+        return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
+    output = Path(arguments.output or Path(arguments.model).with_suffix(".moe").name)
+    program.save(output)
+    return {"program": str(output), "file_bytes": output.stat().st_size,
+            "placement": program.placement, "config_digest": f"{program.config.digest:#010x}",
+            "image_bytes": len(program.image), "dram_bytes": program.dram_bytes,
+            "macs_per_frame": sum(getattr(step, "macs", 0) for step in program.steps),
+            "metadata": program.metadata}
+
+
+def text(facts: dict) -> str:
+    if facts["program"] is None:
+        return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
+    lines = [facts["placement"],
+             f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
+             f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
+             f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame"]
+    starved = facts["metadata"].get("starved_experts", [])
+    if starved:
+        lines.append(f"hardly calibrated experts: {', '.join(starved)}")
+    return "\n".join(lines)

@@ -1,0 +1,20 @@
+"""Load a bitstream into a board."""
+
+from pathlib import Path
+
+HELP = "load a bitstream into a board"
+
+
+def configure(parser) -> None:
+    parser.add_argument("bitstream", help="bitstream file from `moeware build`")
+    parser.add_argument("board", help="name of the board")
+
+
+def run(arguments) -> dict:
+    from moeware.boards.deploy import deploy
+    deploy(Path(arguments.bitstream), arguments.board)
+    return {"board": arguments.board, "bitstream": arguments.bitstream}
+
+
+def text(facts: dict) -> str:
+    return f"{facts['bitstream']} runs on {facts['board']}"

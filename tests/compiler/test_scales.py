@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.hw.arch import numerics
+
+
+@pytest.mark.parametrize("real", [2.0**-20, 1e-4, 0.3, 0.5, 0.99999999, 1.0, 3.7, 65535 / 65536, 700.1])
+def test_encoded_scales_keep_15_bits(real):
+    multiplier, shift = encode_scale(real)
+    assert 1 <= shift <= 47 and 0 <= multiplier <= 65535
+    assert abs(multiplier / 2**shift / real - 1) <= 2.0**-15
+    value = 1 << 20
+    assert abs(int(numerics.scale(value, multiplier, shift)) - value * real) <= value * real / 2**15 + 1
+
+
+def test_extreme_scales():
+    assert encode_scale(0.0) == (0, 1)
+    assert encode_scale(2.0**-60) == (0, 47)
+    assert encode_scale(32767.0) == (65534, 1)
+    for real in (-1.0, 32768.0, float("nan"), float("inf")):
+        with pytest.raises(CompileError, match="A scale between two tensors"):
+            encode_scale(real)
+
+
+def test_arrays_keep_their_shape():
+    multiplier, shift = encode_scales(np.array([[0.5, 1.0], [2.0, 0.0]]))
+    assert multiplier.shape == shift.shape == (2, 2)
+    assert multiplier.dtype == np.uint16 and shift.dtype == np.uint8
+
+
+def test_a_grid_clips_an_outlier_when_that_pays():
+    samples = np.random.default_rng(0).normal(size=100_000)
+    fine = grid(samples)
+    assert fine < np.abs(samples).max() / 127  # a normal tail is worth clipping
+    uniform = np.linspace(-1, 1, 10_001)
+    assert grid(uniform) == pytest.approx(1 / 127, rel=0.03)  # a uniform one is not: a float grid
+    assert grid(np.zeros(5)) == 1.0
+
+
+def test_a_grid_before_a_gelu_gives_up_its_flat_side():
+    samples = np.concatenate([np.linspace(-10, -6, 1000), np.linspace(-1, 1, 1000)])
+    assert grid(samples, of=FUNCTION["gelu"]) < 0.6 * grid(samples)
+
+
+@pytest.mark.parametrize("function", FUNCTION)
+def test_tables_hold_the_rounded_function(function):
+    import torch
+    exact = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "sigmoid": torch.sigmoid,
+             "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+             "silu": torch.nn.functional.silu, "tanh": torch.tanh}[function]
+    table = function_table(function, 0.03, 0.02)
+    for byte in (0, 1, 127, 128, 200, 255):
+        argument = torch.tensor((byte - 256 if byte > 127 else byte) * 0.03, dtype=torch.float64)
+        assert table[byte] == np.clip(np.rint(exact(argument).item() / 0.02), -128, 127)
