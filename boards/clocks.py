@@ -92,7 +92,8 @@ def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming
 class SystemClocks(Elaboratable):
     """Makes the domains ``sync`` and ``sdram`` (the chip's clock; no logic but its pin).
 
-    ``sync`` is in reset until the PLL has locked.
+    ``sync`` is in reset until the PLL has locked. The place and route tool derives both frequencies
+    from that of the oscillator.
     """
 
     def __init__(self, plan: ClockPlan, oscillator):
@@ -128,6 +129,5 @@ class SystemClocks(Elaboratable):
             i_PLLWAKESYNC=Const(0), i_ENCLKOP=Const(0), i_ENCLKOS=Const(0),
             o_CLKOP=sync.clk, o_CLKOS=sdram.clk, o_LOCK=locked,
         )
-        platform.add_clock_constraint(sync.clk, plan.clock_hz)
         m.submodules.reset = ResetSynchronizer(~locked, domain="sync")
         return m

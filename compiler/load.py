@@ -227,14 +227,16 @@ def _register_constants(model: ir.Model) -> None:
     known = set(model.graph.initializers.values())
     for node in model.graph:
         for value in node.inputs:
-            if value is not None and value.const_value is not None and value.producer() is None:
-                if value not in known and not value.is_graph_input():
-                    number = len(model.graph.initializers)
-                    while f"constant_{number}" in model.graph.initializers:
-                        number += 1
-                    value.name = f"constant_{number}"
-                    model.graph.register_initializer(value)
-                    known.add(value)
+            if value is None or value.const_value is None or value in known:
+                continue
+            if value.producer() is not None or value.is_graph_input():
+                continue
+            number = len(model.graph.initializers)
+            while f"constant_{number}" in model.graph.initializers:
+                number += 1
+            value.name = f"constant_{number}"
+            model.graph.register_initializer(value)
+            known.add(value)
 
 
 def _fold_constants(model: ir.Model) -> bool:

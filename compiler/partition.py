@@ -225,18 +225,18 @@ def _uses_broken(
                 if same_step and reader.op_type in _MAY_FOLLOW.get(kind, ()):
                     continue
                 where = "on the host" if on_host else "in another step"
-                yield (
-                    node,
+                reason = (
                     f"node `{node.name}`: its result feeds `{reader.name}` {where}, and {_CUTS}; "
-                    f"repair `{reader.name}` first",
+                    f"repair `{reader.name}` first"
                 )
+                yield node, reason
                 break
             if value.is_graph_output() and kind != "linear":
-                yield (
-                    node,
+                reason = (
                     f"node `{node.name}`: {node.op_type} cannot end the accelerator's part, a "
-                    f"Linear or the residual stream does; end the model with a Linear",
+                    f"Linear or the residual stream does; end the model with a Linear"
                 )
+                yield node, reason
 
 
 def _before_accelerator(model: ir.Model, host: dict[ir.Node, str]) -> set[ir.Node]:
@@ -271,9 +271,7 @@ def _steps(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[Step]:
         inside = set(nodes)
         read = dict.fromkeys(value for node in nodes for value in inputs_of(node))
         inputs = [
-            value
-            for value in read
-            if value.const_value is None and value.producer() not in inside
+            value for value in read if value.const_value is None and value.producer() not in inside
         ]
         outputs = [
             value

@@ -236,7 +236,7 @@ def _attention(emitter: _Emitter, node: ir.Node, attrs: dict) -> None:
     scores = emitter.emit("Mul", [emitter.emit("MatMul", [q, keys]), scale])
     if attrs["causal"]:
         tokens = shape(node.outputs[0])[1]
-        mask = np.where(np.tri(tokens, dtype=bool), 0, -np.inf).astype(np.float32)
+        mask = np.where(np.tri(tokens).astype(bool), 0, -np.inf).astype(np.float32)
         scores = emitter.emit("Add", [scores, emitter.constant(mask)])
     weighted = emitter.emit("MatMul", [emitter.emit("Softmax", [scores], axis=-1), v])
     if heads != kv_heads:

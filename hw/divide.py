@@ -28,8 +28,8 @@ class Divide(wiring.Component):
         if not 1 <= quotient_bits <= numerator_bits <= denominator_bits + quotient_bits:
             raise ValueError(
                 f"Divide must have 1 <= quotient_bits <= numerator_bits <= denominator_bits + "
-                f"quotient_bits, not {quotient_bits}, {numerator_bits}, {denominator_bits}: a wider "
-                f"numerator cannot have a quotient that fits")
+                f"quotient_bits, not {quotient_bits}, {numerator_bits}, {denominator_bits}: no "
+                f"quotient of a wider numerator fits")
         self.numerator_bits, self.denominator_bits = numerator_bits, denominator_bits
         self.quotient_bits = quotient_bits
         self.latency = quotient_bits + 1
@@ -111,8 +111,7 @@ class Justify(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         value = Signal(self.bits)
-        # Number of granules below the top of the number, less one: every step decides one bit.
-        skipped = Signal(self.steps)
+        skipped = Signal(self.steps)  # granules that the value was shifted by
         step = Signal(self.steps)  # one-hot; bit i shifts by granule << i
 
         valid, leaves = self.justified.valid, self.justified.valid & self.justified.ready
@@ -127,9 +126,8 @@ class Justify(wiring.Component):
             m.d.sync += valid.eq(0)
         for index in range(self.steps):
             distance = self.granule << index
-            with m.If(step[index]):
-                with m.If(value[-distance:] == 0):
-                    m.d.sync += [value.eq(value << distance), skipped[index].eq(1)]
+            with m.If(step[index] & (value[-distance:] == 0)):
+                m.d.sync += [value.eq(value << distance), skipped[index].eq(1)]
         with m.If(step != 0):
             m.d.sync += [step.eq(step >> 1), valid.eq(step[0])]
         with m.If(self.values.valid & self.values.ready):
@@ -160,7 +158,7 @@ class Reciprocal(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.justify = justify = Justify(32)
-        # With the total justified to T = total * 2**(32 - e), 2**(e + 15) / total = 2**47 / T, which
+        # With the total justified to T = total * 2**(32 - e), 2**(e + 15) / total = 2**47 / T. That
         # is at most 2**16: 17 bits, of which only the power of two itself needs the top one.
         m.submodules.divide = divide = Divide(48, 32, 17)
         length = Signal(6)

@@ -119,9 +119,9 @@ class Fetch(wiring.Component):
             m.d.sync += [have.eq(emptied), window.eq(used)]
         with m.Elif(word_valid & ~valid):
             m.d.sync += [have.eq(filled), window.eq(joined)]
-        with m.If(~running):
+        with m.If(~running):  # never full, so that it swallows what is still to come
             m.d.sync += have.eq(0)
-        m.d.comb += word_taken.eq(~running | ~valid)
+        m.d.comb += word_taken.eq(~valid)
         return window[:bits], running & valid
 
     def _prefetch(self, m, running):

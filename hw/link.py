@@ -22,7 +22,7 @@ class HostLink(wiring.Component):
 
     A request waits in a buffer until its CRC has been found right, so nothing is ever carried out
     in part. Throughput is that of the byte streams; between request and response pass a few cycles
-    per register, or the time of one burst plus two cycles per bus word. Received bytes are
+    per register, or the time of one burst, three cycles per bus word at least. Received bytes are
     never refused for longer than a cycle; from the end of a request to the end of its response
     they are dropped. A refused sent byte holds the response; a port that does not answer holds the
     link.
@@ -83,8 +83,20 @@ class HostLink(wiring.Component):
             m.d.comb += [writer.data.eq(value.replicate(width // size)),
                          writer.en.eq(Const(1, 1).replicate(size) << place(size) * size)]
 
+        word = Signal(8 * width)  # what lies at `position`, two cycles after it was set
+        m.d.sync += word.eq(reader.data)
+
         def fetched(unit_bytes):
-            return reader.data.word_select(place(unit_bytes), 8 * unit_bytes)
+            return word.word_select(place(unit_bytes), 8 * unit_bytes)
+
+        waited = Signal()
+        m.d.sync += waited.eq(0)
+
+        def fetch(then):
+            """Wait for `word`."""
+            m.d.sync += waited.eq(1)
+            with m.If(waited):
+                m.next = then
 
         # --- Judgement of a request ---------------------------------------------------------------
 
@@ -207,7 +219,7 @@ class HostLink(wiring.Component):
                             m.next = "COMMAND READ"
 
             with m.State("FETCH REGISTER"):
-                m.next = "ACCESS REGISTER"
+                fetch("ACCESS REGISTER")
             with m.State("ACCESS REGISTER"):
                 m.d.comb += registers.request.valid.eq(1)
                 with m.If(registers.request.ready):
@@ -238,7 +250,7 @@ class HostLink(wiring.Component):
                 with m.If(memory.write_command.ready):
                     m.next = "WRITE MEMORY"
             with m.State("FETCH WORD"):
-                m.next = "WRITE MEMORY"
+                fetch("WRITE MEMORY")
             with m.State("WRITE MEMORY"):
                 m.d.comb += memory.write_data.valid.eq(1)
                 with m.If(memory.write_data.ready):
@@ -262,7 +274,7 @@ class HostLink(wiring.Component):
                         with m.If(header.length != 0):
                             m.next = "FETCH BYTE"
             with m.State("FETCH BYTE"):
-                m.next = "SEND BYTE"
+                fetch("SEND BYTE")
             with m.State("SEND BYTE"):
                 m.d.comb += [
                     sent.valid.eq(1),

@@ -12,11 +12,10 @@ import torch
 from moeware.hw.arch import numerics
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["HALF", "Product", "Scale", "exponent", "gate_weight_table", "inverse", "probability_table",
+__all__ = ["Product", "Scale", "exponent", "gate_weight_table", "inverse", "probability_table",
            "top_experts"]
 
 FLOAT32_DEPTH = 1 << (24 - 14)  # int8 products, each at most 2**14, whose sum float32 holds
-HALF = torch.tensor(0.5, dtype=torch.float64)
 
 
 def _exact_int8_products() -> bool:
@@ -80,8 +79,7 @@ class Scale:
         offset = np.asarray(affine.bias, np.float64) * factor + (0.5 if wide else 128.5)
         self.factor, self.offset = torch.from_numpy(factor), torch.from_numpy(offset)
         self.wide = wide
-        self.table = None if table is None else torch.from_numpy(
-            np.roll(np.asarray(table, np.int8), 128))
+        self.table = None if table is None else pair_table(np.roll(np.asarray(table, np.int8), 128))
 
     def linear(self, value: torch.Tensor) -> torch.Tensor:
         """What `finish` rounds."""
@@ -93,8 +91,7 @@ class Scale:
             return value.floor_().clamp_(-32768, 32767)
         if self.table is None:
             return to_int8(value)
-        index = value.clamp_(0, 255.5).to(torch.int64)
-        return self.table.index_select(0, index.view(-1)).view(index.shape)
+        return look_up(self.table, value.clamp_(0, 255.5).to(torch.int16).to(torch.uint8))
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         return self.finish(self.linear(value))
@@ -102,7 +99,22 @@ class Scale:
 
 def to_int8(value: torch.Tensor) -> torch.Tensor:
     """Floor of ``value - 128``, saturated; changes `value`."""
-    return value.clamp_(0, 255.5).to(torch.uint8).view(torch.int8).bitwise_xor_(-128)
+    return value.clamp_(0, 255.5).to(torch.int16).sub_(128).to(torch.int8)
+
+
+def pair_table(table: np.ndarray) -> torch.Tensor:
+    """int16 [65536]: two entries of `table`, int8 [256], for each two bytes in memory."""
+    index = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
+    return torch.from_numpy(table[index].view(np.int16))
+
+
+def look_up(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """int8 entries, two at a time, for uint8 `index` of any contiguous shape."""
+    flat = index.view(-1)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat[:1]])
+    entries = pairs.index_select(0, flat.view(torch.uint16).to(torch.int32))
+    return entries.view(torch.int8)[:index.numel()].view(index.shape)
 
 
 def probability_table(multiplier: int, shift: int, largest: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.quantised import Affine
 
 from .torch_arithmetic import (
-    HALF, Product, Scale, exponent, gate_weight_table, inverse, probability_table, to_int8, top_experts,
+    Product, Scale, exponent, gate_weight_table, inverse, probability_table, to_int8, top_experts,
 )
 
 __all__ = ["Values", "prepare"]
@@ -89,8 +89,8 @@ def _(op: quantised.Norm):
         root = (variance * align.index_select(0, half).view(-1, 1)).floor_().sqrt_().floor_()
         step = (4294967296.0 / root.clamp_(min=1)).floor_()
         step *= drop.index_select(0, half).view(-1, 1)
-        offset = HALF - total * step if op.mode is NormMode.LAYER else HALF
-        value = torch.addcmul(offset, row, step.mul_(channels)).floor_()
+        offset = 0.5 - total * step if op.mode is NormMode.LAYER else 0.5
+        value = torch.mul(row, step.mul_(channels)).add_(offset).floor_()
         if channels > UNSATURATED_CHANNELS:
             value.clamp_(-32768, 32767)
         return scale(value).unflatten(0, source.shape[:2])
@@ -142,7 +142,7 @@ def _(op: quantised.Attention):
         mean = torch.matmul(weights.to(exact), value.to(exact)).double()
         r, octave = inverse(total.double())
         row = (r * factor + 32768).mul_(2.0 ** -16).floor_().mul_(octave).mul_(2.0 ** -op.out_shift)
-        result = to_int8(torch.addcmul(HALF + 128, mean, row))
+        result = to_int8(mean.mul_(row).add_(128.5))
         return result.transpose(1, 2).flatten(2)
     return attention
 
@@ -158,7 +158,7 @@ def _(op: quantised.Route):
         experts = top_experts(logits, op.chosen)
         chosen = logits.gather(1, experts)
         compared = chosen if op.over_chosen else logits
-        steps = torch.addcmul(HALF, chosen[:, :1] - compared, HALF.new_tensor(factor))
+        steps = (chosen[:, :1] - compared).mul_(factor).add_(0.5)
         index = steps.clamp_(max=len(table) - 1).to(torch.int64)
         weights = table.index_select(0, index.view(-1)).view(index.shape)
         r, octave = inverse(weights.sum(-1, keepdim=True))
@@ -198,7 +198,7 @@ def _(op: quantised.Experts):
         rows = source.flatten(0, 1).index_select(0, queue // chosen.shape[1])
         update = each(down, down_scale, each(up, up_scale, rows, counts), counts)
         gate = gates.view(-1).index_select(0, queue).mul_(2.0 ** -16)
-        torch.addcmul(HALF, update, gate.view(-1, 1), out=update).floor_()
+        update.mul_(gate.view(-1, 1)).add_(0.5).floor_()
         place = torch.empty_like(queue)
         place[queue] = torch.arange(len(queue))
         result = residual.flatten(0, 1)

@@ -1,7 +1,11 @@
 """The PyTorch device: the quantised graph on the CPU, with the integers that gateware computes."""
 
+import functools
+import os
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +22,28 @@ __all__ = ["TorchDevice"]
 # Frames that run together: as many as keep the largest tensor (as float64) about this large, so
 # that it stays in a core's second-level cache between one pass over it and the next.
 CHUNK_BYTES = 1 << 20
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads whose operations do not split up further: passes over a small tensor cost less than
+    bringing PyTorch's threads together after each, above all where other processes want the cores."""
+    threads = torch.get_num_threads()
+    ready = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+    pool = ThreadPoolExecutor(count, "moeware", start)
+    for _ in range(count):
+        pool.submit(lambda: None)
+    ready.wait()
+    torch.set_num_threads(threads)  # threads started later take the last number set anywhere
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)
 _INPUT = {Memory.ACTIVATION: np.int8, Memory.RESIDUAL: np.float64}
 
 
@@ -64,22 +90,23 @@ class TorchDevice:
         prepared = self._prepare(step)
         source = {port.tensor: torch.from_numpy(np.asarray(inputs[port.tensor], _INPUT[
                       port.region.memory])) for port in step.inputs}
-        chunks = -(-frames // max(1, CHUNK_BYTES // prepared.frame_bytes))
-        chunk = -(-frames // chunks)
         names = [port.tensor for port in step.outputs]
         if probes:
             names += [op.output for op in step.operations if op.output not in names]
-        results: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        with torch.inference_mode():
-            for start in range(0, frames, chunk):
-                count = min(chunk, frames - start)
-                values = prepared.run({name: tensor[start:start + count]
-                                       for name, tensor in source.items()}, count, probes)
-                for name in names:
-                    results[name].append(_integers(values[name], count))
-                if progress is not None:
-                    progress(start + count, frames)
-        return {name: np.concatenate(parts) for name, parts in results.items()}
+
+        def part(start: int, stop: int) -> list[np.ndarray]:
+            with torch.inference_mode():
+                values = prepared.run({name: tensor[start:stop] for name, tensor in source.items()},
+                                      stop - start, probes)
+                return [_integers(values[name], stop - start) for name in names]
+
+        edges = _edges(frames, CHUNK_BYTES // prepared.frame_bytes)
+        parts = []
+        for stop, result in zip(edges[1:], _each(part, edges, prepared.frame_bytes), strict=True):
+            parts.append(result)
+            if progress is not None:
+                progress(stop, frames)
+        return {name: np.concatenate(pieces) for name, pieces in zip(names, zip(*parts))}
 
     def _prepare(self, step: DeviceStep) -> _Prepared:
         key = id(step)
@@ -88,6 +115,20 @@ class TorchDevice:
             with torch.inference_mode():
                 self._prepared[key] = forget, _Prepared(step)
         return self._prepared[key][1]
+
+
+def _edges(frames: int, most: int) -> list[int]:
+    """First frame of each chunk, and the end: chunks of about equal size, of at most `most` frames,
+    and, where frames are small, at least one for each thread."""
+    chunks = max(-(-frames // max(1, most)), min(frames, torch.get_num_threads()))
+    return [frames * number // chunks for number in range(chunks + 1)]
+
+
+def _each(part: Callable[[int, int], list[np.ndarray]], edges: list[int], frame_bytes: int):
+    """`part` of each chunk, in order. A frame as large as a chunk takes all threads by itself."""
+    if frame_bytes >= CHUNK_BYTES:
+        return map(part, edges, edges[1:])
+    return _workers(torch.get_num_threads()).map(part, edges, edges[1:])
 
 
 def _integers(value, frames: int) -> np.ndarray:

@@ -142,7 +142,7 @@ private:
             run = 0;
             changed = true;
             busy_until = now + timing.turnaround;
-            return false;
+            return !timing.turnaround;
         }
         return here;
     }

@@ -100,6 +100,8 @@ public:
                 stalls[i].seed(stall_seed * CHANNELS + i);
         if (sizeof(top->memory__read_data__payload) != bus_bytes)
             fail("has a memory bus of another width than the configuration");
+        // Inputs start at random too.
+        top->memory__read_data__valid = top->registers__request__valid = top->memory__written = 0;
         top->rst = 1;
         for (int i = 0; i < 4; i++)
             clock();

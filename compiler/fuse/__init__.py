@@ -15,9 +15,14 @@ from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_t
 from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
 from moeware.compiler.fuse.moe import fuse_moe
 from moeware.compiler.fuse.norm import fuse_norm
-from moeware.compiler.fuse.pointwise import fuse_pointwise
+from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
-from moeware.compiler.fuse.tokens import fuse_add, fuse_mean, fuse_take_token
+from moeware.compiler.fuse.tokens import (
+    fuse_add,
+    fuse_mean,
+    fuse_take_token,
+    join_branches,
+)
 
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
 RULES = (
@@ -25,6 +30,7 @@ RULES = (
     fuse_norm,
     fuse_pointwise,
     fuse_linear,
+    lift_pointwise,
     fold_output_scale,
     fuse_patch_embed,
     fuse_attention,
@@ -35,6 +41,7 @@ RULES = (
     fuse_take_token,
     fuse_add,
     straighten,
+    join_branches,
 )
 
 

@@ -157,7 +157,7 @@ def _measure(
     for causal in (0, 1):
         masked = flat * scale
         if causal:
-            masked = np.where(np.tri(*shape[-2:], dtype=bool), masked, -np.inf)
+            masked = np.where(np.tri(*shape[-2:]).astype(bool), masked, -np.inf)
         exponents = np.exp(masked - masked.max(-1, keepdims=True))
         if np.abs(exponents / exponents.sum(-1, keepdims=True) - result).max() < 1e-5:
             return scale, causal, nodes
@@ -202,9 +202,9 @@ def _merged(
     """The value that holds ``output`` ([.., heads, tokens, dim]) as rows of heads."""
     wanted = np.arange(heads * tokens * dim).reshape(heads, tokens, dim).transpose(1, 0, 2)
     for value, numbers, nodes in forward(output):
-        if numbers.size == wanted.size and (numbers.reshape(-1) == wanted.reshape(-1)).all():
-            if heads > 1 or numbers.shape[-1] == dim:
-                return value, nodes
+        merged = heads > 1 or numbers.shape[-1] == dim
+        if merged and np.array_equal(numbers.reshape(-1), wanted.reshape(-1)):
+            return value, nodes
     return None
 
 
@@ -273,7 +273,11 @@ def _rows(model: ir.Model, at: ir.Node, part: _Heads, factor: float) -> ir.Value
     build = Builder(model, at, [node])
     x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
     assert x is not None and weight is not None and bias is not None
-    inputs = [x, build.weight(weight[columns] * factor), build.weight(bias[columns] * factor, "bias")]
+    inputs = [
+        x,
+        build.weight(weight[columns] * factor),
+        build.weight(bias[columns] * factor, "bias"),
+    ]
     features = static_shape(x)
     assert features is not None
     (result,) = build.node("Linear", inputs, [(*features[:-1], len(columns))])

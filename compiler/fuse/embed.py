@@ -116,11 +116,12 @@ def _patch_embed(
 def fuse_tokens(model: ir.Model) -> None:
     """Replace constant rows put before the tokens by ``ClassToken``, one for each row."""
     for node in list(model.graph):
-        if not is_op(node, "Concat") or len(node.inputs) != 2:
+        if not is_op(node, "Concat") or len(node.inputs) < 2:
             continue
-        shape, rows = static_shape(node.outputs[0]), constant(node.inputs[0])
-        x = node.inputs[1]
-        if rows is None or x is None or x.const_value is not None or shape is None:
+        *first, x = node.inputs
+        shape = static_shape(node.outputs[0])
+        parts = [part for part in map(constant, first) if part is not None]
+        if x is None or x.const_value is not None or shape is None or len(parts) < len(first):
             continue
         if len(shape) != 3 or shape[0] != 1 or attribute(node, "axis", 0) not in (1, -2):
             continue
@@ -128,7 +129,8 @@ def fuse_tokens(model: ir.Model) -> None:
         x_shape = static_shape(x)
         assert x_shape is not None
         x = build.resolve(x, x_shape)
-        for number, row in enumerate(rows.reshape(-1, shape[2])[::-1], start=1):
+        rows = np.concatenate([part.reshape(-1, shape[2]) for part in parts])
+        for number, row in enumerate(rows[::-1], start=1):
             grown = (1, x_shape[1] + number, shape[2])
             (x,) = build.node("ClassToken", [x, build.weight(row, "token")], [grown])
         build.replace(node.outputs[0], x)

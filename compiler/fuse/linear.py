@@ -66,18 +66,17 @@ def match_linear(value: ir.Value) -> LinearMatch | None:
 
 def match_product(node: ir.Node) -> LinearMatch | None:
     """``node`` as a linear map, where it multiplies by a constant matrix."""
-    x, other = operand(node, 0), operand(node, 1)
-    weight = constant(other)
-    if x is None or not np.issubdtype(getattr(weight, "dtype", np.int64), np.floating):
-        if not is_op(node, "Einsum"):
-            return None
-    if is_op(node, "MatMul") and weight is not None and weight.ndim == 2:
-        if x is not None and x.const_value is None:
-            return _product(x, weight.T, node)
-    if is_op(node, "Gemm") and weight is not None and not attribute(node, "transA", 0):
-        return _match_gemm(node)
     if is_op(node, "Einsum"):
         return _match_einsum(node)
+    x, weight = operand(node, 0), constant(operand(node, 1))
+    if x is None or x.const_value is not None or weight is None or weight.ndim != 2:
+        return None
+    if not np.issubdtype(weight.dtype, np.floating):
+        return None
+    if is_op(node, "MatMul"):
+        return _product(x, weight.T, node)
+    if is_op(node, "Gemm") and not attribute(node, "transA", 0):
+        return _match_gemm(node)
     return None
 
 

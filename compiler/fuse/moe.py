@@ -78,7 +78,7 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
     if found is None:
         return
     logits, router = found
-    experts, features = router.weight.shape
+    features = router.weight.shape[1]
     k = constant(operand(top_k, 1))
     shape = static_shape(flat_root(router.x))
     if k is None or k.size != 1 or shape is None or attribute(top_k, "largest", 1) != 1:

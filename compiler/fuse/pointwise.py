@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.fuse.rebuild import Builder, flat_root
+from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.rebuild import Builder, flat_root, token_shape
 from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import is_op, scalar, static_shape
 
@@ -123,3 +124,18 @@ def _replace(model: ir.Model, x: ir.Value, y: ir.Value, name: str) -> None:
     # A function does not care for the shape: keep the one that the argument is made in.
     (result,) = build.node("Pointwise", [root], [root_shape], {"function": name})  # type: ignore
     build.replace(y, result)
+
+
+def lift_pointwise(model: ir.Model) -> None:
+    """Give functions of flattened rows the shape ``[1, N, D]`` that the Linear before them has."""
+    for node in list(model.graph):
+        if node.domain != DOMAIN or node.op_type != "Pointwise":
+            continue
+        x = node.inputs[0]
+        shape = token_shape(x) if x is not None else None
+        if x is None or shape is None or shape == static_shape(x):
+            continue
+        build = Builder(model, node, [node])
+        attributes = {"function": node.attributes["function"].value}
+        (result,) = build.node("Pointwise", [build.resolve(x, shape)], [shape], attributes)
+        build.replace(node.outputs[0], result)

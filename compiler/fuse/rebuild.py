@@ -62,10 +62,8 @@ class Builder:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
         if domain:
             node.metadata_props["sources"] = self._sources
-        number = 0
         for output, shape, kind in zip(node.outputs, shapes, types):
             output.shape, output.dtype = ir.Shape(shape), kind
-            number += 1
         self._graph.insert_before(self._at, node)
         return list(node.outputs)
 
@@ -101,9 +99,9 @@ def token_shape(value: ir.Value) -> tuple[int, ...] | None:
         return None
     for trace in reversed(traces(value)):
         root = static_shape(trace.root)
-        if same_elements(trace) and root and root[0] == 1 and len(root) in (2, 3):
-            if root[-1] == shape[-1]:
-                return root
+        rows = bool(root) and root[0] == 1 and len(root) in (2, 3) and root[-1] == shape[-1]
+        if rows and same_elements(trace):
+            return root
     if len(shape) == 2 and shape[0] == 1:
         return shape
     return (1, int(np.prod(shape[:-1])), shape[-1])

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.canonical import DOMAIN
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.trace import (
     Trace,
@@ -95,3 +96,35 @@ def fuse_add(model: ir.Model) -> None:
         operands = [build.resolve(value, shape) for value in (a, b)]
         (result,) = build.node("Add", operands, [shape])
         build.replace(node.outputs[0], result)
+
+
+def join_branches(model: ir.Model) -> None:
+    """Rewrite ``x + (a + b)``, with branches a and b (a shared expert), as ``(x + a) + b``.
+
+    Then each branch joins the residual stream by itself. Only the rounding of the sum differs.
+    """
+    for node in list(model.graph):
+        if not _is(node, "Add"):
+            continue
+        for index, value in enumerate(node.inputs):
+            inner = value.producer() if value is not None else None
+            stream = node.inputs[1 - index]
+            if inner is None or stream is None or not _is(inner, "Add") or value is None:
+                continue
+            branches = [branch for branch in inner.inputs if branch is not None]
+            whole = len(value.uses()) == 1 and not value.is_graph_output()
+            if not whole or not all(
+                _is(branch.producer(), "Linear", "Experts") for branch in branches
+            ):
+                continue
+            shape = static_shape(stream)
+            assert shape is not None
+            build = Builder(model, node, [inner, node])
+            for branch in branches:
+                (stream,) = build.node("Add", [stream, branch], [shape])
+            build.replace(node.outputs[0], stream)
+            break
+
+
+def _is(node: ir.Node | None, *operators: str) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type in operators

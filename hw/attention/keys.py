@@ -13,13 +13,13 @@ __all__ = ["KeyReader"]
 
 
 class KeyReader(wiring.Component):
-    """Takes instructions and reads, for one group of `queries` rows after another, the group's query
-    words by row and then its key words by key.
+    """Takes instructions and reads, for one group of `queries` rows after another, the group's
+    query words by row and then its key words by key.
 
     One word a cycle, plus one cycle between groups. The next instruction is taken as soon as the
-    last word of the one before was read, but at most two are in flight; words that the older one may
-    still write are not read before it is done. The keys of a group wait until one of the two score
-    buffers is free. A word refused by `address` holds everything.
+    last word of the one before was read, but at most two are in flight; words that the older one
+    may still write are not read before it is done. The keys of a group wait until one of the two
+    score buffers is free. A word refused by `address` holds everything.
 
     Members
     -------
@@ -96,9 +96,9 @@ class KeyReader(wiring.Component):
         opens = Signal()
         m.d.sync += buffers.eq(buffers + self.released - opens)
         m.d.comb += [
-            self.groups.p.rows.eq(rows), self.groups.p.last_key.eq(last_key), self.groups.p.over.eq(over),
-            self.groups.p.destination.eq(destination), self.groups.p.parity.eq(self.parity),
-            self.groups.p.final.eq(remaining == rows),
+            self.groups.p.rows.eq(rows), self.groups.p.last_key.eq(last_key),
+            self.groups.p.over.eq(over), self.groups.p.final.eq(remaining == rows),
+            self.groups.p.parity.eq(self.parity), self.groups.p.destination.eq(destination),
         ]
         for name in ("causal", "words", "value", "stride", "destination_stride", "multiplier",
                      "shift", "out_multiplier", "out_shift"):
@@ -106,8 +106,8 @@ class KeyReader(wiring.Component):
 
         with m.FSM():
             with m.State("IDLE"):
-                # An address of the last instruction that still waits was not compared with what
-                # that instruction writes, so it has to leave first.
+                # An address that still waits is the last instruction's. Beside a newer one it would
+                # be taken for that one's, and could be held for ever.
                 m.d.comb += [
                     self.instruction.ready.eq(~waits & (self.in_flight != 2)),
                     take.eq(self.instruction.valid & self.instruction.ready),
@@ -185,8 +185,8 @@ class KeyReader(wiring.Component):
         return m
 
     def _issue(self, m, cursor, tag, emit):
-        """Sends the address `cursor` with its tag when `emit`; returns whether an address waits, and
-        whether the next one can be taken."""
+        """Sends the address `cursor` with its tag when `emit`; returns whether an address waits,
+        and whether the next one can be taken."""
         waits, unsafe = Signal(), Signal()
         sent = Signal(Arrival(self.config), reset_less=True)
         accepted, free = Signal(), Signal()

@@ -78,7 +78,8 @@ class PassReader(wiring.Component):
 
         # Cycle 1: scores from the memory. 2: their copy. 3: differences.
         scores = Signal(self.scores.shape(), reset_less=True)
-        differences = Signal(data.ArrayLayout(difference_bits(self.config), queries), reset_less=True)
+        differences = Signal(data.ArrayLayout(difference_bits(self.config), queries),
+                             reset_less=True)
         multiplier, shift = Signal(16, reset_less=True), Signal(6, reset_less=True)
         with m.If(advance):
             m.d.sync += [

@@ -15,8 +15,8 @@ __all__ = ["ResultWriter"]
 
 
 class ResultWriter(wiring.Component):
-    """Copies the sums of a pass, scales `lanes` of them a cycle by the reciprocal of their row's sum
-    of probabilities and writes them, while the next pass is summed.
+    """Copies the sums of a pass, scales `lanes` of them a cycle by the reciprocal of their row's
+    sum of probabilities and writes them, while the next pass is summed.
 
     A pass takes rows * depth / lanes cycles; the first of a group waits up to `reciprocal_cycles`
     for its reciprocals, which up to `ROWS_PER_DIVIDER` rows compute one after another. A row
@@ -68,7 +68,7 @@ class ResultWriter(wiring.Component):
         loaded = Signal()
         row = Signal(range(self.config.queries))
         chunk = Signal(range(chunks))
-        waiting = Signal(data.ArrayLayout(signed(len(self.sums[0])), len(self.sums)), reset_less=True)
+        waiting = Signal(self.sums.shape(), reset_less=True)
         advance, emit = Signal(), Signal()
         place = Signal(data.StructLayout({"address": 20, "chunk": range(chunks), "last": 1,
                                           "final": 1}))
@@ -88,12 +88,14 @@ class ResultWriter(wiring.Component):
                 m.d.sync += [row.eq(0), loaded.eq(0)]
 
         # The row's scale, as `numerics.row_scale`.
-        m.submodules.scale = scale = Multipliers(unsigned(16), unsigned(16), primitive=self.primitive)
+        m.submodules.scale = scale = Multipliers(unsigned(16), unsigned(16),
+                                                 primitive=self.primitive)
         row_scale = scales[row]
         shift = Signal(6)
         multiplier = Signal(16, reset_less=True)
         m.d.comb += [
-            scale.advance.eq(advance), scale.a[0].eq(row_scale.r), scale.b[0].eq(work.out_multiplier),
+            scale.advance.eq(advance),
+            scale.a[0].eq(row_scale.r), scale.b[0].eq(work.out_multiplier),
             shift.eq(work.out_shift + row_scale.e - 1),
         ]
         with m.If(advance):
@@ -122,7 +124,8 @@ class ResultWriter(wiring.Component):
                 requantise.multiplier.eq(multiplier), requantise.shift.eq(shift),
             ]
             results.append(requantise.result)
-        valid = delayed(m, valid, Requantise.LATENCY, enable=advance, name="valid", reset_less=False)
+        valid = delayed(m, valid, Requantise.LATENCY, enable=advance, name="valid",
+                        reset_less=False)
         place = delayed(m, place, Requantise.LATENCY, enable=advance, name="place")
         m.d.comb += [
             advance.eq(~self.write.valid | self.write.ready),

@@ -59,8 +59,9 @@ class ScoreLanes(wiring.Component):
         is_key = Signal()
         m.d.comb += is_key.eq(self.arrives & ~self.arrival.query)
         summed = delayed(m, is_key, to_sum, name="summed", reset_less=False)
-        place = Signal(data.StructLayout({"first": 1, "last": 1, "end": 1, "hidden": queries}))
-        m.d.comb += [place[name].eq(self.arrival[name]) for name in ("first", "last", "end", "hidden")]
+        carried = {"first": 1, "last": 1, "end": 1, "hidden": queries}
+        place = Signal(data.StructLayout(carried))
+        m.d.comb += [place[name].eq(self.arrival[name]) for name in carried]
         place = delayed(m, place, to_sum, name="place")
         hidden = Signal(queries, reset_less=True)
         m.d.sync += [

@@ -37,11 +37,11 @@ class AttentionUnit(wiring.Component):
 
     A group of r rows takes ``keys * words + max(r * words + 1, 10)`` cycles, where `keys` are those
     that any of its rows sees, and an instruction 6 more, as long as write-back keeps up: it needs
-    ``r * depth / lanes`` + 20 cycles of the `keys` cycles of a value word, and for the first word of
-    a group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
+    ``r * depth / lanes + 12`` of the `keys` cycles of a value word, and for the first word of a
+    group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
 
-    The next instruction is taken while the second stage still works on the one before; what it reads
-    of the results of that one waits for them.
+    The next instruction is taken while the second stage still works on the one before; what it
+    reads of the results of that one waits for them.
 
     Parameters
     ----------
@@ -109,7 +109,8 @@ class AttentionUnit(wiring.Component):
         """Groups, and their scores in two buffers, from the first stage to the second."""
         config = self.config
         size = 1 << (config.max_rows - 1).bit_length()
-        m.submodules.buffers = buffers = Memory(shape=scores.scores.shape(), depth=2 * size, init=[])
+        m.submodules.buffers = buffers = Memory(shape=scores.scores.shape(), depth=2 * size,
+                                                init=[])
         write, read = buffers.write_port(), buffers.read_port()
         next_key = Signal(range(size))
         written, read_from = Signal(), Signal()
@@ -120,8 +121,9 @@ class AttentionUnit(wiring.Component):
         m.d.comb += [
             groups.w_data.eq(keys.groups.payload), groups.w_en.eq(keys.groups.valid),
             keys.groups.ready.eq(groups.w_rdy),
-            passes.groups.payload.eq(groups.r_data), passes.groups.valid.eq(groups.r_rdy & complete),
-            groups.r_en.eq(passes.groups.ready & complete), passes.maxima.eq(scores.maxima),
+            passes.groups.payload.eq(groups.r_data), passes.maxima.eq(scores.maxima),
+            passes.groups.valid.eq(groups.r_rdy & complete),
+            groups.r_en.eq(passes.groups.ready & complete),
 
             write.addr.eq(Cat(next_key, written)), write.data.eq(scores.scores),
             write.en.eq(scores.scored),

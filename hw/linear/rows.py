@@ -26,7 +26,7 @@ class RowAddresses(wiring.Component):
     """Addresses of the rows of an instruction, in order: by row number, or by queue entry.
 
     One row every two cycles (its two addresses share a multiplier), the first `LATENCY` cycles
-    after `start`, up to `DEPTH` of them ahead of their use; it holds while they wait.
+    after `start`, or `READ_LATENCY` later from a queue; up to `DEPTH` of them ahead of their use; it holds while they wait.
 
     Members
     -------
@@ -41,7 +41,7 @@ class RowAddresses(wiring.Component):
     rows : Out(stream.Signature(Row))
     """
 
-    LATENCY = READ_LATENCY + Multipliers.LATENCY + 3
+    LATENCY = Multipliers.LATENCY + 3
     DEPTH = 8
 
     start: In(1)
@@ -72,37 +72,35 @@ class RowAddresses(wiring.Component):
             m.d.sync += [number.eq(number + 1), left.eq(left - 1)]
         m.d.comb += [self.index.valid.eq(begin & queued), self.index.payload.eq(number)]
 
-        # begun[i] is high i cycles after `begin`; the queue entry is there at begun[entry], the
-        # products of source and destination arrive at begun[source] and one later.
-        entry = READ_LATENCY
-        source = entry + Multipliers.LATENCY
-        begun = _delayed(m, begin, source + 1)
-        end = _delayed(m, left == 1, source + 1)
-        row = _delayed(m, number, entry)[-1]
-        weight = _delayed(m, self.entry.p.weight, Multipliers.LATENCY + 1)[-1]
+        # A queue entry takes its time; row numbers are there at once.
+        asked, asked_end, asked_number = (
+            _delayed(m, signal, READ_LATENCY)[-1] for signal in (begin, left == 1, number))
+        found, end, row, token = Signal(), Signal(), Signal(13), self.entry.p.token
+        m.d.comb += [found.eq(Mux(queued, asked, begin)), end.eq(Mux(queued, asked_end, left == 1)),
+                     row.eq(Mux(queued, asked_number, number))]
+
+        # The first cycle multiplies for the source, the second for the destination.
         target_row = Signal(13)
-        m.d.sync += target_row.eq(Mux(queued & fields.scatter, self.entry.p.token, row))
+        m.d.sync += target_row.eq(Mux(queued & fields.scatter, token, row))
         to_router = fields.target == Target.ROUTER
         m.d.comb += multiply.advance.eq(1)
-        with m.If(begun[entry]):
-            m.d.comb += [
-                multiply.a[0].eq(Mux(queued & fields.gather, self.entry.p.token, row)),
-                multiply.b[0].eq(fields.source_stride),
-            ]
+        with m.If(found):
+            m.d.comb += [multiply.a[0].eq(Mux(queued & fields.gather, token, row)),
+                         multiply.b[0].eq(fields.source_stride)]
         with m.Else():
-            m.d.comb += [
-                multiply.a[0].eq(target_row),
-                multiply.b[0].eq(Mux(to_router, 1, fields.destination_stride)),
-            ]
+            m.d.comb += [multiply.a[0].eq(target_row),
+                         multiply.b[0].eq(Mux(to_router, 1, fields.destination_stride))]
 
-        found = Signal(Row)
-        source_word = Signal(20)
-        m.d.sync += source_word.eq(fields.source + product)
+        complete = Signal(Row)
+        both = Multipliers.LATENCY + 1  # cycles from `found` to the second product
+        source = Signal(20)
+        m.d.sync += source.eq(fields.source + product)
         m.d.comb += [
-            found.source.eq(source_word),
-            found.destination.eq(Mux(to_router, 0, fields.destination) + product),
-            found.weight.eq(weight), found.end.eq(end[-1]),
-            fifo.w_data.eq(found), fifo.w_en.eq(begun[-1]),
+            complete.source.eq(source),
+            complete.destination.eq(Mux(to_router, 0, fields.destination) + product),
+            complete.weight.eq(_delayed(m, self.entry.p.weight, both)[-1]),
+            complete.end.eq(_delayed(m, end, both)[-1]),
+            fifo.w_data.eq(complete), fifo.w_en.eq(_delayed(m, found, both)[-1]),
             self.rows.payload.eq(fifo.r_data), self.rows.valid.eq(fifo.r_rdy),
             fifo.r_en.eq(self.rows.ready),
         ]

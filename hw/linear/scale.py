@@ -70,19 +70,16 @@ class Scale(wiring.Component):
         gate = (fields.target == Target.RESIDUAL) & fields.queued & fields.gated
         look_up = to_activation & fields.tabled
 
-        valid = [self.valid]
-        for _ in range(self.LATENCY):
-            valid.append(Signal(name="valid_after"))
-            m.d.sync += valid[-1].eq(valid[-2])
         scaled = 1 + Requantise.LATENCY
-        with m.If(to_router):
-            m.d.comb += self.results_valid.eq(valid[1])
-        with m.Elif(look_up):
-            m.d.comb += self.results_valid.eq(valid[scaled + _TABLE_LATENCY])
-        with m.Elif(gate):
-            m.d.comb += self.results_valid.eq(valid[self.LATENCY])
-        with m.Else():
-            m.d.comb += self.results_valid.eq(valid[scaled])
+        exits = {1: to_router, scaled: ~(to_router | look_up | gate),
+                 scaled + _TABLE_LATENCY: look_up, self.LATENCY: gate}
+        valid = self.valid
+        for cycles in range(1, self.LATENCY + 1):
+            # What has left must not appear again, when the next instruction takes a later exit.
+            before, valid = valid & ~exits.get(cycles - 1, 0), Signal(name=f"valid_{cycles}")
+            m.d.sync += valid.eq(before)
+            with m.If(valid & exits.get(cycles, 0)):
+                m.d.comb += self.results_valid.eq(1)
 
         weight = self.weight
         for _ in range(scaled):

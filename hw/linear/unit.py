@@ -6,8 +6,9 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from ..arch.config import Config
 from ..arch.isa import Opcode, Target
-from ..interfaces import (EngineSignature, Logits, QueuePort, ReadPort, RouteSetup, WritePort,
-                          fields_layout, parameter_layout)
+from ..interfaces import (READ_LATENCY, EngineSignature, Logits, QueuePort, ReadPort, RouteSetup,
+                          WritePort, fields_layout, parameter_layout)
+from ..requantise import Requantise
 from .array import DotArray
 from .drain import Drain
 from .fill import Fill
@@ -37,9 +38,11 @@ class LinearUnit(wiring.Component):
     cycles each, and at least 2), which goes on beside the group before. No cycle is lost between
     output groups or token groups.
 
-    Latency: an instruction is taken when the one before is done. From there to `done` it takes,
-    besides the fetch of the first group, the products, and the write-back of the last output group,
-    at most `overhead` cycles.
+    Latency: an instruction is taken when the one before is done. From the cycle in which it is
+    taken to that of `done` it takes, besides the fetch of the first group, the products, and the
+    write-back of the last output group, `overhead` cycles, and more where asked for: 2 for a table,
+    3 to accumulate, 4 for gate weights, 5 for `queued`. With the router it ends 2 cycles after
+    `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the
     write-back buffer is full, and a refused fetch only when its group is due.
@@ -66,6 +69,8 @@ class LinearUnit(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         self.array = DotArray(config)
+        self.overhead = (RowAddresses.LATENCY + READ_LATENCY + self.array.latency
+                         + Requantise.LATENCY + 3)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
         in_flight = self.array.latency + Scale.LATENCY + 8
@@ -176,7 +181,8 @@ class LinearUnit(wiring.Component):
             with m.State("Begin"):
                 m.d.sync += routed.eq(0)
                 with m.If((count == 0) | (fields.channels == 0) | (fields.source_words == 0)):
-                    m.next = "Done"
+                    m.d.comb += engine.done.eq(1)
+                    m.next = "Idle"
                 with m.Elif(fields.target == Target.ROUTER):
                     m.d.comb += self.route.valid.eq(1)
                     with m.If(self.route.ready):
@@ -186,9 +192,7 @@ class LinearUnit(wiring.Component):
                     m.d.comb += start.eq(1)
                     m.next = "Run"
             with m.State("Run"):
-                with m.If(done & (routed | (fields.target != Target.ROUTER))):
-                    m.next = "Done"
-            with m.State("Done"):
-                m.d.comb += engine.done.eq(1)
-                m.next = "Idle"
+                m.d.comb += engine.done.eq(done & (routed | (fields.target != Target.ROUTER)))
+                with m.If(engine.done):
+                    m.next = "Idle"
         m.d.comb += engine.busy.eq(~instruction.ready)

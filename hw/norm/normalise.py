@@ -1,5 +1,7 @@
 """The lanes that normalise values, once the scale of their row is known."""
 
+from itertools import pairwise
+
 from amaranth import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -43,7 +45,7 @@ class Normalise(wiring.Component):
         # s - 1 (4..32) takes two stages.
         amount, amount_fine = Signal(6, reset_less=True), Signal(3, reset_less=True)
         with m.If(self.advance):
-            m.d.sync += [after.eq(before) for before, after in zip(beside, beside[1:])]
+            m.d.sync += [after.eq(before) for before, after in pairwise(beside)]
             m.d.sync += [amount.eq(beside[-1].shift - 1), amount_fine.eq(amount[:3])]
 
         m.submodules.by_factor = by_factor = Multipliers(signed(16), unsigned(11), self.lanes)

@@ -1,5 +1,7 @@
 """Rows of memory words, read ahead into a small queue."""
 
+from itertools import pairwise
+
 from amaranth import Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
@@ -92,7 +94,7 @@ class RowReader(wiring.Component):
         tags = [Signal(tag, name=f"tag_{i}") for i in range(READ_LATENCY + 1)]
         m.d.comb += [tags[0].valid.eq(accepted), tags[0].last.eq(last),
                      tags[0].count.eq(Mux(last, left, lanes)), tags[0].measured.eq(job.measured)]
-        m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+        m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
 
         m.submodules.queue = queue = SyncFIFO(width=self.word.size, depth=self.DEPTH)
         arriving = Signal(self.word)

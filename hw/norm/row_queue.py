@@ -1,6 +1,6 @@
 """The words of rows whose scale is not known yet."""
 
-from amaranth import Module, Signal, unsigned
+from amaranth import Module, Shape, Signal, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -33,23 +33,25 @@ class RowQueue(wiring.Component):
         m = Module()
         # A word is read only after it was written: nothing need guard against collisions. The
         # register behind an asynchronous port becomes the RAM's own in synthesis.
-        width = self.leaving.payload.shape().size
+        width = Shape.cast(self.shape).width
         m.submodules.memory = memory = Memory(shape=unsigned(width), depth=self.depth, init=[],
                                               attrs={"no_rw_check": 1})
         write, read = memory.write_port(), memory.read_port(domain="comb")
         bits = self.depth.bit_length()
-        written, taken = Signal(bits), Signal(bits)
+        written, taken = Signal(bits), Signal(bits)  # one bit more than an address
+        used = Signal(bits)  # their difference; its top bit says full
         word, found = Signal(width, reset_less=True), Signal()
 
         advance = ~self.leaving.valid | self.leaving.ready
         some = written != taken
         m.d.comb += [
-            self.arriving.ready.eq((written - taken)[:bits] != self.depth),
+            self.arriving.ready.eq(~used[-1]),
             write.addr.eq(written), write.data.eq(self.arriving.payload),
             write.en.eq(self.arriving.valid & self.arriving.ready),
             read.addr.eq(taken),
         ]
-        m.d.sync += written.eq(written + write.en)
+        m.d.sync += [written.eq(written + write.en),
+                     used.eq(used + write.en - (advance & some))]
         with m.If(advance):
             m.d.sync += [
                 word.eq(read.data), found.eq(some), taken.eq(taken + some),

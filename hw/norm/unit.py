@@ -1,5 +1,7 @@
 """The NORM engine."""
 
+from itertools import pairwise
+
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
@@ -140,7 +142,7 @@ class NormUnit(wiring.Component):
         m.d.comb += [tags[0].valid.eq(enters), tags[0].count.eq(words.p.count),
                      tags[0].last.eq(words.p.last)]
         with m.If(advance):
-            m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+            m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
 
         meets_params = tags[normalise.LATENCY].valid
         m.d.comb += [

@@ -34,8 +34,8 @@ class Variance(wiring.Component):
     For SCALE no sums are taken: the factor is 1, the total 0 and the variance 2**20, the square of
     one in the fraction bits of a normalised value, so that what follows leaves x as it is.
 
-    One multiplier, six products: a row every 13 cycles, its moments 12 cycles after its sums were
-    taken. Refused moments stay.
+    One multiplier, six products: a row every `INTERVAL` cycles, its moments one cycle less after
+    its sums were taken. Refused moments stay.
 
     Members
     -------
@@ -45,7 +45,7 @@ class Variance(wiring.Component):
     moments : Out(stream.Signature(Moments))
     """
 
-    INTERVAL = 13
+    INTERVAL = 12
 
     setup: In(stream.Signature(VarianceSetup))
     sums: In(stream.Signature(Sums))

@@ -1,5 +1,7 @@
 """Gate weights of a row, and what goes to the queues."""
 
+from itertools import pairwise
+
 from amaranth import Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
@@ -21,7 +23,7 @@ class Append(data.Struct):
 
 
 class Gate(wiring.Component):
-    """``min(weight * r >> (e - 1), 65535)`` with (r, e) the reciprocal of the row's total.
+    """``weight * r >> (e - 1)`` with (r, e) the reciprocal of the row's total.
 
     A row every max(`Reciprocal.INTERVAL`, `chosen`) cycles, its first entry `LATENCY` cycles
     after its weights; one entry a cycle, largest logit first. Up to `DEPTH` rows wait inside.
@@ -37,7 +39,7 @@ class Gate(wiring.Component):
     """
 
     DEPTH = 4
-    LATENCY = Reciprocal.LATENCY + Multipliers.LATENCY + 3
+    LATENCY = Reciprocal.LATENCY + Multipliers.LATENCY + 2
 
     def __init__(self, count: int):
         self.count = count
@@ -86,20 +88,19 @@ class Gate(wiring.Component):
             m.d.sync += position.eq(Mux(last, 0, position + 1))
 
         # The row's maximum has the weight 65472 and is part of every total: 16 <= e <= 24, and a
-        # shift by e - 1 is one by 15 and one by at most 8.
+        # shift by e - 1 is one by 15 and one by at most 8. No weight equals the total unless it is
+        # that 65472, no power of two, so that weight * r < 2**(e + 15): 65535 is never exceeded.
         tag = data.StructLayout({"valid": 1, "expert": 8, "last": 1, "shift": 4})
-        tags = [Signal(tag, name=f"tag_{i}") for i in range(Multipliers.LATENCY + 2)]
-        shifted = Signal(17)
+        tags = [Signal(tag, name=f"tag_{i}") for i in range(Multipliers.LATENCY + 1)]
         m.d.comb += [
             tags[0].valid.eq(valid), tags[0].last.eq(last),
             tags[0].expert.eq(experts.r_data.word_select(position, 8)),
             tags[0].shift.eq(inverse.e - 16),
         ]
         entry = self.entries.p
-        m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+        m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
         m.d.sync += [
-            shifted.eq(multiplier.product[0][15:] >> tags[-2].shift),
-            entry.weight.eq(shifted[:16] | shifted[16].replicate(16)),
+            entry.weight.eq(multiplier.product[0][15:] >> tags[-1].shift),
             entry.expert.eq(tags[-1].expert), entry.last.eq(tags[-1].last),
             self.entries.valid.eq(tags[-1].valid),
         ]

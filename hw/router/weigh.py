@@ -1,5 +1,7 @@
 """Softmax numerators of the chosen experts, and their denominator."""
 
+from itertools import pairwise
+
 from amaranth import Array, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -96,7 +98,7 @@ class Weigh(wiring.Component):
         fresh = Signal(init=1)  # the next to leave is the first of its row
         weights = self.weights.p
         with m.If(advance):
-            m.d.sync += [after.eq(before) for before, after in zip(tags, tags[1:])]
+            m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
             m.d.sync += self.weights.valid.eq(leaving.valid & leaving.last)
             with m.If(leaving.valid):
                 m.d.sync += [

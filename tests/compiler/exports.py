@@ -131,6 +131,16 @@ class Moe(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True)
         return getattr(self, f"_{self.form}")(rows, weights, indices).reshape(b, n, DIM)
 
+    def _shared(self, rows, weights, indices):
+        """A loop, and expert 0 for every token beside it."""
+        return self._loop(rows, weights, indices) + self._expert(0, rows)
+
+    def _stack(self, rows, weights, indices):
+        """Every expert on every token, and the outputs of the chosen gathered."""
+        outputs = torch.stack([self._expert(e, rows) for e in range(EXPERTS)], 1)
+        chosen = outputs.gather(1, indices[..., None].expand(-1, -1, DIM))
+        return (chosen * weights[..., None]).sum(1)
+
     def _expert(self, e, rows):
         hidden = self.function(F.linear(rows, self.w1[e], self.b1[e]))
         return F.linear(hidden, self.w2[e], self.b2[e])
@@ -233,15 +243,17 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-    """``embed``: "conv" or "rearrange"; ``pool``: "class" or "mean"."""
+    """``embed``: "conv" or "rearrange"; ``pool``: "class", "mean" or "registers" (and class)."""
 
     def __init__(self, *blocks, embed="conv", pool="class", norm=None):
         super().__init__()
         self.embed, self.pool = embed, pool
         self.conv = nn.Conv2d(CHANNELS, DIM, PATCH, PATCH)
         self.linear = nn.Linear(CHANNELS * PATCH * PATCH, DIM)
-        rows = PATCHES + (pool == "class")
+        rows = PATCHES + (pool != "mean")
         self.token = nn.Parameter(torch.randn(1, 1, DIM))
+        rows += 2 * (pool == "registers")
+        self.registers = nn.Parameter(torch.randn(1, 2, DIM))
         self.position = nn.Parameter(torch.randn(1, rows, DIM))
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm() if norm else nn.LayerNorm(DIM)
@@ -256,8 +268,11 @@ class Vit(nn.Module):
             x = self.linear(x.permute(0, 2, 4, 3, 5, 1).reshape(b, PATCHES, -1))
         if self.pool == "class":
             x = torch.cat([self.token.expand(b, -1, -1), x], 1)
+        if self.pool == "registers":
+            first = self.token.expand(b, -1, -1), self.registers.expand(b, -1, -1)
+            x = torch.cat([*first, x], 1)
         x = self.norm(self.blocks(x + self.position))
-        return self.head(x[:, 0] if self.pool == "class" else x.mean(1))
+        return self.head(x.mean(1) if self.pool == "mean" else x[:, 0])
 
 
 def vit(attention=None, mixer=None, norm=None, **options):

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from torch import nn
+
 from moeware.compiler.canonical import sources
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.reference import evaluate
 from moeware.compiler.to_onnx import to_onnx
-from torch import nn
-
 from tests.compiler import exports
 from tests.compiler.exports import Mlp, Moe, PackedAttention, SeparateAttention, export, vit
 
@@ -20,7 +20,9 @@ CASES = Path(__file__).parent / "cases"
 ATTENTION = "LayerNorm Linear Linear Linear Attention Linear Add"
 DENSE = "LayerNorm Linear Pointwise Linear Add"
 MOE = "LayerNorm Route Experts Add"
+SHARED = "LayerNorm Linear Pointwise Linear Route Experts Add Add"
 CLASS = ("PatchEmbed ClassToken AddConstant", "LayerNorm TakeToken Linear")
+REGISTERS = (f"PatchEmbed{3 * ' ClassToken'} AddConstant", "LayerNorm TakeToken Linear")
 MEAN = ("PatchEmbed AddConstant", "LayerNorm MeanTokens Linear")
 
 
@@ -79,6 +81,9 @@ MODELS = {
     "onehot": (lambda: vit(mixer=Moe("onehot")), (ATTENTION, MOE), CLASS),
     "gather": (lambda: vit(mixer=Moe("gather")), (ATTENTION, MOE), CLASS),
     "gather einsum": (lambda: vit(mixer=Moe("gather_einsum")), (ATTENTION, MOE), CLASS),
+    "stack": (lambda: vit(mixer=Moe("stack")), (ATTENTION, MOE), CLASS),
+    "shared expert": (lambda: vit(mixer=Moe("shared")), (ATTENTION, SHARED), CLASS),
+    "registers": (lambda: vit(pool="registers"), (ATTENTION, DENSE), REGISTERS),
     "all": (lambda: vit(mixer=Moe("loop", "all")), (ATTENTION, MOE), CLASS),
     "top first": (lambda: vit(mixer=Moe("scatter", "top_first")), (ATTENTION, MOE), CLASS),
     "top 1": (lambda: vit(mixer=Moe("gather", "all", k=1)), (ATTENTION, MOE), CLASS),

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+
 from moeware.compiler.canonical import verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.reference import evaluate
-
 from tests.compiler import exports
 
 

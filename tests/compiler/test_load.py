@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from moeware.compiler.errors import CompileError
-from moeware.compiler.load import load
 from onnx import TensorProto, helper, numpy_helper
 
+from moeware.compiler.errors import CompileError
+from moeware.compiler.load import load
 from tests.compiler import exports
 
 CASES = Path(__file__).parent / "cases"

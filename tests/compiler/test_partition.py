@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from torch import nn
+
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.partition import describe, partition, report
 from moeware.compiler.reference import evaluate
-from torch import nn
-
 from tests.compiler import exports
 from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, export
 
@@ -83,7 +83,9 @@ def test_every_host_node_has_a_reason(mixed):
             continue
         for node in step.nodes:
             assert step.reasons[node.name].startswith(f"node `{node.name}`: ")
-    reasons = {node.op_type: step.reasons.get(node.name) for step in parts.steps for node in step.nodes}
+    reasons = {
+        node.op_type: step.reasons.get(node.name) for step in parts.steps for node in step.nodes
+    }
     assert "Sin has no form" in reasons["Sin"]
     assert "feeds" in parts.reasons["LayerNorm_3"]
 
@@ -102,7 +104,9 @@ def test_report_counts_macs(mixed):
     head = dim * exports.CLASSES
     total = patches + 3 * attention + dense + moe + head + einsum["macs"]
     assert content["macs"] == total
-    assert describe(partition(mixed)).startswith(f"fpga {content['fpga_nodes']}/{len(mixed.graph)} ")
+    assert describe(partition(mixed)).startswith(
+        f"fpga {content['fpga_nodes']}/{len(mixed.graph)} "
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,3 +144,19 @@ def test_long_skip_connection_is_refused(tmp_path):
     kinds = {node.name: step.kind for step in parts.steps for node in step.nodes}
     assert kinds["Add_2"] == "host" and kinds["Add_1"] == "fpga" and kinds["Linear_6"] == "fpga"
     assert "joins the residual stream with a Linear or Experts" in parts.reasons["Add_2"]
+
+
+def test_fork_of_the_stream_is_refused(tmp_path):
+    class Fork(Vit):
+        def forward(self, image):
+            x = self.conv(image).flatten(2).transpose(1, 2) + self.position
+            left, right = self.blocks
+            ends = x + left(self.norm(x)), x + right(self.norm(x))
+            return self.head(self.norm(ends[0]).mean(1)) + self.head(self.norm(ends[1]).mean(1))
+
+    model = exports.randomise(Fork(Mlp(), Moe("gather"), pool="mean"))
+    fused = fuse(load(export(model, tmp_path / "m.onnx", 17, dynamo=False)))
+    parts = partition(fused)
+    forks = [node.name for node in fused.graph if node.op_type == "Add" and node.domain][:2]
+    assert all("must not fork" in parts.reasons[name] for name in forks)
+    run_steps(fused, parts, {"image": exports.example(2)})

@@ -23,6 +23,7 @@ class Dram:
         self.image = bytearray(size)
         self.draw = random.Random(seed)
         self.reads, self.writes = [], []  # bursts (address, beats) in the order of their commands
+        self.reported = 0  # writes
 
     def _check(self, burst):
         address, beats = burst.address, burst.beats
@@ -68,6 +69,7 @@ class Dram:
             report = bool(finished) and finished[0] <= cycle and self._go()
             if report:
                 finished.popleft()
+                self.reported += 1
             ctx.set(written, report)
             *_, asked, burst, given, word = await ctx.tick().sample(
                 command.valid, command.payload, data.valid, data.payload)

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 import random
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.attention import AttentionUnit
+from moeware.hw.attention.results import ResultWriter
 from moeware.hw.attention.shapes import HEAD_WORDS
 from moeware.hw.interfaces import READ_LATENCY
 
@@ -174,7 +176,8 @@ def test_row_without_keys_is_zero():
 
 def test_nothing_to_do_is_done_in_order():
     size = config(2, 2, 1)
-    heads = [head(0, 3, 1), head(3, 3, 1), head(2, 0, 1), head(2, 3, 0), head(3, 4, 2), head(0, 0, 0)]
+    heads = [head(*shape) for shape in [(0, 3, 1), (3, 3, 1), (2, 0, 1), (2, 3, 0), (3, 4, 2),
+                                        (0, 0, 0)]]
     run(size, heads, noise(size))
 
 
@@ -214,7 +217,7 @@ def test_nothing_of_one_head_shows_in_the_next():
     memory[2000:3000] = -1
     memory[3000:] = np.random.default_rng(0).integers(-3, 4, (1096, size.depth))
     loud, low, quiet = {"base": 0}, {"base": 2000}, {"base": 3000}
-    heads = [head(rows, keys, words, **where) for rows, keys, words in [(1, 1, 1), (3, 5, 2), (4, 2, 1)]
+    heads = [head(*shape, **where) for shape in [(1, 1, 1), (3, 5, 2), (4, 2, 1)]
              for where in (loud, low, quiet)]
     run(size, heads, memory)
 
@@ -223,8 +226,8 @@ def test_nothing_of_one_head_shows_in_the_next():
 @pytest.mark.parametrize("stalls", [(0.0, 0.0, 0.0), (0.0, 0.0, 0.9), (0.0, 0.9, 0.5)])
 def test_reads_what_the_head_before_wrote(field, stalls):
     size = config(2, 2, 1)
-    first = head(5, 4, 2)
-    second = head(5, 4, 2, base=1000) | {
+    first = head(6, 6, 2)
+    second = head(4, 6, 2, base=1000) | {
         field: first["destination"], "stride": first["destination_stride"],
         "destination": 2000}
     third = head(3, 3, 1, base=3000)
@@ -259,14 +262,22 @@ def test_throughput(shape, keys, words):
     assert (np.diff(finished) <= groups * per_group + 6).all(), np.diff(finished)
 
 
+def test_throughput_of_write_back():
+    """With few keys, results leave at the rate that `AttentionUnit` states."""
+    size, words, groups = config(3, 4, 1), 5, 2
+    finished, _ = run(size, [head(groups * 3, 2, words)] * 4, noise(size))
+    per_group = words * (3 * 4 + 12) + ResultWriter(size).reciprocal_cycles
+    assert (np.diff(finished) <= groups * per_group).all(), np.diff(finished)
+
+
 def test_causal_skips_hidden_keys():
-    size = config(2, 2, 2, max_rows=64)
-    (whole,), _ = run(size, [head(40, 40, 4)], noise(size))
-    (causal,), _ = run(size, [head(40, 40, 4, causal=1)], noise(size))
-    assert causal < 0.85 * whole
+    size = config(2, 2, 2, max_rows=32)
+    (whole,), _ = run(size, [head(32, 32, 4)], noise(size))
+    (causal,), _ = run(size, [head(32, 32, 4, causal=1)], noise(size))
+    assert causal < 0.9 * whole
 
 
 def test_counts_refused_cycles_as_stalled():
     size = config(2, 2, 2)
     (done,), stalled = run(size, [head(4, 8, 2)], noise(size), stalls=(0.5, 0.0, 0.0))
-    assert 0.2 * done < len(stalled) < 0.6 * done
+    assert 0.1 * done < len(stalled) < 0.5 * done

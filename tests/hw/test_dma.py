@@ -180,6 +180,7 @@ def run_store(config, jobs, *, latency, stall, seed, refuse=0.0):
             await ctx.tick().until(dut.engine.done)
             image = pack(config, memory, contents[memory][local:local + count])
             assert dram.image[address:address + len(image)] == image
+            assert dram.reported == len(dram.writes)
             finished.append((address, len(image)))
 
     async def writes(ctx):

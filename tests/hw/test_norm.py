@@ -1,31 +1,36 @@
+# amaranth: UnusedElaboratable=no
 """NORM against `numerics`: every mode, ragged rows, stalls on every port, chained instructions."""
 
 import collections
+import itertools
 import random
 
 import numpy as np
 import pytest
-from amaranth.hdl import Value
+from amaranth import Value, unsigned
 
 from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.layout import pack_params
 from moeware.hw.norm import NormUnit
+from moeware.hw.norm.row_queue import RowQueue
 
 from .simulate import simulate
+from .streams import get_all, put_all
 
 
 def config(**sizes):
-    base = dict(tokens=2, outputs=16, depth=8, queries=2, lanes=2, bus_bytes=2, activation_banks=1,
-                activation_words=1024, residual_words=1024, weight_words=64, param_words=64,
-                tables=1, row_words=64, max_rows=256, max_experts=16, max_chosen=2, queue=2)
+    base = {"tokens": 2, "outputs": 16, "depth": 8, "queries": 2, "lanes": 2, "bus_bytes": 2,
+            "activation_banks": 1, "activation_words": 1024, "residual_words": 1024,
+            "weight_words": 64, "param_words": 64, "tables": 1, "row_words": 64, "max_rows": 256,
+            "max_experts": 16, "max_chosen": 2, "queue": 2}
     return Config(**base | sizes)
 
 
 def norm(**fields):
-    return dict(rows=1, mode=NormMode.LAYER, channels=1, source=0, source_stride=0, destination=0,
-                destination_stride=0, param=0, epsilon=0) | fields
+    return {"rows": 1, "mode": NormMode.LAYER, "channels": 1, "source": 0, "source_stride": 0,
+            "destination": 0, "destination_stride": 0, "param": 0, "epsilon": 0} | fields
 
 
 class Memories:
@@ -81,7 +86,8 @@ def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
             while running():
                 ready = draw.random() >= refuse
                 ctx.set(port.address.ready, ready)
-                *_, valid, address = await ctx.tick().sample(port.address.valid, port.address.payload)
+                *_, valid, address = await ctx.tick().sample(
+                    port.address.valid, port.address.payload)
                 state["reads"] += valid and ready
                 under_way.append(raw[address] if valid and ready else None)
                 word = under_way.popleft()
@@ -137,8 +143,9 @@ def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
 
 
 SHAPES = [
-    dict(lanes=1, depth=1, outputs=1), dict(lanes=1, depth=4, outputs=4), dict(lanes=2, depth=8),
-    dict(lanes=4, depth=4), dict(lanes=3, depth=6, outputs=6), dict(lanes=8, depth=16),
+    {"lanes": 1, "depth": 1, "outputs": 1}, {"lanes": 1, "depth": 4, "outputs": 4},
+    {"lanes": 2, "depth": 8}, {"lanes": 4, "depth": 4},
+    {"lanes": 3, "depth": 6, "outputs": 6}, {"lanes": 8, "depth": 16},
 ]
 
 
@@ -215,3 +222,39 @@ def test_instructions_overlap():
                          destination_stride=12) for i in range(8)]
     state = run(sizes, memories, instructions)
     assert state["cycles"] <= (2 * 8 + 1) * 48 + 95 + 8 * 20
+
+
+@pytest.mark.parametrize("idle, refuse", [((), ()), ((1, 1, 0), ()), ((), [1] * 20 + [0] * 20),
+                                          ((1, 0, 0), (0, 1))])
+def test_row_queue(idle, refuse):
+    dut, sent = RowQueue(unsigned(8), 8), [random.Random(6).randrange(256) for _ in range(100)]
+
+    async def producer(ctx):
+        await put_all(ctx, dut.arriving, sent, itertools.cycle(idle))
+
+    async def consumer(ctx):
+        assert await get_all(ctx, dut.leaving, len(sent), itertools.cycle(refuse)) == sent
+        assert not ctx.get(dut.leaving.valid)
+
+    simulate(dut, producer, consumer, deadline=len(sent) * 4)
+
+
+def test_row_queue_holds_its_depth():
+    dut = RowQueue(unsigned(8), 4)
+
+    async def bench(ctx):
+        ctx.set(dut.arriving.valid, 1)
+        taken = 0
+        for cycle in range(20):
+            assert ctx.get(dut.leaving.valid) == (cycle >= dut.LATENCY)
+            taken += ctx.get(dut.arriving.ready)
+            await ctx.tick()
+        assert taken == 4 + 2
+
+    simulate(dut, bench)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 6])
+def test_row_queue_refuses_depth(depth):
+    with pytest.raises(ValueError, match="RowQueue.depth must be a power of two"):
+        RowQueue(unsigned(8), depth)

@@ -36,10 +36,12 @@ def test_exhaustive(bits):
     assert received == [math.isqrt(value) for value in range(1 << bits)]
 
 
-@pytest.mark.parametrize("idle, refuse", [((), ()), ((1, 0, 0), ()), ((), (1, 1, 0)), ((1, 0), (0, 1))])
+@pytest.mark.parametrize("idle, refuse", [((), ()), ((1, 0, 0), ()), ((), (1, 1, 0)),
+                                          ((1, 0), (0, 1))])
 def test_edges(idle, refuse):
     draw = random.Random(4)
-    roots = [0, 1, 2, 2**15, 2**15 + 1, 2**16 - 2, 2**16 - 1, *(draw.randrange(2**16) for _ in range(40))]
+    roots = [0, 1, 2, 2**15, 2**15 + 1, 2**16 - 2, 2**16 - 1]
+    roots += [draw.randrange(2**16) for _ in range(40)]
     sent = [value for root in roots for value in (root * root, root * root + 2 * root)]
     sent += [root * root - 1 for root in roots if root] + [2**32 - 1]
     received, cycles = run(32, sent, idle, refuse)

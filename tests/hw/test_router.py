@@ -17,9 +17,10 @@ FLAT = (0, 1)  # all weights alike
 
 
 def config(**sizes):
-    base = dict(tokens=2, outputs=4, depth=8, queries=2, lanes=2, bus_bytes=2, activation_banks=1,
-                activation_words=64, residual_words=64, weight_words=64, param_words=64,
-                tables=1, row_words=64, max_rows=32, max_experts=16, max_chosen=2, queue=2)
+    base = {"tokens": 2, "outputs": 4, "depth": 8, "queries": 2, "lanes": 2, "bus_bytes": 2,
+            "activation_banks": 1, "activation_words": 64, "residual_words": 64,
+            "weight_words": 64, "param_words": 64, "tables": 1, "row_words": 64, "max_rows": 32,
+            "max_experts": 16, "max_chosen": 2, "queue": 2}
     return Config(**base | sizes)
 
 
@@ -119,10 +120,13 @@ def route(sizes, inferences, pauses=0.0, check_queues=True):
 
 
 SHAPES = [
-    (dict(tokens=1, outputs=1, lanes=1), 16, 2), (dict(), 16, 2), (dict(), 13, 2),
-    (dict(tokens=3, lanes=4, outputs=8, max_experts=6), 6, 2),
-    (dict(tokens=5, lanes=3, outputs=6, depth=6, max_experts=20, max_chosen=4), 20, 4),
-    (dict(tokens=4, lanes=8, outputs=8, max_experts=5, max_chosen=5), 5, 5),
+    ({"tokens": 1, "outputs": 1, "lanes": 1}, 16, 2),
+    ({}, 16, 2),
+    ({}, 13, 2),
+    ({"tokens": 3, "lanes": 4, "outputs": 8, "max_experts": 6}, 6, 2),
+    ({"tokens": 5, "lanes": 3, "outputs": 6, "depth": 6, "max_experts": 20, "max_chosen": 4},
+     20, 4),
+    ({"tokens": 4, "lanes": 8, "outputs": 8, "max_experts": 5, "max_chosen": 5}, 5, 5),
 ]
 
 
@@ -169,7 +173,8 @@ def test_few_experts(experts):
 
 def test_single_expert_machine():
     sizes = config(max_experts=1, max_chosen=1)
-    route(sizes, [(random_logits(3, 1, seed=8), 1, 0, LOUD), (random_logits(2, 1, seed=9), 1, 1, LOUD)])
+    route(sizes, [(random_logits(3, 1, seed=8), 1, 0, LOUD),
+                  (random_logits(2, 1, seed=9), 1, 1, LOUD)])
 
 
 def test_a_lone_weight_is_one():

@@ -129,6 +129,26 @@ def test_order_of_instructions_and_tokens(depth, seed):
             given += 1
 
 
+def test_done_right_behind_an_instruction_passed_over():
+    """Two `done` in a row, with an instruction between that is passed over: no token is lost."""
+    dut = sequencer()
+
+    async def bench(ctx):
+        ctx.set(dut.engine.instruction.ready, 1)
+        ctx.set(dut.empty, 1)
+        await put_all(ctx, dut.queued, [instruction(i, signal=1 << i, conditional=i == 1)
+                                        for i in range(3)])
+        await ctx.tick().repeat(12)
+        given = []
+        for done in (1, 1, 0, 0, 0, 0):
+            ctx.set(dut.engine.done, done)
+            *_, give = await ctx.tick().sample(dut.give)
+            given += [give] * (give != 0)
+        assert given == [1, 2, 4]
+
+    simulate(dut, bench)
+
+
 def test_an_instruction_takes_all_its_tokens_at_once():
     dut = sequencer()
 

@@ -1,0 +1,69 @@
+"""Run a program on simulated devices, count cycles, compare devices layer by layer."""
+
+import time
+
+HELP = "run a program on the golden device or on simulated gateware; compare devices"
+DEVICES = ("golden", "rtl", "torch")
+
+
+def configure(parser) -> None:
+    parser.add_argument("program", help="program file from `moeware compile`")
+    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
+    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    parser.add_argument("--frames", type=int, default=1, help="run so many (default: 1)")
+    parser.add_argument("--device", action="append", choices=DEVICES,
+                        help="repeatable (default: rtl; with --compare: all)")
+    parser.add_argument("--compare", action="store_true",
+                        help="compare all layers that the program stores (compile --trace), and "
+                        "name the first value that differs")
+
+
+def run(arguments) -> dict:
+    from moeware.cli.inputs import read_inputs
+    from moeware.hw.arch.program import Program
+    from moeware.runtime.device import open_device
+    program = Program.load(arguments.program)
+    feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames)
+    names = arguments.device or (list(DEVICES) if arguments.compare else ["rtl"])
+    devices = {name: open_device(name, program.config) for name in names}
+    facts: dict = {"ok": True, "placement": program.placement, "comparison": None,
+                   "devices": _run_each(program, devices, feeds)}
+    if arguments.compare:
+        facts["comparison"] = comparison = compare(program, devices, feeds)
+        facts["ok"] = comparison["equal"]
+    return facts
+
+
+def compare(program, devices: dict, feeds: dict) -> dict:
+    """`moeware.sim.compare.compare` as JSON-able facts: equal, values, text."""
+    from moeware.sim import compare as comparison
+    report = comparison.compare(program, list(devices.values()), feeds)
+    return {"equal": report.equal, "values": report.values, "text": str(report)}
+
+
+def _run_each(program, devices: dict, feeds: dict) -> dict:
+    """Seconds and counters of an average frame, by device."""
+    from moeware.cli.inputs import mean_counters
+    from moeware.cli.progress import frames_bar
+    from moeware.runtime.session import Session
+    facts = {}
+    for name, device in devices.items():
+        session = Session(program, device)
+        began = time.perf_counter()
+        with frames_bar(f"simulate {name}") as progress:
+            results = session.run(None, feeds, progress=progress)
+        facts[name] = {"frames": len(results[0]), "seconds": time.perf_counter() - began,
+                       "counters": mean_counters(session.last_counters)}
+    return facts
+
+
+def text(facts: dict) -> str:
+    from moeware.cli.tables import counter_table
+    lines = [facts["placement"]]
+    for name, device in facts["devices"].items():
+        lines.append(f"{name}: {device['frames']} frames in {device['seconds']:.3f} s")
+        if device["counters"]:
+            lines.append("average frame: " + counter_table(device["counters"]))
+    if facts["comparison"]:
+        lines.append(facts["comparison"]["text"])
+    return "\n".join(lines)

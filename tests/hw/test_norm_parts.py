@@ -1,0 +1,130 @@
+"""The parts of NORM alone: edges that whole rows hardly reach, and their latencies."""
+
+import math
+import random
+
+import pytest
+
+from moeware.hw.arch.isa import NormMode
+from moeware.hw.norm.inverse_root import InverseRoot
+from moeware.hw.norm.normalise import Normalise
+from moeware.hw.norm.statistics import Statistics
+from moeware.hw.norm.variance import Variance
+
+from .simulate import simulate
+from .streams import put_all
+
+
+def stamped(inlet, outlet, sent, count=None):
+    """A list that fills with what comes out, each with its cycle, and the benches that fill it;
+    the first operand is offered in cycle 0."""
+    received, now = [], 0
+
+    async def producer(ctx):
+        await put_all(ctx, inlet, sent)
+
+    async def consumer(ctx):
+        nonlocal now
+        ctx.set(outlet.ready, 1)
+        while len(received) < (len(sent) if count is None else count):
+            if ctx.get(outlet.valid):
+                received.append((now, ctx.get(outlet.payload)))
+            await ctx.tick()
+            now += 1
+
+    return received, (producer, consumer)
+
+
+@pytest.mark.parametrize("stalls", [0.0, 0.4])
+def test_normalise(stalls):
+    draw = random.Random(1)
+    lanes, dut = 2, Normalise(2)
+    edges = [([21845, 1], 3, 0, 1 << 16, 17),  # 32767.5, which rounds out of range
+             ([21845, -21846], 3, 1, 1 << 16, 17), ([-21845, -21846], 3, 2, 1 << 16, 17),
+             ([-21845, -21846], 3, 3, 1 << 16, 17), ([-32768, 32767], 2047, -67076096, 131071, 33),
+             ([32767, -32768], 2047, 67076096, 131071, 5), ([0, 1], 1, 0, 1 << 16, 17)]
+    operands = edges + [
+        ([draw.randrange(-1 << 15, 1 << 15) for _ in range(lanes)], draw.randrange(1, 2048),
+         draw.randrange(-1 << 26, 1 << 26), draw.randrange(1 << 16, 1 << 17), draw.randint(5, 33))
+        for _ in range(300)]
+    expected = [[max(-1 << 15, min((1 << 15) - 1,
+                                   ((factor * x - total) * inverse + (1 << shift - 1)) >> shift))
+                 for x in values] for values, factor, total, inverse, shift in operands]
+    received = []
+
+    async def bench(ctx):
+        for cycle in range(len(operands) + dut.LATENCY):
+            ctx.set(dut.advance, 0)
+            while draw.random() < stalls:
+                await ctx.tick()
+            ctx.set(dut.advance, 1)
+            values, factor, total, inverse, shift = operands[min(cycle, len(operands) - 1)]
+            ctx.set(dut.values, values)
+            ctx.set(dut.scale, {"factor": factor, "total": total, "inverse": inverse,
+                                "shift": shift})
+            if cycle >= dut.LATENCY:
+                received.append([ctx.get(dut.normalised[lane]) for lane in range(lanes)])
+            await ctx.tick()
+
+    simulate(dut, bench)
+    assert received == expected
+
+
+def test_variance():
+    draw = random.Random(2)
+    sums = [(0, 0), (2047 * -32768, 2047 << 30), (2047 * 32767, 2047 * 32767**2), (-1, 1)]
+    sums += [(draw.randrange(-1 << 20, 1 << 20), draw.randrange(1 << 39, 1 << 40))
+             for _ in range(6)]
+    setups = [(NormMode.LAYER, 2047, 0), (NormMode.RMS, 2047, (1 << 48) - 1),
+              (NormMode.SCALE, 77, 5), (NormMode.LAYER, 2047, 12345)]
+    dut = Variance()
+    sent = [{"total": t, "squares": q} for t, q in sums]
+    expected = []
+    for mode, channels, epsilon in setups:
+        for total, squares in sums:
+            total *= mode == NormMode.LAYER
+            expected.append((1 << 20, 0, 1) if mode == NormMode.SCALE else
+                            (channels * squares - total**2 + epsilon, total, channels))
+    received, benches = stamped(dut.sums, dut.moments, sent * 3, len(expected))
+
+    async def setup(ctx):
+        await put_all(ctx, dut.setup, [
+            {"mode": mode, "rows": len(sums), "channels": channels, "epsilon": epsilon}
+            for mode, channels, epsilon in setups])
+
+    simulate(dut, setup, *benches)
+    assert [(m.variance, m.total, m.factor) for _, m in received] == expected
+    cycles = [cycle for cycle, _ in received]
+    assert cycles[0] == 1 + (dut.INTERVAL - 1)  # the setup is taken first
+    assert cycles[1] - cycles[0] == dut.INTERVAL
+
+
+def test_inverse_root():
+    draw = random.Random(3)
+    variances = [1, 2, 3, 4, 5, (1 << 53) - 1, 1 << 52, 1 << 20, (1 << 32) - 1, 1 << 32]
+    variances += [draw.getrandbits(draw.randint(1, 53)) | 1 for _ in range(30)]
+    dut = InverseRoot()
+    received, benches = stamped(
+        dut.moments, dut.scales,
+        [{"variance": v, "total": -i, "factor": i} for i, v in enumerate(variances)])
+    simulate(dut, *benches)
+    for i, (variance, (_, scale)) in enumerate(zip(variances, received, strict=True)):
+        half = (variance.bit_length() + 1) // 2
+        inverse = (1 << 32) // math.isqrt((variance << 32) >> 2 * half)
+        assert 1 << 16 <= scale.inverse < 1 << 17
+        # The same quotient of two numbers, also where both were halved.
+        assert scale.inverse << half + 6 == inverse << scale.shift
+        assert (scale.total, scale.factor) == (-i, i)
+    cycles = [cycle for cycle, _ in received]
+    assert cycles[0] == dut.LATENCY
+    assert cycles[-1] <= dut.LATENCY + dut.INTERVAL * (len(variances) - 1)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+def test_statistics_latency(lanes):
+    dut = Statistics(lanes)
+    word = {"data": [-5] * lanes, "count": lanes, "last": 1}
+    received, benches = stamped(dut.words, dut.sums, [word] * 4)
+    simulate(dut, *benches)
+    assert [(cycle, s.total, s.squares) for cycle, s in received] == [
+        (dut.latency + i, -5 * lanes, 25 * lanes) for i in range(4)]
