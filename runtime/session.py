@@ -83,7 +83,9 @@ class Session:
             return open_device("torch", self.program.config), f" ({error})"
 
     def _place(self, note: str) -> None:
-        self.placement = f"{self.program.placement}, executed by {self._device.name}{note}"
+        model = self.program.metadata.get("model", "program")
+        self.placement = (f"{model}: {self.program.placement}, executed by {self._device.name}"
+                          f"{note}")
         elsewhere = note or any(isinstance(step, HostStep) for step in self.program.steps)
         log.log(logging.WARNING if elsewhere else logging.INFO, "%s", self.placement)
 

@@ -130,7 +130,7 @@ class Machine:
         index = first + rows[:, None] * stride + np.arange(words)
         if index.size and index.max() >= len(self.activation):
             raise ValueError(f"activation word {index.max()} must be below {len(self.activation)}")
-        return self.activation[index].reshape(len(rows), -1).astype(np.int64)
+        return self.activation[index].reshape(len(rows), words * self.config.depth).astype(np.int64)
 
     def _params(self, first: int, channels: int) -> np.ndarray:
         words = -(-channels // self.config.lanes)
@@ -158,7 +158,8 @@ class Machine:
         groups = -(-i.channels // c.outputs)
         words = self.weight[self._words(self.weight, i.weight, groups * i.source_words)]
         weight = words.reshape(groups, i.source_words, c.outputs, c.depth).transpose(0, 2, 1, 3)
-        weight = weight.reshape(groups * c.outputs, -1)[:i.channels].astype(np.int64)
+        weight = weight.reshape(groups * c.outputs, i.source_words * c.depth)[:i.channels]
+        weight = weight.astype(np.int64)
         param = self._params(i.param, i.channels)
         value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
         if i.target == Target.ROUTER:
@@ -216,7 +217,8 @@ class Machine:
         index = i.source + rows[:, None] * i.source_stride + np.arange(words)
         if index.size and index.max() >= len(self.residual):
             raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
-        value = self.residual[index].reshape(len(rows), -1)[:, :i.channels].astype(np.int64)
+        value = self.residual[index].reshape(len(rows), words * c.lanes)[:, :i.channels]
+        value = value.astype(np.int64)
         if i.mode != NormMode.SCALE:
             value = numerics.normalise(value, i.channels, i.epsilon,
                                        centred=i.mode == NormMode.LAYER)

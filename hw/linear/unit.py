@@ -34,9 +34,9 @@ class LinearUnit(wiring.Component):
 
     Throughput: a group of T rows takes ``source_words`` cycles for each O channels, or the number
     of its write-back words, ``rows * ceil(channels / W)`` with O and T replaced by what is left in
-    ragged groups, whichever is more; but not less than its rows take to fetch (``source_words``
-    cycles each, and at least 2), which goes on beside the group before. No cycle is lost between
-    output groups or token groups.
+    ragged groups, whichever is more. No cycle is lost between output groups or token groups, as
+    long as the rows of a group (``source_words`` cycles each, at least 2, and 3 more for all) are
+    fetched while the group before is at work.
 
     Latency: an instruction is taken when the one before is done. From the cycle in which it is
     taken to that of `done` it takes, besides the fetch of the first group, the products, and the

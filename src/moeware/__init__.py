@@ -1,13 +1,13 @@
 """moeware: ONNX mixture-of-experts transformers on FPGAs, exact to the last bit.
 
-    program = moeware.compile("model.onnx", "ulx3s", "calibration.npz")
+    program = moeware.compile("model.onnx", "ulx3s-85f", "calibration.npz")
     session = moeware.Session(program)
     logits, = session.run(None, {"image": images})
 """
 
 from moeware.runtime.device import Device, register
 
-__all__ = ["Session", "__version__", "compile", "find_config"]
+__all__ = ["Session", "__version__", "compile", "find_board", "find_config"]
 
 
 def _open_golden(config, **options) -> Device:

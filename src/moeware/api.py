@@ -11,7 +11,7 @@ from moeware.hw.arch.config import Config, ConfigError
 from moeware.hw.arch.program import Program
 from moeware.runtime import session
 
-__all__ = ["Session", "compile", "find_config"]
+__all__ = ["Session", "compile", "find_board", "find_config"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 
@@ -38,11 +38,22 @@ def find_config(config: Config | str | os.PathLike) -> Config:
             raise ConfigError(f"Configuration {path} must be a JSON object, not "
                               f"{type(fields).__name__}")
         return Config.from_dict(fields)
+    return find_board(str(config)).config
+
+
+def find_board(name: str):
+    """The `moeware.boards.board.Board` called `name`.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
     from moeware.boards import BOARDS
-    if str(config) not in BOARDS:
-        raise ConfigError(f"Configuration must be a board ({', '.join(sorted(BOARDS))}) or a .json "
-                          f"file, not {str(config)!r}")
-    return BOARDS[str(config)].config
+    if name not in BOARDS:
+        raise ConfigError(f"Board must be one of {', '.join(sorted(BOARDS))}, not {name!r} (a "
+                          "configuration can also be the name of a .json file)")
+    return BOARDS[name]
 
 
 def compile(model: str | os.PathLike, config: Config | str | os.PathLike,

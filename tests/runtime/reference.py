@@ -232,5 +232,5 @@ class Graph:
         tensors = {side: [(part.name, part.shape, "tensor(float)") for part in ports]
                    for side, ports in (("inputs", step.inputs), ("outputs", step.outputs))}
         return Program(config=CONFIG, image=bytes(range(64)), dram_bytes=address, steps=[step],
-                       placement=f"graph: {len(self.operations)}/{len(self.operations)} nodes on "
-                       "fpga program", **tensors)
+                       placement=f"{len(self.operations)}/{len(self.operations)} nodes on "
+                       "fpga program", metadata={"model": "graph"}, **tensors)

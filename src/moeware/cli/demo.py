@@ -18,7 +18,8 @@ def configure(parser) -> None:
     parser.add_argument("--model", help=f"ONNX file (default: {FOLDER / 'digits.onnx'})")
     parser.add_argument("--samples", help=".npz file with calibration, images and labels "
                         "(default: beside the model)")
-    parser.add_argument("--config", default="ulx3s", help="board or JSON file (default: ulx3s)")
+    parser.add_argument("--config", default="ulx3s-85f",
+                        help="board or JSON file (default: ulx3s-85f)")
     parser.add_argument("--frames", type=int, default=4, help="images on simulated gateware; "
                         "0 leaves it out (default: 4)")
     parser.add_argument("--out", default=str(Path("build", "demo")),
@@ -168,7 +169,7 @@ def _plot(path: Path, facts: dict) -> None:
     left.table(rows, loc="center", colWidths=(0.75, 0.25)).scale(1, 1.6)
     left.set_title(f"{share['images']} held-out images")
     counters = facts.get("rtl", {}).get("counters")
-    if not counters:
+    if not counters or "cycles" not in counters:
         right.axis("off")
     else:
         engines = [engine.name.lower() for engine in Engine]

@@ -11,8 +11,9 @@ def configure(parser) -> None:
 
 
 def run(arguments) -> dict:
+    import moeware
     from moeware.boards.deploy import deploy
-    deploy(Path(arguments.bitstream), arguments.board)
+    deploy(Path(arguments.bitstream), moeware.find_board(arguments.board))
     return {"board": arguments.board, "bitstream": arguments.bitstream}
 
 

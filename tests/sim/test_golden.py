@@ -1,0 +1,378 @@
+"""Each instruction of the golden device against plain Python arithmetic, and what it refuses."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from moeware.hw.arch import isa, layout
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
+from moeware.sim.golden import GoldenDevice, GoldenError, Machine
+
+from ..compiler.lowering import program, transformer
+from ..runtime.reference import evaluate
+
+CONFIG = Config(tokens=2, outputs=3, depth=4, queries=2, lanes=1, bus_bytes=8, activation_banks=2,
+                activation_words=64, residual_words=128, weight_words=64, param_words=32, tables=2,
+                row_words=4, max_rows=12, max_experts=4, max_chosen=2, queue=2)
+D = CONFIG.depth
+
+
+@pytest.fixture
+def draw():
+    return random.Random(1)
+
+
+@pytest.fixture
+def machine():
+    """A machine whose memories hold random numbers."""
+    made = Machine(CONFIG, np.zeros(1 << 14, np.uint8))
+    draw = np.random.default_rng(2)
+    made.activation[:] = draw.integers(-128, 128, made.activation.shape)
+    made.residual[:] = draw.integers(-20000, 20000, made.residual.shape)
+    made.weight[:] = draw.integers(-128, 128, made.weight.shape)
+    made.table[:] = draw.integers(-128, 128, made.table.shape)
+    made.param["bias"] = draw.integers(-9000, 9000, made.param.shape)
+    made.param["multiplier"] = draw.integers(20000, 65536, made.param.shape)
+    made.param["shift"] = draw.integers(18, 24, made.param.shape)
+    return made
+
+
+def execute(machine, *instructions, entry=0x1000):
+    """Runs instructions, given as opcode and fields, and END."""
+    code = b"".join(isa.encode(Instruction(opcode, fields)) for opcode, fields in
+                    [*instructions, (Opcode.END, {})])
+    machine.dram[entry:entry + len(code)] = np.frombuffer(code, np.uint8)
+    return machine.run(entry)
+
+
+def scaled(value, record, bits=8):
+    """``floor(value * multiplier / 2**shift + 1/2)``, saturated, in exact rational arithmetic."""
+    numerator = 2 * value * int(record["multiplier"]) + (1 << int(record["shift"]))
+    result = numerator // (2 << int(record["shift"]))
+    return max(-(1 << bits - 1), min((1 << bits - 1) - 1, result))
+
+
+def wrapped(value):
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def products(machine, source_words, weight, channels, source_words_each):
+    """Accumulators [row][channel]: the formula of the weight memory's layout, number by number."""
+    rows = []
+    for first in source_words:
+        row = []
+        for channel in range(channels):
+            group, output = divmod(channel, CONFIG.outputs)
+            total = 0
+            for word in range(source_words_each):
+                for lane in range(D):
+                    total += int(machine.activation[first + word, lane]) * int(
+                        machine.weight[weight + group * source_words_each + word, output, lane])
+            row.append(wrapped(total + int(machine.param[3 + channel, 0]["bias"])))
+        rows.append(row)
+    return rows
+
+
+LINEAR = {"rows": 5, "source": 10, "source_stride": 3, "source_words": 2, "weight": 7, "param": 3,
+          "channels": 7, "destination": 60, "destination_stride": 2}
+
+
+def test_linear_to_activations(machine):
+    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
+    before = machine.activation.copy()
+    assert execute(machine, (Opcode.LINEAR, LINEAR | {"target": Target.ACTIVATION})) == 2
+    for row in range(5):
+        for channel in range(7):
+            word, lane = 60 + 2 * row + channel // D, channel % D
+            assert machine.activation[word, lane] == scaled(value[row][channel],
+                                                            machine.param[3 + channel, 0])
+            before[word, lane] = machine.activation[word, lane]
+    assert np.array_equal(machine.activation, before)  # the last lane of a row keeps its contents
+
+
+def test_linear_through_a_table(machine):
+    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
+    execute(machine, (Opcode.LINEAR, LINEAR | {"tabled": 1, "table": 1}))
+    for row in range(5):
+        for channel in range(7):
+            index = scaled(value[row][channel], machine.param[3 + channel, 0]) % 256
+            assert (machine.activation[60 + 2 * row + channel // D, channel % D]
+                    == machine.table[256 + index, 0])
+
+
+@pytest.mark.parametrize("accumulate", [0, 1])
+def test_linear_to_the_residual_stream(machine, accumulate):
+    machine.residual[60:70] = 32000  # some sums saturate
+    before = machine.residual.copy()
+    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
+    execute(machine, (Opcode.LINEAR, LINEAR | {"target": Target.RESIDUAL, "accumulate": accumulate,
+                                               "destination_stride": 8}))
+    for row in range(5):
+        for channel in range(7):
+            word = 60 + 8 * row + channel
+            update = scaled(value[row][channel], machine.param[3 + channel, 0], 16)
+            total = update + accumulate * int(before[word, 0])
+            assert machine.residual[word, 0] == max(-32768, min(32767, total))
+            before[word] = machine.residual[word]
+    assert np.array_equal(machine.residual, before)
+
+
+def exponential(difference, multiplier, shift):
+    """65472 * 2**-t in the fixed point of the contract, t in 1/256 octaves."""
+    steps = min((2 * difference * multiplier + (1 << shift)) // (2 << shift), 4095)
+    return round(65472 * 2 ** (-(steps % 256) / 256)) >> steps // 256
+
+
+def routed(logits, chosen, multiplier, shift, over_chosen):
+    """Queues of (token, gate weight) by expert."""
+    queues = [[] for _ in range(CONFIG.max_experts)]
+    for token, row in enumerate(logits):
+        order = sorted(range(len(row)), key=lambda e: (-row[e], e))[:chosen]
+        weight = [exponential(max(row) - logit, multiplier, shift) for logit in row]
+        total = sum(weight[e] for e in (order if over_chosen else range(len(row))))
+        bits = total.bit_length()
+        inverse = min((1 << (bits + 15)) // total, 65535)
+        for expert in order:
+            queues[expert].append((token, min(weight[expert] * inverse >> (bits - 1), 65535)))
+    return queues
+
+
+ROUTE = LINEAR | {"target": Target.ROUTER, "channels": 4, "chosen": 2, "multiplier": 50000,
+                  "shift": 20}
+
+
+@pytest.mark.parametrize("over_chosen", [0, 1])
+def test_router_fills_the_queues(machine, over_chosen):
+    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
+    execute(machine, (Opcode.LINEAR, ROUTE | {"over_chosen": over_chosen}))
+    assert machine.queues == routed(logits, 2, 50000, 20, over_chosen)
+    assert sum(len(queue) for queue in machine.queues) == 10
+
+
+def test_router_breaks_ties_by_the_lower_expert(machine):
+    machine.weight[:] = 0
+    machine.param["bias"] = 5
+    execute(machine, (Opcode.LINEAR, ROUTE))
+    assert [[token for token, _ in queue] for queue in machine.queues] == [
+        [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [], []]
+
+
+def test_experts_take_their_queue_and_gate_weights(machine):
+    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
+    queues = routed(logits, 2, 50000, 20, 0)
+    expert = max(range(4), key=lambda e: len(queues[e]))
+    queue = queues[expert]
+    assert 0 < len(queue) < 5  # so that gathering matters
+    gathered = products(machine, [10 + 3 * token for token, _ in queue], 7, 5, 2)
+    before = machine.residual.copy()
+    execute(machine, (Opcode.LINEAR, ROUTE),
+            (Opcode.LINEAR, LINEAR | {"queued": 1, "gather": 1, "scatter": 1, "gated": 1,
+                                      "expert": expert, "accumulate": 1, "channels": 5, "rows": 9,
+                                      "target": Target.RESIDUAL, "destination_stride": 6}))
+    for (token, gate), row in zip(queue, gathered):
+        for channel in range(5):
+            update = scaled(row[channel], machine.param[3 + channel, 0], 16)
+            update = (2 * update * gate + 65536) // 131072
+            word = 60 + 6 * token + channel
+            assert machine.residual[word, 0] == max(-32768, min(32767, int(before[word, 0]) + update))
+            before[word] = machine.residual[word]
+    assert np.array_equal(machine.residual, before)
+
+
+def test_without_gather_and_scatter_rows_are_queue_positions(machine):
+    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
+    queues = routed(logits, 2, 50000, 20, 0)
+    expert = max(range(4), key=lambda e: len(queues[e]))
+    count = len(queues[expert])
+    value = products(machine, [10 + 3 * r for r in range(count)], 7, 3, 2)
+    before = machine.activation.copy()
+    execute(machine, (Opcode.LINEAR, ROUTE),
+            (Opcode.LINEAR, LINEAR | {"queued": 1, "expert": expert, "channels": 3}))
+    for row in range(count):
+        for channel in range(3):
+            assert machine.activation[60 + 2 * row, channel] == scaled(
+                value[row][channel], machine.param[3 + channel, 0])
+            before[60 + 2 * row, channel] = machine.activation[60 + 2 * row, channel]
+    assert np.array_equal(machine.activation, before)
+
+
+def test_conditional_instructions_follow_their_queue(machine):
+    machine.weight[:] = 0
+    machine.param["bias"][3:7, 0] = [9, 8, 1, 0]  # experts 0 and 1 take everything
+    before = machine.activation.copy()
+    load = {"memory": Memory.ACTIVATION, "words": 1, "address": 0, "conditional": 1}
+    execute(machine, (Opcode.LINEAR, ROUTE), (Opcode.LOAD, load | {"local": 80, "expert": 1}),
+            (Opcode.LOAD, load | {"local": 81, "expert": 2}))
+    assert not machine.activation[80].any()
+    assert np.array_equal(machine.activation[81], before[81])
+
+
+ATTENTION = {"rows": 4, "keys": 6, "words": 2, "query": 0, "key": 20, "value": 40, "stride": 3,
+             "destination": 90, "destination_stride": 2, "multiplier": 40000, "shift": 24,
+             "out_multiplier": 50000, "out_shift": 16}
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("shift", [20, 24])
+def test_attention(machine, causal, shift):
+    def row(first, number):
+        return [int(machine.activation[first + 3 * number + i // D, i % D]) for i in range(2 * D)]
+
+    expected = []
+    for r in range(4):
+        seen = range(6) if not causal else range(r + 6 - 4 + 1)
+        score = [sum(a * b for a, b in zip(row(0, r), row(20, k))) for k in seen]
+        weight = [(exponential(max(score) - s, 40000, shift) + 32) >> 6 for s in score]
+        total = sum(weight)
+        bits = total.bit_length()
+        inverse = min((1 << (bits + 15)) // total, 65535)
+        scale = {"multiplier": (inverse * 50000 + (1 << 15)) >> 16, "shift": 16 + bits - 1}
+        expected.append([scaled(sum(w * row(40, k)[i] for w, k in zip(weight, seen)), scale)
+                         for i in range(2 * D)])
+    execute(machine, (Opcode.ATTENTION, ATTENTION | {"causal": causal, "shift": shift}))
+    assert machine.activation[90:98].reshape(4, 2 * D).tolist() == expected
+
+
+NORM = {"rows": 3, "channels": 6, "source": 5, "source_stride": 8, "destination": 100,
+        "destination_stride": 3, "param": 3, "epsilon": 1000}
+
+
+@pytest.mark.parametrize("mode", NormMode)
+def test_norm(machine, mode):
+    for index in range(6):
+        machine.param[3 + index, 0]["shift"] = 18 if mode == NormMode.SCALE else 14
+    before = machine.activation.copy()
+    execute(machine, (Opcode.NORM, NORM | {"mode": mode}))
+    for r in range(3):
+        row = [int(machine.residual[5 + 8 * r + i, 0]) for i in range(6)]
+        value = row
+        if mode != NormMode.SCALE:
+            total = sum(row) if mode == NormMode.LAYER else 0
+            variance = 6 * sum(x * x for x in row) - total * total + 1000
+            h = next(h for h in range(40) if variance < 1 << 2 * h)
+            root = math.isqrt(variance << 32 - 2 * h if h <= 16 else variance >> 2 * h - 32)
+            inverse = (1 << 32) // root
+            value = [max(-32768, min(32767, ((6 * x - total) * inverse + (1 << h + 5)) >> h + 6))
+                     for x in row]
+        for i in range(8):  # the word is filled up with zeros
+            expected = scaled(value[i] + int(machine.param[3 + i, 0]["bias"]),
+                              machine.param[3 + i, 0]) if i < 6 else 0
+            assert machine.activation[100 + 3 * r + i // D, i % D] == expected
+        before[100 + 3 * r:][:2] = machine.activation[100 + 3 * r:][:2]
+    assert np.array_equal(machine.activation, before)
+
+
+def test_norm_of_equal_channels_is_the_bias(machine):
+    machine.residual[5:29] = 700
+    execute(machine, (Opcode.NORM, NORM | {"mode": NormMode.LAYER, "epsilon": 0}))
+    for i in range(6):
+        expected = scaled(int(machine.param[3 + i, 0]["bias"]), machine.param[3 + i, 0])
+        assert {int(machine.activation[100 + 3 * r + i // D, i % D]) for r in range(3)} == {expected}
+
+
+@pytest.mark.parametrize(("memory", "word_bytes"), [
+    (Memory.ACTIVATION, 4), (Memory.RESIDUAL, 2), (Memory.WEIGHT, 12), (Memory.PARAM, 8),
+    (Memory.TABLE, 1)])
+def test_load_places_words_as_the_layout_says(machine, memory, word_bytes, draw):
+    machine.dram[:256] = list(draw.randbytes(256))
+    execute(machine, (Opcode.LOAD, {"memory": memory, "local": 9, "words": 5, "address": 64}))
+    array = {Memory.ACTIVATION: machine.activation, Memory.RESIDUAL: machine.residual,
+             Memory.WEIGHT: machine.weight, Memory.PARAM: machine.param,
+             Memory.TABLE: machine.table}[memory]
+    for word in range(5):
+        per_beat = max(1, 8 // word_bytes)
+        place = (64 + 8 * (word // per_beat) + word % per_beat * word_bytes if word_bytes <= 8
+                 else 64 + 16 * word)  # 12 bytes take two bus words
+        assert array[9 + word].tobytes() == machine.dram[place:place + word_bytes].tobytes()
+
+
+@pytest.mark.parametrize("memory", [Memory.ACTIVATION, Memory.RESIDUAL])
+def test_store_is_the_inverse_of_load(machine, memory):
+    array = machine.activation if memory is Memory.ACTIVATION else machine.residual
+    kept = array[20:27].copy()
+    at = {"memory": memory, "words": 7, "address": 128}
+    execute(machine, (Opcode.STORE, at | {"local": 20}), (Opcode.LOAD, at | {"local": 40}))
+    assert np.array_equal(array[40:47], kept)
+    assert machine.dram[128:].tobytes().startswith(layout.pack(
+        CONFIG, memory, kept.view(np.uint8).reshape(7, -1)))
+
+
+def test_instructions_without_rows_or_words_do_nothing(machine):
+    before = [array.copy() for array in (machine.activation, machine.residual, machine.dram[:512])]
+    execute(machine, (Opcode.LINEAR, LINEAR | {"rows": 0}), (Opcode.ATTENTION, ATTENTION | {"rows": 0}),
+            (Opcode.NORM, NORM | {"rows": 0}),
+            (Opcode.LOAD, {"memory": Memory.ACTIVATION, "local": 1 << 19}),
+            (Opcode.STORE, {"memory": Memory.RESIDUAL, "address": 64}))
+    after = [machine.activation, machine.residual, machine.dram[:512]]
+    assert all(map(np.array_equal, before, after))
+
+
+def test_a_run_starts_without_queues(machine):
+    execute(machine, (Opcode.LINEAR, ROUTE))
+    before = machine.residual.copy()
+    execute(machine, (Opcode.LINEAR, LINEAR | {"queued": 1, "expert": 0, "target": Target.RESIDUAL}))
+    assert np.array_equal(machine.residual, before)
+
+
+def bit(*engines):
+    return sum(1 << engine for engine in engines)
+
+
+def test_tokens_are_counted(machine):
+    nothing = {"rows": 0}
+    execute(machine, (Opcode.NORM, nothing | {"signal": bit(Engine.LINEAR, Engine.STORE)}),
+            (Opcode.LINEAR, nothing | {"wait": bit(Engine.NORM)}),
+            (Opcode.STORE, {"wait": bit(Engine.NORM)}))
+    assert not machine.tokens.any()
+
+
+@pytest.mark.parametrize(("instructions", "message"), [
+    ([(Opcode.LINEAR, {"wait": bit(Engine.NORM)})], "LINEAR waits for a token that only a"),
+    ([(Opcode.NORM, {"signal": bit(Engine.LOAD)})] * 256, "at most 255 tokens may wait from NORM to LOAD"),
+    ([(Opcode.LOAD, {"memory": Memory.WEIGHT, "local": 60, "words": 5})],
+     "words 60 to 64 must lie in a memory of 64 words"),
+    ([(Opcode.LOAD, {"memory": 6, "words": 1})], "6 is not a valid Memory"),
+    ([(Opcode.LINEAR, LINEAR | {"source": 120})], "activation word 133 must be below 128"),
+    ([(Opcode.LINEAR, LINEAR | {"source_words": 5})], "LINEAR.source_words must be at most 4, not 5"),
+    ([(Opcode.LINEAR, LINEAR | {"weight": 60})], "words 60 to 65 must lie in a memory of 64 words"),
+    ([(Opcode.LINEAR, LINEAR | {"param": 26})], "words 26 to 32 must lie in a memory of 32 words"),
+    ([(Opcode.LINEAR, LINEAR | {"destination": 120})], "word 129 must be below 128"),
+    ([(Opcode.ATTENTION, ATTENTION | {"keys": 13})], "ATTENTION.keys must be at most 12, not 13"),
+    ([(Opcode.NORM, NORM | {"source": 120})], "residual word 141 must be below 128"),
+    ([(Opcode.NORM, NORM | {"destination": 125})], "word 132 must be below 128")])
+def test_what_no_accelerator_could_execute(machine, instructions, message):
+    with pytest.raises(GoldenError, match=message) as error:
+        execute(machine, *instructions)
+    assert f"instruction {len(instructions) - 1} at {0x1000 + 32 * (len(instructions) - 1):#x}" in str(
+        error.value)
+
+
+def test_an_illegal_instruction_is_named(machine):
+    machine.dram[0x800:0x820] = 255
+    with pytest.raises(GoldenError, match="instruction 0 at 0x800: .*zeros after its last field"):
+        machine.run(0x800)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_programs_compute_their_quantised_graph(seed):
+    """Several frames back to back, also of a second program on the same device."""
+    sizes = {"tokens": 4 + seed, "depth": 7, "width": 4, "heads": 2, "hidden": 9, "experts": 4,
+             "chosen": 1 + seed % 2, "causal": bool(seed % 2)}
+    graph = transformer(seed, **sizes)
+    inputs = graph.integers(3)
+    expected = evaluate(graph.operations, inputs)
+    config = Config(**CONFIG.to_dict() | {"weight_words": 128, "param_words": 64, "row_words": 8,
+                                          "activation_words": 256, "residual_words": 512})
+    made, device = program(graph, config), GoldenDevice()
+    progress = []
+    for _ in range(2):
+        results = device.run(made, made.steps[0], inputs, probes=True,
+                             progress=lambda *frames: progress.append(frames))
+        assert {probe.tensor for probe in made.steps[0].probes} <= set(results)
+        for tensor, values in results.items():
+            assert np.array_equal(values, expected[tensor]), tensor
+    assert progress == [(1, 3), (2, 3), (3, 3)] * 2
+    assert len({counters["instructions"] for counters in device.counters}) == 1

@@ -1,0 +1,204 @@
+"""The command line: each command's facts, and errors in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moeware
+from moeware import cli
+from moeware.cli import doctor, tables
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.program import Program
+from moeware.runtime import board_device, device
+from moeware.runtime.session import Session
+from moeware.sim.golden import GoldenDevice
+
+from .runtime.reference import Graph
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+CONFIG = Config(tokens=4, outputs=8, depth=8, queries=4, lanes=8, bus_bytes=8, activation_banks=4,
+                activation_words=4096, residual_words=2048, weight_words=512, param_words=512,
+                tables=4, row_words=64, max_rows=64, max_experts=16, max_chosen=4, queue=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The digits model with few samples, a configuration, and a small program of one layer."""
+    folder = tmp_path_factory.mktemp("cli")
+    with np.load(DIGITS / "digits_samples.npz") as samples:
+        np.savez(folder / "samples.npz", calibration=samples["calibration"][:24],
+                 images=samples["images"][:6], labels=samples["labels"][:6])
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    graph = Graph(0)
+    graph.linear(graph.input(2, 3), 4)
+    graph.program("linear0").save(folder / "layer.moe")
+    np.savez(folder / "layer.npz", input0=np.ones((5, 2, 3), np.float32))
+    np.save(folder / "layer.npy", np.ones((5, 2, 3), np.float32))
+    return folder
+
+
+@pytest.fixture
+def moe(folder, capsys, monkeypatch):
+    """Runs a command; returns its exit status, what it printed, and its errors."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(board_device, "find_ports", list)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main(arguments)
+        return status, *capsys.readouterr()
+    return run
+
+
+def facts(result: tuple[int, str, str]) -> dict:
+    assert result[0] == 0, result[2]
+    return json.loads(result[1])
+
+
+def test_check_says_where_nodes_run(moe, folder):
+    status, out, _ = moe("check", str(DIGITS / "digits.onnx"))
+    assert status == 0 and "fpga 52/52 nodes, 100.0 % of MACs" in out
+    (folder / "odd.onnxtxt").write_text(
+        '<ir_version: 9, opset_import: ["" : 18]> g (float[n, 3, 4] x) => (float[n, 3, 4] y) '
+        "{ y = Sin(x) }")
+    status, out, _ = moe("check", "odd.onnxtxt")
+    assert status == 0 and "Sin" in out and "host:" in out
+    assert moe("check", "odd.onnxtxt", "--strict")[0] == 1
+    assert facts(moe("check", "odd.onnxtxt", "--json"))["host_nodes"] == 1
+
+
+def test_run(moe, folder):
+    result = facts(moe("run", "layer.moe", "layer.npz", "-o", "out.npz", "--json"))
+    assert result["frames"] == 5 and result["outputs"] == {"linear0": [5, 2, 4]}
+    assert result["device"] == "torch" and "(no board found)" in result["placement"]
+    session = Session(Program.load(folder / "layer.moe"), "torch")
+    expected = session.run(None, dict(np.load(folder / "layer.npz")))[0]
+    with np.load(folder / "out.npz") as saved:
+        np.testing.assert_array_equal(saved["linear0"], expected)
+    status, out, _ = moe("run", "layer.moe", "layer.npy", "--frames", "2", "--device", "torch")
+    assert status == 0 and "2 frames in" in out and "linear0 [2, 2, 4]" in out
+
+
+def test_compile_simulate_and_demo(moe, folder, monkeypatch):
+    model = str(DIGITS / "digits.onnx")
+    result = facts(moe("compile", model, "--config", "config.json", "--calibration", "samples.npz",
+                       "--trace", "--json"))
+    assert result["program"] == "digits.moe" and (folder / "digits.moe").stat().st_size > 1000
+    assert int(result["config_digest"], 0) == CONFIG.digest and result["macs_per_frame"] > 1e6
+    images = ("samples.npz", "--array", "images")
+    result = facts(moe("simulate", "digits.moe", *images, "--frames", "2", "--compare", "--json",
+                       "--device", "golden", "--device", "torch"))
+    assert result["comparison"]["equal"] and result["comparison"]["values"] > 50000
+    assert result["devices"]["golden"]["counters"]["instructions"] > 50
+    status, out, _ = moe("simulate", "digits.moe", *images, "--device", "golden", "--device",
+                         "torch", "--compare")
+    assert status == 0 and "golden = torch" in out and "0 differences" in out
+
+    monkeypatch.setitem(device._factories, "rtl", lambda config: GoldenDevice())
+    result = facts(moe("demo", "--model", model, "--samples", "samples.npz", "--config",
+                       "config.json", "--frames", "1", "--out", "report", "--json"))
+    assert result["rtl"]["equal"] and result["accuracy"]["images"] == 6
+    assert 0.8 < min(result["expert_agreement"].values()) <= 1
+    assert json.loads((folder / "report" / "report.json").read_text())["rtl"] == result["rtl"]
+    assert (folder / "report" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_that_fails_ends_with_status_1(moe, folder, monkeypatch):
+    class Wrong(GoldenDevice):
+        def run(self, program, step, inputs, **options):
+            from moeware.runtime.torch_path import TorchDevice
+            found = TorchDevice().run(program, step, inputs, **options)
+            found["linear0"][1, 0, 2] += 1
+            return found
+    monkeypatch.setitem(device._factories, "golden", lambda config: Wrong())
+    status, out, _ = moe("simulate", "layer.moe", "layer.npz", "--frames", "3", "--compare",
+                         "--device", "torch", "--device", "golden")
+    assert status == 1 and "1 difference" in out and "frame 1" in out and "channel 2" in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["run", "nothing.moe", "layer.npz"], "No such file"),
+    (["run", "layer.npz", "layer.npz"], "must start with"),
+    (["run", "layer.moe", "nothing.npz"], "No such file"),
+    (["run", "layer.moe", "config.json"], "must be a .npz or .npy file"),
+    (["run", "layer.moe", "samples.npz"], "choose one with --array"),
+    (["run", "layer.moe", "samples.npz", "--array", "labels"], "numpy array of float32"),
+    (["run", "layer.moe", "samples.npz", "--array", "other"], "Array of samples.npz must be one of"),
+    (["run", "layer.moe", "layer.npz", "--device", "gpu"], "Device must be one of"),
+    (["run", "layer.moe", "layer.npz", "--device", "board", "--strict"], "no board found"),
+    (["check", "layer.npz"], "must be a complete ONNX file"),
+    (["compile", "x.onnx", "--config", "layer.json", "--calibration", "samples.npz"], "Model file"),
+    (["demo", "--model", "x.onnx"], "Demo must have the file x.onnx")])
+def test_errors_are_one_line(moe, arguments, message):
+    status, out, error = moe(*arguments)
+    assert status == 1 and not out
+    line = error.splitlines()[-1]
+    assert line.startswith("moeware: error: ") and message in line and "Traceback" not in error
+
+
+def test_configurations(folder, monkeypatch):
+    assert moeware.find_config(CONFIG) is CONFIG
+    assert moeware.find_config(folder / "config.json") == CONFIG
+    (folder / "list.json").write_text("[]")
+    (folder / "broken.json").write_text("{")
+    (folder / "short.json").write_text('{"tokens": 4}')
+    for name, message in (("list.json", "JSON object"), ("broken.json", "readable JSON"),
+                          ("none.json", "readable JSON"), ("short.json", "exactly the fields")):
+        with pytest.raises(ValueError, match=message):
+            moeware.find_config(folder / name)
+
+
+def test_a_session_on_an_onnx_file_needs_calibration():
+    with pytest.raises(ValueError, match="config and calibration"):
+        moeware.Session(DIGITS / "digits.onnx", "torch")
+
+
+def test_faults_of_moeware_show_where_they_are(moe, monkeypatch):
+    def broken(arguments):
+        raise KeyError("bug")
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(KeyError):
+        moe("doctor")
+
+
+def test_wrong_usage_ends_with_status_2(moe):
+    for arguments in ([], ["fly"], ["run"]):
+        with pytest.raises(SystemExit) as error:
+            moe(*arguments)
+        assert error.value.code == 2
+
+
+def test_stopping_is_no_error(moe, monkeypatch):
+    def stop(arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(doctor, "run", stop)
+    assert moe("doctor")[::2] == (130, "moeware: stopped\n")
+
+
+def test_doctor(moe, monkeypatch):
+    status, out, _ = moe("doctor")
+    assert status == 0 and "no board found" in out and moeware.__version__
+    monkeypatch.setitem(doctor._ESSENTIAL, "not-a-package", "flying")
+    status, out, _ = moe("doctor")
+    assert status == 1 and "needed for flying" in out
+    assert {item["name"]: item["found"] for item in json.loads(moe("doctor", "--json")[1])["items"]}[
+        "not-a-package"] is None
+
+
+def test_version_and_module():
+    done = subprocess.run([sys.executable, "-m", "moeware.cli", "--version"], capture_output=True,
+                          text=True)
+    assert done.stdout == f"moeware {moeware.__version__}\n" and done.returncode == 0
+
+
+def test_tables():
+    assert tables.table([["a", 10], ["long", 7]], right=[1]) == "a     10\nlong   7"
+    counters = {"cycles": 200, "read_beats": 1000, **{
+        f"{engine}_{state}": 50 for engine in ("load", "linear", "attention", "norm", "store")
+        for state in ("busy", "waiting", "stalled")}}
+    text = tables.counter_table(counters)
+    assert text.startswith("200 cycles, 1,000 read beats\n") and "linear" in text and "25.0%" in text
