@@ -1,0 +1,7 @@
+"""Boards: one declarative file each, and what makes and loads their bitstreams."""
+
+from .ulx3s import ULX3S_85F
+
+__all__ = ["BOARDS"]
+
+BOARDS = {board.name: board for board in (ULX3S_85F,)}

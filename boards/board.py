@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from amaranth.build import Platform
+
+from moeware.hw.arch.config import Config
 from moeware.hw.sdram_timing import SDRAMTiming
 
 __all__ = ["Board", "PinTiming"]
@@ -34,6 +36,7 @@ class Board:
     platform : makes the Amaranth platform, whose resources are called as `top.BoardTop` asks for.
     programmer : the board's name for openFPGALoader.
     clock_hz : system clock unless the build asks for another.
+    config : the accelerator unless the build asks for another.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Board:
     clock_hz: int
     baud: int
     sdram: SDRAMTiming
+    config: Config
     pins: PinTiming = PinTiming()
 
     @property

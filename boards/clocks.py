@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from amaranth import ClockDomain, Const, Elaboratable, Instance, Module, Signal
+from amaranth import ClockSignal, Const, Elaboratable, Instance, Module, Signal
 from amaranth.lib.cdc import ResetSynchronizer
 
 from .board import PinTiming
@@ -90,7 +90,7 @@ def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming
 
 
 class SystemClocks(Elaboratable):
-    """Makes the domains ``sync`` and ``sdram`` (the chip's clock; no logic but its pin).
+    """Drives the domains ``sync`` and ``sdram`` (the chip's clock; no logic but its pin).
 
     ``sync`` is in reset until the PLL has locked. The place and route tool derives both frequencies
     from that of the oscillator.
@@ -102,8 +102,6 @@ class SystemClocks(Elaboratable):
     def elaborate(self, platform):
         m = Module()
         plan = self._plan
-        m.domains.sync = sync = ClockDomain()
-        m.domains.sdram = sdram = ClockDomain(reset_less=True)
         locked = Signal()
         # The feedback path aligns CLKOP with the input whatever its own phase; half a period leaves
         # room for CLKOS on both sides.
@@ -123,11 +121,11 @@ class SystemClocks(Elaboratable):
             p_CLKOP_CPHASE=own_phase, p_CLKOP_FPHASE=0,
             p_CLKOS_ENABLE="ENABLED", p_CLKOS_DIV=plan.output_divider,
             p_CLKOS_CPHASE=own_phase + plan.phase_steps, p_CLKOS_FPHASE=0,
-            i_CLKI=self._oscillator, i_CLKFB=sync.clk,
+            i_CLKI=self._oscillator, i_CLKFB=ClockSignal("sync"),
             i_RST=Const(0), i_STDBY=Const(0), i_PHASESEL0=Const(0), i_PHASESEL1=Const(0),
             i_PHASEDIR=Const(1), i_PHASESTEP=Const(1), i_PHASELOADREG=Const(1),
             i_PLLWAKESYNC=Const(0), i_ENCLKOP=Const(0), i_ENCLKOS=Const(0),
-            o_CLKOP=sync.clk, o_CLKOS=sdram.clk, o_LOCK=locked,
+            o_CLKOP=ClockSignal("sync"), o_CLKOS=ClockSignal("sdram"), o_LOCK=locked,
         )
         m.submodules.reset = ResetSynchronizer(~locked, domain="sync")
         return m

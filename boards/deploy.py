@@ -19,7 +19,8 @@ REMEDIES = [
     (r"usb_open\(\) failed|LIBUSB_ERROR_ACCESS|[Pp]ermission denied|insufficient permissions",
      "You may not use the USB device of {board}. On Linux add a udev rule such as "
      "'ATTRS{{idVendor}}==\"0403\", ATTRS{{idProduct}}==\"6015\", MODE=\"0666\"' to "
-     "/etc/udev/rules.d/99-fpga.rules, run `udevadm control --reload`, and plug the board in again."),
+     "/etc/udev/rules.d/99-fpga.rules, run `udevadm control --reload`, and plug the board in "
+     "again."),
     (r"device not found|unable to open ftdi device|No USB devices|fail to open device",
      "No USB device of {board} was found. Connect its USB port US1 with a cable that carries data, "
      "and close other programs that use the board."),

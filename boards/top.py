@@ -1,8 +1,9 @@
 """The FPGA's top: clocks and IO cells around the system."""
 
-from amaranth import Cat, Elaboratable, Module, Signal
+from amaranth import Cat, ClockDomain, Elaboratable, Module, Signal
 from amaranth.lib import io, wiring
 from amaranth.lib.wiring import Out
+
 from moeware.hw.accelerator import Accelerator
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.registers import Status
@@ -30,6 +31,8 @@ class BoardTop(Elaboratable):
 
     def elaborate(self, platform):
         m = Module()
+        m.domains.sync = ClockDomain()
+        m.domains.sdram = ClockDomain(reset_less=True)
         m.submodules.system = system = self._system
 
         m.submodules.oscillator = oscillator = io.Buffer(

@@ -272,6 +272,7 @@ class _Tiler:
     def _Norm(self, op: q.Norm) -> None:
         c, source = self.config, self.buffers[op.source]
         channels, stride = self.shapes[op.source][1], self._stride(op.source)
+        self._require(-(-channels // c.depth), c.row_words, f"A row of {op.name}", "row_words")
         if channels > NORM_CHANNELS:
             raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
                                f"{channels}")

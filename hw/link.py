@@ -7,8 +7,18 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from .arch.link import (ALIGNMENT, MAX_PAYLOAD, REGISTERS, REQUEST_HEADER, RESPONSE_HEADER,
-                        SYNC_REQUEST, SYNC_RESPONSE, Identity, Operation, Status)
+from .arch.link import (
+    ALIGNMENT,
+    MAX_PAYLOAD,
+    REGISTERS,
+    REQUEST_HEADER,
+    RESPONSE_HEADER,
+    SYNC_REQUEST,
+    SYNC_RESPONSE,
+    Identity,
+    Operation,
+    Status,
+)
 from .ports import MemoryPort, RegisterPort
 
 __all__ = ["HostLink"]

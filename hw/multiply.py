@@ -46,7 +46,8 @@ class Multipliers(wiring.Component):
                 raise ValueError(f"Multipliers.{name} must be at most 18 bits with its sign, "
                                  f"not {shape!r}; split wider operands")
         if primitive not in (None, "ecp5", "generic"):
-            raise ValueError(f"Multipliers.primitive must be 'ecp5' or 'generic', not {primitive!r}")
+            raise ValueError("Multipliers.primitive must be 'ecp5' or 'generic', "
+                             f"not {primitive!r}")
         self.count, self.primitive = count, primitive
         self.product_shape = Shape(a.width + b.width, a.signed or b.signed)
         super().__init__({

@@ -1,5 +1,7 @@
 """Wide integers to narrow ones, by a run-time multiplier and shift."""
 
+from itertools import pairwise
+
 from amaranth import Cat, Module, Mux, Shape, Signal, signed, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -7,6 +9,8 @@ from amaranth.lib.wiring import In, Out
 from .multiply import Multipliers
 
 __all__ = ["Requantise"]
+
+_INT32, _INT8 = signed(32), signed(8)
 
 
 class Requantise(wiring.Component):
@@ -35,15 +39,15 @@ class Requantise(wiring.Component):
 
     LATENCY = Multipliers.LATENCY + 4
 
-    def __init__(self, value=signed(32), result=signed(8), *, primitive: str | None = None):
+    def __init__(self, value=_INT32, result=_INT8, *, primitive: str | None = None):
         value = Shape.cast(value)
         if value.width > 33:
             raise ValueError(f"Requantise.value must be at most 33 bits, not {value!r}")
         self.saturated = result is not None
         result = Shape.cast(result) if self.saturated else Shape(value.width + 15, value.signed)
         if self.saturated and (result.width > 32 or value.signed > result.signed):
-            raise ValueError("Requantise.result must be at most 32 bits, and signed where the value "
-                             f"is, not {result!r}")
+            raise ValueError("Requantise.result must be at most 32 bits, and signed where the "
+                             f"value is, not {result!r}")
         self.primitive = primitive
         super().__init__({
             "advance": In(1), "value": In(value), "multiplier": In(16), "shift": In(6),
@@ -61,7 +65,7 @@ class Requantise(wiring.Component):
         fine = Signal(product.shape(), reset_less=True)
         with m.If(self.advance):
             m.d.sync += amounts[0].eq(self.shift - 1)
-            m.d.sync += [after.eq(before) for before, after in zip(amounts, amounts[1:])]
+            m.d.sync += [after.eq(before) for before, after in pairwise(amounts)]
             m.d.sync += [
                 coarse.eq(product >> (amounts[-2][3:] << 3)),
                 fine.eq(coarse >> amounts[-1][:3]),

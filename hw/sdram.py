@@ -1,126 +1,19 @@
 """Controller of a 16-bit single-data-rate SDRAM behind a memory port."""
 
 from amaranth import Array, Cat, Module, Mux, Signal
-from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib import data, fifo, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from .ports import Burst, MemoryPort
+from .ports import MemoryPort
+from .sdram_chunks import CHUNK_WORDS, Chunk, Chunker
+from .sdram_pins import SDRAMPins
 from .sdram_timing import SDRAMTiming
 
-__all__ = ["Chunk", "Chunker", "SDRAMController", "SDRAMPinRegisters", "SDRAMPins"]
+__all__ = ["SDRAMController"]
 
-CHUNK_WORDS = 16  # bus words that are admitted at once
 FIFO_WORDS = 32  # bus words of each data FIFO: one chunk on the pins, one being admitted
 RUN_CHUNKS = 4  # chunks before waiting traffic of the other direction gets its turn
-
-
-class SDRAMPins(wiring.Signature):
-    """The chip's pins, one flip-flop away from the pads; strobes are 1 when asserted.
-
-    Members
-    -------
-    clock_enable : Out(1)
-    cs : Out(1)
-    ras : Out(1)
-    cas : Out(1)
-    we : Out(1)
-    bank : Out(2)
-    address : Out(13)
-    dqm : Out(2)
-    dq_o : Out(16)
-    dq_oe : Out(1)
-    dq_i : In(16)
-    """
-
-    def __init__(self, timing: SDRAMTiming = SDRAMTiming()):
-        super().__init__({
-            "clock_enable": Out(1), "cs": Out(1), "ras": Out(1), "cas": Out(1), "we": Out(1),
-            "bank": Out(timing.bank_bits), "address": Out(timing.row_bits), "dqm": Out(2),
-            "dq_o": Out(16), "dq_oe": Out(1), "dq_i": In(16),
-        })
-
-
-class SDRAMPinRegisters(wiring.Component):
-    """One register on every pin: what the flip-flops of a board's IO cells are in simulation.
-
-    Members
-    -------
-    core : In(SDRAMPins(timing))
-        From the controller.
-    pads : Out(SDRAMPins(timing))
-        To the chip, a cycle later; `dq_i` comes back a cycle later too.
-    """
-
-    def __init__(self, timing: SDRAMTiming = SDRAMTiming()):
-        super().__init__({"core": In(SDRAMPins(timing)), "pads": Out(SDRAMPins(timing))})
-
-    def elaborate(self, platform):
-        m = Module()
-        for name, member in self.pads.signature.members.items():
-            near, far = getattr(self.core, name), getattr(self.pads, name)
-            m.d.sync += far.eq(near) if member.flow is Out else near.eq(far)
-        return m
-
-
-class Chunk(data.Struct):
-    """A part of a burst within an aligned group of `CHUNK_WORDS` bus words."""
-
-    word: 32  # first bus word, counted from the start of memory
-    words: range(CHUNK_WORDS + 1)
-    last: 1  # of its burst
-
-
-class Chunker(wiring.Component):
-    """Cuts bursts into chunks, in order.
-
-    One chunk per cycle, `LATENCY` cycles after its burst; no cycle is lost between bursts. It
-    holds while a chunk is refused.
-
-    Members
-    -------
-    burst : In(stream.Signature(Burst))
-    chunk : Out(stream.Signature(Chunk))
-    """
-
-    LATENCY = 2
-
-    burst: In(stream.Signature(Burst))
-    chunk: Out(stream.Signature(Chunk))
-
-    def __init__(self, bus_bytes: int):
-        self._bus_bytes = bus_bytes
-        super().__init__()
-
-    def elaborate(self, platform):
-        m = Module()
-
-        pending = Signal()
-        word = Signal(32)
-        words = Signal.like(self.burst.p.beats)
-
-        room = CHUNK_WORDS - word[:exact_log2(CHUNK_WORDS)]
-        last = words <= room
-        size = Mux(last, words, room)
-
-        advance = ~self.chunk.valid | self.chunk.ready
-        m.d.comb += self.burst.ready.eq(~pending | (advance & last))
-
-        with m.If(advance):
-            m.d.sync += [
-                self.chunk.valid.eq(pending),
-                self.chunk.p.word.eq(word), self.chunk.p.words.eq(size), self.chunk.p.last.eq(last),
-                word.eq(word + size), words.eq(words - size),
-            ]
-            with m.If(last):
-                m.d.sync += pending.eq(0)
-        with m.If(self.burst.valid & self.burst.ready):
-            m.d.sync += [
-                pending.eq(1),
-                word.eq(self.burst.p.address >> exact_log2(self._bus_bytes)),
-                words.eq(self.burst.p.beats),
-            ]
-        return m
 
 
 class Countdown:

@@ -61,7 +61,7 @@ class Tokens(wiring.Component):
 class Sequencer(wiring.Component):
     """Starts the instructions of one engine in order, each once its tokens have come.
 
-    Up to `Config.queue` instructions wait. The first takes its tokens all at once; if it is
+    At least `Config.queue` instructions can wait. The first takes its tokens all at once; if it is
     conditional, the queue of its expert is looked at in the cycle after. Then the engine gets the
     instruction, while earlier ones may still be executing there, or, where the expert's queue is
     empty, it is passed over. Tokens are given in the order of instructions, in the cycle after the
@@ -98,7 +98,8 @@ class Sequencer(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         layout = dispatched_layout(self.opcode)
-        m.submodules.queue = queue = SyncFIFO(width=layout.size, depth=self.config.queue)
+        # At least two: a queue of one has an index of no bits, which Verilog cannot express.
+        m.submodules.queue = queue = SyncFIFO(width=layout.size, depth=max(2, self.config.queue))
         m.d.comb += [queue.w_data.eq(self.queued.payload), queue.w_en.eq(self.queued.valid),
                      self.queued.ready.eq(queue.w_rdy)]
 

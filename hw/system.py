@@ -9,7 +9,8 @@ from .arch.link import FRAME_TIMEOUT_S
 from .arch.registers import Register
 from .link import HostLink
 from .ports import RegisterPort
-from .sdram import SDRAMController, SDRAMPins
+from .sdram import SDRAMController
+from .sdram_pins import SDRAMPins
 from .sdram_timing import SDRAMTiming
 from .uart import UARTReceiver, UARTTransmitter
 

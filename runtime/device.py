@@ -46,7 +46,7 @@ class Device(Protocol):
         Parameters
         ----------
         program : the program that `step` is part of.
-        inputs : for each of `step.inputs`, its `Port.tensor` with integers [frames, rows, channels].
+        inputs : integers [frames, rows, channels] under `Port.tensor` of each of `step.inputs`.
         probes : return the integers of `step.probes` too.
 
         Returns
@@ -96,9 +96,9 @@ def check_digest(device: str, found: int, config: Config | None, wanted: Config)
     if found != wanted.digest:
         of_device = f" ({config.to_dict()})" if config is not None else ""
         raise DeviceError(
-            f"Configuration of {device} must have the digest {wanted.digest:#010x} that the program "
-            f"was compiled for ({wanted.to_dict()}), not {found:#010x}{of_device}: compile the model "
-            "for this device, or build and deploy the program's configuration")
+            f"Configuration of {device} must have the digest {wanted.digest:#010x} that the "
+            f"program was compiled for ({wanted.to_dict()}), not {found:#010x}{of_device}: compile "
+            "the model for this device, or build and deploy the program's configuration")
 
 
 def check_inputs(step: DeviceStep, inputs: dict[str, np.ndarray]) -> int:

@@ -1,4 +1,4 @@
-"""The host's side of a run: the one routine that drives a board, simulated gateware and test doubles.
+"""The host's side of a run: the one routine for boards, simulated gateware and test doubles.
 
 Whatever offers registers and memory is a `Target`; a `Driver` uploads a program, writes a frame's
 inputs, starts, waits and reads the outputs and the counters.
@@ -47,8 +47,8 @@ class Target(Protocol):
 
 
 def counter_names() -> list[str]:
-    """Keys of a frame's counters: ``cycles``, ``instructions``, ``read_beats``, ``write_beats`` and,
-    for each engine and each of `ENGINE_COUNTERS`, for example ``linear_busy``."""
+    """Keys of a frame's counters: ``cycles``, ``instructions``, ``read_beats``, ``write_beats``
+    and, for each engine and each of `ENGINE_COUNTERS`, for example ``linear_busy``."""
     return list(_COUNTERS)
 
 
@@ -83,8 +83,8 @@ class Driver:
         self._image_hash = b""
         magic = target.read_register(Register.MAGIC)
         if magic != MAGIC:
-            raise DeviceError(f"Register MAGIC of {name} must read {MAGIC:#010x}, not {magic:#010x}: "
-                              "deploy a moeware bitstream, or name another port")
+            raise DeviceError(f"Register MAGIC of {name} must read {MAGIC:#010x}, not "
+                              f"{magic:#010x}: deploy a moeware bitstream, or name another port")
         self.digest = target.read_register(Register.DIGEST)
 
     def run(self, program: Program, step: DeviceStep, inputs: dict[str, np.ndarray], *,
@@ -150,9 +150,10 @@ class Driver:
         target.write_register(Register.PROGRAM, step.entry)
         target.write_register(Register.CONTROL, Control.START)
         self._wait()
-        return {part.tensor: part.region.unpack(
-                    config, target.read_memory(part.region.address, part.region.bytes(config)))
-                for part in [*step.outputs, *(step.probes if probes else [])]}, read_counters(target)
+        results = {part.tensor: part.region.unpack(
+                       config, target.read_memory(part.region.address, part.region.bytes(config)))
+                   for part in [*step.outputs, *(step.probes if probes else [])]}
+        return results, read_counters(target)
 
     def _wait(self) -> None:
         try:
@@ -161,8 +162,8 @@ class Driver:
             status = self._poll()
         except TimeoutError:
             self._image = None
-            raise DeviceError(f"Run on {self.name} must end within {self.timeout_s} s, but is still "
-                              "busy: reset the device, or give a longer timeout_s") from None
+            raise DeviceError(f"Run on {self.name} must end within {self.timeout_s} s, but is "
+                              "still busy: reset the device, or give a longer timeout_s") from None
         if status & Status.ERROR:
             count = self.target.read_register(Register.INSTRUCTIONS)
             self._image = None

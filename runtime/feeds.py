@@ -20,7 +20,7 @@ class FeedError(ValueError):
 
 @dataclass(frozen=True)
 class NodeArg:
-    """An input or output of the model, as ONNX Runtime describes it; the first axis is the batch."""
+    """An input or output of the model, as in ONNX Runtime; the first axis is the batch."""
 
     name: str
     shape: list[str | int]
@@ -37,8 +37,8 @@ def check_names(program: Program, names: Sequence[str] | None) -> list[str]:
 
 
 def check_feeds(program: Program, feeds: Mapping[str, np.ndarray]) -> int:
-    """That `feeds` has each input as an array [frames, *shape] of its type, for one number of frames
-    of at least one; returns that number.
+    """That `feeds` has each input as an array [frames, *shape] of its type, for one number of
+    frames of at least one; returns that number.
 
     Raises
     ------

@@ -4,10 +4,22 @@ import random
 import time
 from typing import Protocol
 
-from moeware.hw.arch.link import (ALIGNMENT, FRAME_TIMEOUT_S, MAX_PAYLOAD, REGISTERS,
-                                  RESPONSE_HEADER, SYNC_RESPONSE, FrameError, Identity, Operation,
-                                  Response, Status, decode_response, encode_request,
-                                  response_length)
+from moeware.hw.arch.link import (
+    ALIGNMENT,
+    FRAME_TIMEOUT_S,
+    MAX_PAYLOAD,
+    REGISTERS,
+    RESPONSE_HEADER,
+    SYNC_RESPONSE,
+    FrameError,
+    Identity,
+    Operation,
+    Response,
+    Status,
+    decode_response,
+    encode_request,
+    response_length,
+)
 
 from .device import DeviceLost
 
@@ -209,8 +221,6 @@ class SerialLink:
         while len(frame) < wanted:
             data = self._transport.read(wanted - len(frame))
             frame += data
-            if time.monotonic() >= deadline and len(frame) < wanted:
-                return None
             if not data:
                 time.sleep(IDLE_SLEEP_S)
             if wanted == RESPONSE_HEADER.size:
@@ -218,6 +228,8 @@ class SerialLink:
                 frame = frame[start:] if start >= 0 else b""
                 if len(frame) >= wanted:
                     wanted = response_length(frame)
+            if len(frame) < wanted and time.monotonic() >= deadline:
+                return None
         return decode_response(frame)
 
     def _resynchronise(self) -> None:

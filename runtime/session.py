@@ -24,8 +24,8 @@ class PlacementError(ValueError):
 class Session:
     """Runs a program; the interface is that of `onnxruntime.InferenceSession`.
 
-    The session says in one line, in `placement` and to the logger "moeware", where the nodes run; as
-    a warning if that is not what was asked for.
+    The session says in one line, in `placement` and to the logger "moeware", where the nodes run;
+    as a warning if that is not what was asked for.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ class Session:
     device : "auto" (a board if one answers, otherwise PyTorch), a name that `open_device` knows, or
         a device.
     strict : refuse nodes on the host, and PyTorch in place of a board that was asked for.
-    fallback : run on PyTorch, with a warning and the same integers, where a board that was asked for
-        is not there or vanishes; otherwise that is an error.
+    fallback : run on PyTorch, with a warning and the same integers, where a board that was asked
+        for is not there or vanishes; otherwise that is an error.
     port : serial port of the board; timeout_s : longest time that a board may take for one frame.
 
     Raises
@@ -71,8 +71,8 @@ class Session:
                    if isinstance(step, HostStep) for name, reason in step.reasons.items()]
         if any(isinstance(step, HostStep) for step in self.program.steps):
             raise PlacementError("Nodes of a strict session must all be on the accelerator, but "
-                                 f"{len(reasons)} run on the host ({'; '.join(reasons)}): change the "
-                                 "model, or open the session without strict")
+                                 f"{len(reasons)} run on the host ({'; '.join(reasons)}): change "
+                                 "the model, or open the session without strict")
 
     def _find_board(self, auto: bool, port: str | None, timeout_s: float) -> tuple[Device, str]:
         try:
@@ -101,10 +101,12 @@ class Session:
         return [dict(frame) for frame in self._counters]
 
     def get_inputs(self) -> list[NodeArg]:
-        return [NodeArg(name, ["batch", *shape], kind) for name, shape, kind in self.program.inputs]
+        return [NodeArg(name, ["batch", *shape], kind)
+                for name, shape, kind in self.program.inputs]
 
     def get_outputs(self) -> list[NodeArg]:
-        return [NodeArg(name, ["batch", *shape], kind) for name, shape, kind in self.program.outputs]
+        return [NodeArg(name, ["batch", *shape], kind)
+                for name, shape, kind in self.program.outputs]
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray], *,
             progress: Progress | None = None) -> list[np.ndarray]:

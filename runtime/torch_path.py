@@ -21,13 +21,13 @@ __all__ = ["TorchDevice"]
 
 # Frames that run together: as many as keep the largest tensor (as float64) about this large, so
 # that it stays in a core's second-level cache between one pass over it and the next.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 21
 
 
 @functools.cache
 def _workers(count: int) -> ThreadPoolExecutor:
     """Threads whose operations do not split up further: passes over a small tensor cost less than
-    bringing PyTorch's threads together after each, above all where other processes want the cores."""
+    bringing PyTorch's threads together after each, above all where other processes run."""
     threads = torch.get_num_threads()
     ready = threading.Barrier(count + 1)
 

@@ -1,4 +1,4 @@
-"""A simulated board: the board's gateware under Verilator between an SDRAM chip and a serial line."""
+"""A simulated board: its gateware under Verilator between an SDRAM chip and a serial line."""
 
 import ctypes
 import dataclasses
@@ -11,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from moeware.hw.accelerator import Accelerator
 from moeware.hw.arch.config import Config
-from moeware.hw.sdram import SDRAMPinRegisters, SDRAMPins
+from moeware.hw.sdram_pins import SDRAMPinRegisters, SDRAMPins
 from moeware.hw.sdram_timing import SDRAMTiming
 from moeware.hw.system import System
 
@@ -53,7 +53,9 @@ class SimulatedTop(wiring.Component):
 
     def __init__(self, system: System, timing: SDRAMTiming):
         self._system, self._timing = system, timing
-        super().__init__({"rx": In(1, init=1), "tx": Out(1, init=1), "pads": Out(SDRAMPins(timing))})
+        super().__init__({
+            "rx": In(1, init=1), "tx": Out(1, init=1), "pads": Out(SDRAMPins(timing)),
+        })
 
     def elaborate(self, platform):
         m = Module()

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import math
 
-__all__ = ["DDR", "DramTiming", "IDEAL", "SDRAM_16BIT"]
+__all__ = ["DDR", "IDEAL", "SDRAM_16BIT", "DramTiming"]
 
 
 class DramCycles(ctypes.Structure):

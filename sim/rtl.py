@@ -15,11 +15,11 @@ from moeware.hw.arch.isa import Engine
 from moeware.hw.arch.layout import ALIGNMENT
 from moeware.hw.arch.program import DeviceStep, Program
 from moeware.hw.arch.registers import Register, Status
-from moeware.runtime.device import DeviceError, Progress, register
+from moeware.runtime.device import DeviceError, Progress
 from moeware.runtime.drive import Driver, read_counters
 
 from .dram import SDRAM_16BIT, DramCycles, DramTiming
-from .verilate import verilate
+from .verilate import VerilateError, verilate
 from .verilog import to_verilog
 
 __all__ = ["RtlDevice", "RtlTarget", "build"]
@@ -43,6 +43,11 @@ def build(config: Config, verilog: str | None = None, *, fast: bool = True,
     verilog : text of a module ``accelerator`` to simulate instead of the generated one.
     fast : optimise the simulation, which takes longer to compile; otherwise the compilation.
     notify : called with a line that says so if there is something to compile.
+
+    Raises
+    ------
+    VerilateError
+        A tool is missing, or the Verilog does not compile.
     """
     if verilog is None:
         verilog = _generated(config)
@@ -217,8 +222,11 @@ class RtlDevice:
                  notify: Callable[[str], None] = report):
         self.config = config
         self.counters: list[dict[str, int]] = []
-        self.target = RtlTarget(build(config, verilog, fast=fast, notify=notify),
-                                bus_bytes=config.bus_bytes, dram=dram, clock_hz=clock_hz,
+        try:
+            library = build(config, verilog, fast=fast, notify=notify)
+        except VerilateError as error:
+            raise DeviceError(f"The RTL device cannot be built: {error}") from error
+        self.target = RtlTarget(library, bus_bytes=config.bus_bytes, dram=dram, clock_hz=clock_hz,
                                 stall_seed=stall_seed, stall_cycles=stall_cycles)
         # The target's own watchdog ends a run that hangs; a long one may take its time.
         self._driver = Driver(self.target, name=self.name, config=config, timeout_s=float("inf"))
@@ -230,6 +238,3 @@ class RtlDevice:
         results, self.counters = self._driver.run(program, step, inputs, probes=probes,
                                                   progress=progress)
         return results
-
-
-register("rtl", RtlDevice)

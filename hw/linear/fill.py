@@ -39,15 +39,16 @@ class TargetWrite(data.StructLayout):
     """An entry for the memory of row targets."""
 
     def __init__(self, config: Config):
-        super().__init__({"enable": 1, "group": range(groups_kept(config)), "row": range(config.tokens),
-                          "target": RowTarget})
+        super().__init__({"enable": 1, "group": range(groups_kept(config)),
+                          "row": range(config.tokens), "target": RowTarget})
 
 
 class Fill(wiring.Component):
     """Copies the rows of one token group after another into alternating halves of the tile memory.
 
-    One word per cycle, while a half and a place for row targets are free and `read` accepts addresses. A group is `filled` when
-    its last word is written; nothing is written for the rows that a ragged last group lacks.
+    One word per cycle, while a half and a place for row targets are free and `read` accepts
+    addresses. A group is `filled` when its last word is written; nothing is written for the rows
+    that a ragged last group lacks.
 
     Members
     -------

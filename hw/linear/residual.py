@@ -2,6 +2,7 @@
 
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
@@ -42,20 +43,30 @@ class ResidualUpdate(wiring.Component):
         updates, read, write = self.updates, self.read, self.write.write
 
         # A ring of words in work: taken, then added to, then written, each in order.
-        slot = data.StructLayout({"taken": 1, "added": 1, "word": updates.payload.shape()})
-        slots = Signal(data.ArrayLayout(slot, self.SLOTS))
+        busy, added = Signal(self.SLOTS), Signal(self.SLOTS)
+        addresses = Signal(data.ArrayLayout(20, self.SLOTS))
         take, add, retire = (Signal(range(self.SLOTS), name=name)
                              for name in ("take", "add", "retire"))
-        conflict = Cat(s.taken & (s.word.address == updates.p.address) for s in slots).any()
+        conflict = Cat(busy[i] & (addresses[i] == updates.p.address)
+                       for i in range(self.SLOTS)).any()
+        lanes = data.ArrayLayout(signed(16), self.config.lanes)
+        word = updates.payload.shape()
+        m.submodules.words = words = Memory(shape=word, depth=self.SLOTS, init=[])
+        m.submodules.sums = sums = Memory(shape=lanes, depth=self.SLOTS, init=[])
+        put_word, put_sum = words.write_port(), sums.write_port()
+        adding, retiring = words.read_port(domain="comb"), words.read_port(domain="comb")
+        total = sums.read_port(domain="comb")
         taken = Signal()
         m.d.comb += [
-            read.address.valid.eq(updates.valid & self.accumulate & ~conflict & ~slots[take].taken),
+            read.address.valid.eq(updates.valid & self.accumulate & ~conflict
+                                  & ~busy.bit_select(take, 1)),
             read.address.payload.eq(updates.p.address),
             taken.eq(read.address.valid & read.address.ready),
         ]
         with m.If(self.accumulate):
-            m.d.comb += [updates.ready.eq(taken), write.payload.eq(slots[retire].word),
-                         write.valid.eq(slots[retire].taken & slots[retire].added)]
+            m.d.comb += [updates.ready.eq(taken), write.payload.eq(retiring.data),
+                         write.p.data.eq(total.data),
+                         write.valid.eq((busy & added).bit_select(retire, 1))]
         with m.Else():
             m.d.comb += [updates.ready.eq(write.ready), write.payload.eq(updates.payload),
                          write.valid.eq(updates.valid)]
@@ -64,19 +75,21 @@ class ResidualUpdate(wiring.Component):
         for _ in range(READ_LATENCY):
             before, arrives = arrives, Signal(name="arrives")
             m.d.sync += arrives.eq(before)
-        lanes = data.ArrayLayout(signed(16), self.config.lanes)
-        ours = data.View(lanes, slots[add].word.data)
         theirs = data.View(lanes, read.data.payload)
+        ours = data.View(lanes, adding.data.data)
+        m.d.comb += [
+            put_word.en.eq(taken), put_word.addr.eq(take), put_word.data.eq(updates.payload),
+            adding.addr.eq(add), retiring.addr.eq(retire), total.addr.eq(retire),
+            put_sum.en.eq(arrives), put_sum.addr.eq(add),
+            put_sum.data.eq(Cat(_add(a, b) for a, b in zip(ours, theirs))),
+        ]
         with m.If(self.accumulate & write.valid & write.ready):
-            m.d.sync += [slots[retire].taken.eq(0), retire.eq(_next(retire, self.SLOTS))]
+            m.d.sync += [busy.bit_select(retire, 1).eq(0), retire.eq(_next(retire, self.SLOTS))]
         with m.If(taken):
-            m.d.sync += [slots[take].taken.eq(1), slots[take].added.eq(0),
-                         slots[take].word.eq(updates.payload), take.eq(_next(take, self.SLOTS))]
+            m.d.sync += [busy.bit_select(take, 1).eq(1), added.bit_select(take, 1).eq(0),
+                         addresses[take].eq(updates.p.address), take.eq(_next(take, self.SLOTS))]
         with m.If(arrives):
-            m.d.sync += [
-                slots[add].added.eq(1), add.eq(_next(add, self.SLOTS)),
-                slots[add].word.data.eq(Cat(_add(a, b) for a, b in zip(ours, theirs))),
-            ]
+            m.d.sync += [added.bit_select(add, 1).eq(1), add.eq(_next(add, self.SLOTS))]
         return m
 
 

@@ -26,7 +26,7 @@ class RowAddresses(wiring.Component):
     """Addresses of the rows of an instruction, in order: by row number, or by queue entry.
 
     One row every two cycles (its two addresses share a multiplier), the first `LATENCY` cycles
-    after `start`, or `READ_LATENCY` later from a queue; up to `DEPTH` of them ahead of their use; it holds while they wait.
+    after `start`, or `READ_LATENCY` later from a queue; up to `DEPTH` of them ahead of their use.
 
     Members
     -------
@@ -65,7 +65,8 @@ class RowAddresses(wiring.Component):
         slots = Signal(range(self.DEPTH + 1), init=self.DEPTH)
         begin = Signal()
         m.d.comb += begin.eq((left != 0) & (slots != 0) & ~second)
-        m.d.sync += [second.eq(begin), slots.eq(slots - begin + (self.rows.valid & self.rows.ready))]
+        taken = self.rows.valid & self.rows.ready
+        m.d.sync += [second.eq(begin), slots.eq(slots - begin + taken)]
         with m.If(self.start):
             m.d.sync += [number.eq(0), left.eq(self.count)]
         with m.Elif(begin):

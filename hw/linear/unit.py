@@ -6,8 +6,17 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from ..arch.config import Config
 from ..arch.isa import Opcode, Target
-from ..interfaces import (READ_LATENCY, EngineSignature, Logits, QueuePort, ReadPort, RouteSetup,
-                          WritePort, fields_layout, parameter_layout)
+from ..interfaces import (
+    READ_LATENCY,
+    EngineSignature,
+    Logits,
+    QueuePort,
+    ReadPort,
+    RouteSetup,
+    WritePort,
+    fields_layout,
+    parameter_layout,
+)
 from ..requantise import Requantise
 from .array import DotArray
 from .drain import Drain
@@ -70,7 +79,7 @@ class LinearUnit(wiring.Component):
         self.config = config
         self.array = DotArray(config)
         self.overhead = (RowAddresses.LATENCY + READ_LATENCY + self.array.latency
-                         + Requantise.LATENCY + 3)
+                         + Requantise.LATENCY + 4)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
         in_flight = self.array.latency + Scale.LATENCY + 8

@@ -67,13 +67,18 @@ class WriteBack(wiring.Component):
         connect(m, update.read, flipped(self.residual_read))
         connect(m, update.write, flipped(self.residual_write))
 
-        valid, taken, written = values.r_rdy, Signal(), Signal()
-        place = data.View(self.place.shape(), places.r_data)
-        results = data.View(self.results.shape(), values.r_data)
+        # A register behind the buffers keeps their read time out of the paths through the ports.
+        valid, place, results = Signal(), Signal(self.place.shape()), Signal(self.results.shape())
+        load, taken, written = Signal(), Signal(), Signal()
+        m.d.comb += load.eq(values.r_rdy & (~valid | taken))
+        with m.If(load):
+            m.d.sync += [valid.eq(1), place.eq(places.r_data), results.eq(values.r_data)]
+        with m.Elif(taken):
+            m.d.sync += valid.eq(0)
         m.d.comb += [
             places.w_data.eq(self.place), places.w_en.eq(self.place_valid),
             values.w_data.eq(self.results), values.w_en.eq(self.results_valid),
-            places.r_en.eq(taken), values.r_en.eq(taken),
+            places.r_en.eq(load), values.r_en.eq(load),
             update.accumulate.eq(self.fields.accumulate),
         ]
         write, logits = self.activation_write.write, self.logits

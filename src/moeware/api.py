@@ -33,7 +33,8 @@ def find_config(config: Config | str | os.PathLike) -> Config:
         try:
             fields = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"Configuration {path} must be a readable JSON file: {error}") from error
+            raise ConfigError(f"Configuration {path} must be a readable JSON file: "
+                              f"{error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"Configuration {path} must be a JSON object, not "
                               f"{type(fields).__name__}")
@@ -57,7 +58,7 @@ def find_board(name: str):
 
 
 def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
-            calibration: Calibration | None = None, **options) -> Program:
+            calibration: Calibration | None = None, **options) -> Program | None:
     """Compile an ONNX file.
 
     Parameters
@@ -65,7 +66,8 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     model : path of the ONNX file.
     config : as `find_config` takes it.
     calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
-    options : as `moeware.compiler.pipeline.compile_model` takes them.
+    options : as `moeware.compiler.pipeline.compile_model` takes them; None is returned where they
+        stop before the last stage.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     from moeware.compiler.load import load
     from moeware.compiler.pipeline import compile_model, model_ports
     if isinstance(calibration, (str, os.PathLike)):
-        calibration = load_samples(calibration, model_ports(fuse(load(model)))[0])
+        calibration = load_samples(calibration, model_ports(fuse(load(Path(model))))[0])
     return compile_model(model, find_config(config), dict(calibration or {}), **options)
 
 
@@ -96,5 +98,7 @@ class Session(session.Session):
             if config is None or calibration is None:
                 raise ValueError("Session on an ONNX file must have a config and calibration data; "
                                  "or compile the model once and open the program")
-            model = compile(model, config, calibration)
+            compiled = compile(model, config, calibration)
+            assert compiled is not None
+            model = compiled
         super().__init__(model, device, **options)

@@ -3,6 +3,7 @@
 from amaranth import Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+
 from moeware.hw.arch.registers import Register, Status
 from moeware.hw.ports import MemoryPort, RegisterPort
 

@@ -185,7 +185,8 @@ def test_nothing_to_do_is_done_in_order():
 def test_extreme_values(low, high):
     """All scores and sums at their limits, in heads of the greatest width and number of keys."""
     size = config(2, 5, 5, max_rows=8)
-    memory = np.random.default_rng(2).choice(np.array([low, high], np.int8), (WORDS, size.depth))
+    blocks = np.random.default_rng(2).choice(np.array([low, high], np.int8), WORDS // HEAD_WORDS)
+    memory = np.repeat(blocks, HEAD_WORDS)[:, None].repeat(size.depth, 1)
     run(size, [head(3, 8, HEAD_WORDS), head(2, 8, 2, multiplier=1, shift=17)], memory)
 
 
@@ -230,8 +231,10 @@ def test_reads_what_the_head_before_wrote(field, stalls):
     second = head(4, 6, 2, base=1000) | {
         field: first["destination"], "stride": first["destination_stride"],
         "destination": 2000}
-    third = head(3, 3, 1, base=3000)
-    run(size, [first, second, third, first, second], noise(size), stalls=stalls)
+    third = first | {"destination": 3000}
+    fourth = head(1, 1, 1, base=1000) | {  # the word that is written last
+        field: third["destination"] + 5 * third["destination_stride"] + 1, "destination": 3500}
+    run(size, [first, second, third, fourth], noise(size), stalls=stalls)
 
 
 @pytest.mark.parametrize("slow", range(3))

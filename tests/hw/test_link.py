@@ -5,9 +5,22 @@ import pytest
 from amaranth import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
-from moeware.hw.arch.link import (CRC, MAX_PAYLOAD, RESPONSE_HEADER, SYNC_REQUEST, SYNC_RESPONSE,
-                                  FrameError, Identity, Operation, Response, Status, decode_response,
-                                  encode_request, response_length)
+
+from moeware.hw.arch.link import (
+    CRC,
+    MAX_PAYLOAD,
+    RESPONSE_HEADER,
+    SYNC_REQUEST,
+    SYNC_RESPONSE,
+    FrameError,
+    Identity,
+    Operation,
+    Response,
+    Status,
+    decode_response,
+    encode_request,
+    response_length,
+)
 from moeware.hw.link import HostLink
 from moeware.hw.uart import BitClock, UARTReceiver, UARTTransmitter
 

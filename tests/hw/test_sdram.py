@@ -6,9 +6,11 @@ import pytest
 from amaranth import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+
 from moeware.hw.ports import MemoryPort
-from moeware.hw.sdram import (CHUNK_WORDS, FIFO_WORDS, Chunker, SDRAMController, SDRAMPinRegisters,
-                              SDRAMPins)
+from moeware.hw.sdram import FIFO_WORDS, SDRAMController
+from moeware.hw.sdram_chunks import CHUNK_WORDS, Chunker
+from moeware.hw.sdram_pins import SDRAMPinRegisters, SDRAMPins
 from moeware.hw.sdram_timing import SDRAMTiming
 from moeware.sim.sdram_model import SDRAMChip, SDRAMViolation
 
@@ -109,8 +111,8 @@ def test_what_was_written_is_read(bus_bytes, clock_hz, capture_cycles):
             address:address + beats * bus_bytes]
 
 
-@pytest.mark.parametrize("idle", [(), (1, 0, 0, 1, 1, 1, 0)])
-@pytest.mark.parametrize("refuse", [(), (1, 1, 0), (1,) * 90 + (0,) * 60])
+@pytest.mark.parametrize("idle", [(), (1, 0, 0, 1, 1, 1, 0), (1,) * 9 + (0,)])
+@pytest.mark.parametrize("refuse", [(), (1, 1, 0), (1,) * 400 + (0,) * 100])
 def test_reads_beside_writes(idle, refuse):
     bench = Bench()
     draw = random.Random(7)
@@ -149,6 +151,21 @@ def test_reads_beside_writes(idle, refuse):
         expected[address:address + len(content)] = content
     for address, beats in writes:
         assert bench.chip.dump(address, 8 * beats) == expected[address:address + 8 * beats]
+
+
+def test_closed_banks_are_opened_one_behind_the_other():
+    bench = Bench()
+    rows = [0, 1024, 2048, 3072]
+    for row in rows:
+        bench.chip.load(row, row.to_bytes(8, "little"))
+
+    async def ask(ctx):
+        await put_all(ctx, bench.memory.read_command, [{"address": a, "beats": 1} for a in rows])
+
+    async def read(ctx):
+        assert await get_all(ctx, bench.memory.read_data, len(rows)) == rows
+
+    bench.run(ask, read)
 
 
 def test_written_data_can_be_read_back_at_once():

@@ -3,8 +3,17 @@
 import zlib
 from collections import deque
 
-from moeware.hw.arch.link import (CRC, MAX_PAYLOAD, REQUEST_HEADER, RESPONSE_HEADER, SYNC_REQUEST,
-                                  SYNC_RESPONSE, Identity, Operation, Status)
+from moeware.hw.arch.link import (
+    CRC,
+    MAX_PAYLOAD,
+    REQUEST_HEADER,
+    RESPONSE_HEADER,
+    SYNC_REQUEST,
+    SYNC_RESPONSE,
+    Identity,
+    Operation,
+    Status,
+)
 
 WRITES = (Operation.WRITE_MEMORY, Operation.WRITE_REGISTERS)
 

@@ -1,5 +1,5 @@
-"""The quantised graph in plain numpy, frame by frame and row by row, on `hw.arch.numerics` alone; and
-random graphs to compare devices on."""
+"""The quantised graph in plain numpy, frame by frame and row by row, on `hw.arch.numerics` alone;
+and random graphs to compare devices on."""
 
 import numpy as np
 
@@ -8,7 +8,14 @@ from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory, NormMode
 from moeware.hw.arch.program import DeviceStep, Port, Program, Region
 from moeware.hw.arch.quantised import (
-    AddLinear, Affine, Attention, Constant, Experts, Linear, Norm, Route,
+    AddLinear,
+    Affine,
+    Attention,
+    Constant,
+    Experts,
+    Linear,
+    Norm,
+    Route,
 )
 
 CONFIG = Config(tokens=2, outputs=4, depth=4, queries=2, lanes=2, bus_bytes=8, activation_banks=4,
@@ -31,8 +38,9 @@ def _frame(operations, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _requantise(value, affine, bits=8):
-    return numerics.requantise(value + affine.bias.astype(np.int64),
-                               affine.multiplier.astype(np.int64), affine.shift.astype(np.int64), bits)
+    bias, multiplier, shift = (array.astype(np.int64) for array in
+                               (affine.bias, affine.multiplier, affine.shift))
+    return numerics.requantise(value + bias, multiplier, shift, bits)
 
 
 def _constant(op, values):
@@ -91,15 +99,16 @@ def _route(op, values):
 def _experts(op, values):
     result = values[op.residual].copy()
     for expert in range(len(op.up)):
-        up, down = ({name: getattr(affine, name)[expert] for name in ("bias", "multiplier", "shift")}
+        up, down = (Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
+                           shift=affine.shift[expert])
                     for affine in (op.up_affine, op.down_affine))
         for row, chosen in enumerate(values[op.route]):
             for gate in chosen[chosen[:, 0] == expert, 1]:
                 hidden = _requantise(op.up[expert].astype(np.int64) @ values[op.source][row],
-                                     Affine(**up))
+                                     up)
                 if op.table is not None:
                     hidden = op.table[hidden & 255].astype(np.int64)
-                update = _requantise(op.down[expert].astype(np.int64) @ hidden, Affine(**down), 16)
+                update = _requantise(op.down[expert].astype(np.int64) @ hidden, down, 16)
                 result[row] = numerics.accumulate_residual(result[row],
                                                            numerics.gated(update, gate))
     return result
@@ -137,7 +146,8 @@ class Graph:
                          affine=self.affine((channels,), depth, 127),
                          table=self.int8(256) if table else None)
 
-    def add_linear(self, source: str, residual: str | None, channels: int, first_row: int = 0) -> str:
+    def add_linear(self, source: str, residual: str | None, channels: int,
+                   first_row: int = 0) -> str:
         rows, depth = self.shapes[source]
         shape = (rows, channels) if residual is None else self.shapes[residual]
         return self._add(AddLinear, shape, source=source, residual=residual, first_row=first_row,
@@ -159,7 +169,8 @@ class Graph:
                   out_multiplier: int = 40000, out_shift: int = 15) -> str:
         width = self.shapes[value][1] // key_heads
         rows = 1 if query is None else self.shapes[query][0]
-        multiplier = int(self.random.integers(1 << 15, 1 << 16)) if multiplier is None else multiplier
+        if multiplier is None:
+            multiplier = int(self.random.integers(1 << 15, 1 << 16))
         return self._add(Attention, (rows, heads * width), query=query, key=key, value=value,
                          heads=heads, key_heads=key_heads, causal=causal, multiplier=multiplier,
                          shift=shift, out_multiplier=out_multiplier, out_shift=out_shift)
@@ -187,11 +198,12 @@ class Graph:
     def int8(self, *shape: int) -> np.ndarray:
         return self.random.integers(-128, 128, shape).astype(np.int8)
 
-    def affine(self, shape: tuple[int, ...], depth: int, reach: int, width: int = 127 * 50) -> Affine:
+    def affine(self, shape: tuple[int, ...], depth: int, reach: int,
+               width: int = 127 * 50) -> Affine:
         """Scales a sum of `depth` products of spread `width` to `reach`."""
         spread = width * np.sqrt(depth) * 2
         ratio = self.gain * reach / spread * self.random.uniform(0.5, 1, shape)
-        fraction, exponent = np.frexp(ratio)
+        exponent = np.frexp(ratio)[1]
         shift = np.clip(16 - exponent, 1, 47)
         multiplier = np.minimum(np.rint(ratio * 2.0 ** shift), 65535)
         bias = self.random.integers(-int(spread) // 4, int(spread) // 4 + 1, shape)

@@ -5,7 +5,8 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
-from moeware.hw.arch.link import (CRC, RESPONSE_HEADER, SYNC_RESPONSE, Identity, Operation, Status)
+
+from moeware.hw.arch.link import CRC, RESPONSE_HEADER, SYNC_RESPONSE, Identity, Operation, Status
 from moeware.runtime.serial_link import LinkError, SerialLink, find_ports, pages
 
 from .fake_board import FakeBoard
@@ -151,7 +152,7 @@ def test_a_device_of_another_kind_is_refused():
     board.identity = Identity(99, 8, 1 << 16)
     with pytest.raises(LinkError, match="must speak version 1 of the link, not 99"):
         SerialLink(board)
-    board.identity = SimpleNamespace(encode=lambda: b"something")
+    board.identity = SimpleNamespace(bus_bytes=8, encode=lambda: b"something")
     with pytest.raises(LinkError, match="must identify itself"):
         SerialLink(board)
 

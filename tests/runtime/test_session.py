@@ -213,7 +213,8 @@ def test_a_device_of_another_configuration(program):
     with pytest.raises(DeviceError) as error:
         Session(program, Other())
     for config in (CONFIG, OTHER):
-        assert f"{config.digest:#010x}" in str(error.value) and str(config.to_dict()) in str(error.value)
+        assert f"{config.digest:#010x}" in str(error.value)
+        assert str(config.to_dict()) in str(error.value)
 
 
 def test_a_board_without_expectations_checks_each_program(program):

@@ -1,11 +1,15 @@
 """The PyTorch path against a plain numpy evaluation of the quantised graph, exactly."""
 
+import dataclasses
 import gc
 
 import numpy as np
 import pytest
+import torch
 
+from moeware.hw.arch import numerics
 from moeware.hw.arch.isa import Memory, NormMode
+from moeware.hw.arch.quantised import Affine
 from moeware.runtime import torch_arithmetic, torch_path
 from moeware.runtime.device import DeviceError, open_device
 from moeware.runtime.torch_path import TorchDevice
@@ -41,7 +45,8 @@ def transformer(graph: Graph, tokens: int, depth: int, width: int, heads: int, k
     x = graph.add_linear(patches, x, heads * width, first_row=1)
     y = graph.norm(x, mode)
     q, k, v = (graph.linear(y, n * width) for n in (heads, key_heads, key_heads))
-    x = graph.add_linear(graph.attention(q, k, v, heads, key_heads, causal=causal), x, heads * width)
+    y = graph.attention(q, k, v, heads, key_heads, causal=causal)
+    x = graph.add_linear(y, x, heads * width)
     x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, heads * width)
     y = graph.norm(x, mode)
     x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden)
@@ -52,11 +57,14 @@ def transformer(graph: Graph, tokens: int, depth: int, width: int, heads: int, k
 
 @pytest.mark.parametrize("gain", [1, 6], ids=["fitting", "saturating"])
 @pytest.mark.parametrize("sizes", [
-    dict(tokens=7, depth=5, width=3, heads=4, key_heads=2, hidden=9, experts=5, chosen=2),
-    dict(tokens=1, depth=1, width=1, heads=1, key_heads=1, hidden=1, experts=1, chosen=1),
-    dict(tokens=16, depth=24, width=16, heads=3, key_heads=3, hidden=33, experts=16, chosen=4,
-         causal=True, mode=NormMode.RMS),
-    dict(tokens=4, depth=6, width=5, heads=6, key_heads=4, hidden=3, experts=3, chosen=3)],
+    {"tokens": 7, "depth": 5, "width": 3, "heads": 4, "key_heads": 2, "hidden": 9, "experts": 5,
+     "chosen": 2},
+    {"tokens": 1, "depth": 1, "width": 1, "heads": 1, "key_heads": 1, "hidden": 1, "experts": 1,
+     "chosen": 1},
+    {"tokens": 16, "depth": 24, "width": 16, "heads": 3, "key_heads": 3, "hidden": 33,
+     "experts": 16, "chosen": 4,     "causal": True, "mode": NormMode.RMS},
+    {"tokens": 4, "depth": 6, "width": 5, "heads": 6, "key_heads": 4, "hidden": 3, "experts": 3,
+     "chosen": 3}],
     ids=["odd", "one", "causal", "all-experts"])
 def test_transformer(int8_products, sizes, gain):
     for seed in range(3):
@@ -117,12 +125,17 @@ def test_one_loud_channel_saturates_int16():
     graph = Graph(2)
     source = graph.input(1, 2000, Memory.RESIDUAL)
     output = graph.norm(source, NormMode.RMS, epsilon=0)
+    affine = Affine(bias=np.zeros(2000, np.int32), multiplier=np.full(2000, 131, np.uint16),
+                    shift=np.full(2000, 16, np.uint8))  # 32767 becomes 65
+    graph.operations[0] = dataclasses.replace(graph.operations[0], affine=affine)
     program = graph.program(output)
     found = TorchDevice().run(program, program.steps[0], {source: rows})
+    assert found[output][0, 0, 7] == 65
     np.testing.assert_array_equal(found[output], evaluate(graph.operations, {source: rows})[output])
 
 
-@pytest.mark.parametrize("multiplier, shift", [(0, 1), (1, 47), (65535, 1), (40000, 14), (40000, 22)])
+@pytest.mark.parametrize("multiplier, shift", [
+    (0, 1), (1, 47), (65535, 1), (40000, 14), (40000, 22)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_scale(multiplier, shift, causal):
     graph = Graph(shift)
@@ -138,6 +151,27 @@ def test_attention_over_many_keys():
     graph.attention(q, k, v, 2, 2)
     graph.attention(None, k, v, 1, 1)
     compare(graph, frames=2)
+
+
+def test_attention_sums_beyond_float32():
+    keys, random = 400, np.random.default_rng(0)
+    value = random.integers(120, 128, (1, keys, 64))
+    exact = 1023 * value.sum(1)[0]
+    rounded = torch.matmul(torch.full((1, 1, 1, keys), 1023.0),
+                           torch.from_numpy(value[None]).float()).numpy()[0, 0, 0].astype(int)
+    assert (exact != rounded).any()
+    # An output scale with which the rounding of a float32 sum shows in the result.
+    scales = numerics.row_scale(np.full(65536, 1023 * keys), np.arange(65536), 15)
+    shows = (numerics.requantise(exact[:, None], *scales)
+             != numerics.requantise(rounded[:, None], *scales)).any(0)
+    assert shows.any()
+    graph = Graph(0)
+    names = [graph.input(1, 64), graph.input(keys, 64), graph.input(keys, 64)]
+    output = graph.attention(*names, 1, 1, multiplier=0, out_multiplier=int(np.argmax(shows)))
+    program = graph.program(output)
+    inputs = dict(zip(names, (value[:, :1], value, value)))
+    found = TorchDevice().run(program, program.steps[0], inputs)
+    np.testing.assert_array_equal(found[output], evaluate(graph.operations, inputs)[output])
 
 
 @pytest.mark.parametrize("over_chosen", [False, True])

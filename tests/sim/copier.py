@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 from moeware.hw.arch.registers import MAGIC, Control, Register, Status
 from moeware.hw.ports import MemoryPort, RegisterPort
 
-__all__ = ["Copier", "Fault", "FAULT", "LENGTH", "SOURCE", "TARGET"]
+__all__ = ["FAULT", "LENGTH", "SOURCE", "TARGET", "Copier", "Fault"]
 
 SOURCE, TARGET, LENGTH, FAULT = Register.PROGRAM, 48, 49, 50  # registers: bytes, bytes, bus words
 
@@ -56,14 +56,13 @@ class Copier(wiring.Component):
                                       | done * Status.DONE)):
                     with m.Case(index):
                         m.d.sync += response.payload.eq(value)
-            with m.If(request.p.write):
-                with m.Switch(request.p.index):
-                    for index, signal in ((SOURCE, source), (TARGET, target), (LENGTH, length),
-                                          (FAULT, fault)):
-                        with m.Case(index):
-                            m.d.sync += signal.eq(request.p.data)
-                    with m.Case(Register.CONTROL):
-                        m.d.comb += start.eq(request.p.data == Control.START)
+            with m.If(request.p.write), m.Switch(request.p.index):
+                for index, signal in ((SOURCE, source), (TARGET, target), (LENGTH, length),
+                                      (FAULT, fault)):
+                    with m.Case(index):
+                        m.d.sync += signal.eq(request.p.data)
+                with m.Case(Register.CONTROL):
+                    m.d.comb += start.eq(request.p.data == Control.START)
 
         asked, announced, left = Signal(), Signal(), Signal(13)
         moved = memory.write_data.valid & memory.write_data.ready

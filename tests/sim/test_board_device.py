@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from moeware.hw.arch.registers import Register, Status
 from moeware.runtime.serial_link import LinkError, SerialLink
 from moeware.sim.board_device import SimulatedBoard, SimulationError
-
-from tests.hw.exerciser import COPY, PAGE, PAGES, READ, SOURCE, SUM, TARGET, Exerciser
+from tests.hw.exerciser import COPY, PAGE, READ, SOURCE, SUM, Exerciser
 
 
 def board_with(bus_bytes=8, **options):

@@ -56,7 +56,7 @@ def test_one_word_comes_after_the_latency(run):
 
 
 def test_a_write_is_reported_after_its_latency_and_can_be_read(run):
-    _, (write, read), memory = run(PLAIN, (WRITE, 64, 3), (READ, 64, 3, 40))
+    _, (write, _), memory = run(PLAIN, (WRITE, 64, 3), (READ, 64, 3, 40))
     assert write.last - write.first == 3 + 4  # a word a cycle, then the latency
     assert memory[64:88] == bytes([0] * 8 + [1] * 8 + [2] * 8)
 

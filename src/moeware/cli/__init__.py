@@ -18,7 +18,7 @@ COMMANDS = ("check", "compile", "run", "simulate", "build", "deploy", "doctor", 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for errors, 2 for wrong usage, 130 if stopped."""
+    """Run a command; returns its exit status: 1 for errors, 2 for wrong usage, 130 if stopped."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="moeware: %(message)s", level=logging.WARNING)
     command = importlib.import_module(f"moeware.cli.{options.command}")

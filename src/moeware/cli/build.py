@@ -24,9 +24,7 @@ def run(arguments) -> dict:
 
 def text(facts: dict) -> str:
     from moeware.cli.tables import table
-    lines = [f"{facts['bitstream']}: {facts['clock_hz'] / 1e6:g} MHz on {facts['board']}, "
-             f"configuration {facts['digest']}"]
-    lines.append(table([[name, use["used"], use["available"], f"{use['used'] / use['available']:.0%}"]
-                        for name, use in facts["utilisation"].items() if use["available"]],
-                       right=(1, 2, 3)))
-    return "\n".join(lines)
+    rows = [[name, use["used"], use["available"], f"{use['used'] / use['available']:.0%}"]
+            for name, use in facts["utilisation"].items() if use["available"]]
+    return (f"{facts['bitstream']}: {facts['clock_hz'] / 1e6:g} MHz on {facts['board']}, "
+            f"configuration {facts['digest']}\n{table(rows, right=(1, 2, 3))}")

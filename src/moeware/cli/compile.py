@@ -40,9 +40,9 @@ def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
     lines = [facts["placement"],
-             f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
+             (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
-             f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame"]
+             f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
         lines.append(f"hardly calibrated experts: {', '.join(starved)}")

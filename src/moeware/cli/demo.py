@@ -190,12 +190,12 @@ def text(facts: dict) -> str:
     from moeware.cli.tables import counter_table
     share = facts["accuracy"]
     lines = [f"{facts['model']}: {facts['check']['placement']}",
-             f"accuracy of {share['images']} held-out images: float {share['float']:.2%}, integer "
-             f"{share['integer']:.2%}; same answer {share['same_answer']:.2%}",
+             (f"accuracy of {share['images']} held-out images: float {share['float']:.2%}, integer "
+             f"{share['integer']:.2%}; same answer {share['same_answer']:.2%}"),
              "expert choices as in float: " + ", ".join(
                  f"{name} {value:.2%}" for name, value in facts["expert_agreement"].items()),
-             f"time for all: ONNX Runtime, float {share['seconds']['float']:.3f} s; PyTorch, "
-             f"integer {share['seconds']['integer']:.3f} s"]
+             (f"time for all: ONNX Runtime, float {share['seconds']['float']:.3f} s; PyTorch, "
+             f"integer {share['seconds']['integer']:.3f} s")]
     if "rtl" in facts:
         lines += [f"{facts['rtl']['images']} images, all layers: {facts['rtl']['text']}",
                   "average image on gateware: " + counter_table(facts["rtl"]["counters"])]

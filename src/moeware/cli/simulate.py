@@ -35,14 +35,15 @@ def run(arguments) -> dict:
 
 
 def compare(program, devices: dict, feeds: dict) -> dict:
-    """`moeware.sim.compare.compare` of every device step, as JSON-able facts: equal, values, text."""
+    """`moeware.sim.compare.compare` of every device step, JSON-able: equal, values, text."""
     from moeware.runtime.device import open_device
     from moeware.runtime.session import Session
     from moeware.sim import compare as comparison
     recorder = _Recorder(open_device("torch", program.config))
     Session(program, recorder).run(None, feeds)
     found = [comparison.compare(program, step, devices, inputs) for step, inputs in recorder.runs]
-    return {"equal": all(each.equal for each in found), "values": sum(each.values for each in found),
+    return {"equal": all(each.equal for each in found),
+            "values": sum(each.values for each in found),
             "text": "\n".join(map(str, found))}
 
 

