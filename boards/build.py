@@ -177,4 +177,5 @@ def summary(report: dict) -> str:
     fullest = max(((name, count) for name, count in report["utilisation"].items()
                    if name in LOGIC), key=lambda item: item[1]["used"] / item[1]["available"])
     return (f"{min(report['fmax_mhz'].values())} MHz reached, {report['clock_hz'] / 1e6:g} MHz "
-            f"used; fullest resource {fullest[0]} {fullest[1]['used']} of {fullest[1]['available']}")
+            f"used; fullest resource {fullest[0]} {fullest[1]['used']} "
+            f"of {fullest[1]['available']}")

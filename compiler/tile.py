@@ -14,13 +14,10 @@ from moeware.compiler.quantise import QuantisedStep
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Memory, Opcode, Target
+from moeware.hw.arch.isa import HEAD_WORDS, NORM_CHANNELS, Memory, Opcode, Target
 from moeware.hw.arch.program import Probe, Region
 
 __all__ = ["tile"]
-
-NORM_CHANNELS = 2047  # what the normalisation unit's arithmetic holds
-HEAD_WORDS = 64  # activation words of a head that the attention unit takes
 
 
 def tile(step: QuantisedStep, config: Config, *, trace: bool = False) -> Lowered:

@@ -44,7 +44,7 @@ class Comparison:
     devices : their names; values : elements that were compared; differences : those in which some
     device differs from the first one that has the tensor; tensors : (layer, tensor, values,
     differences) in program order; first : the first difference in that order, by frame, row and
-    channel.
+    channel; results : what the first device returned.
     """
 
     devices: tuple[str, ...]
@@ -52,6 +52,7 @@ class Comparison:
     differences: int
     tensors: tuple[tuple[str, str, int, int], ...]
     first: Difference | None
+    results: dict[str, np.ndarray]
 
     @property
     def equal(self) -> bool:
@@ -104,7 +105,7 @@ def compare(program: Program, step: DeviceStep, devices: dict[str, Device],
                          f"{ {name: sorted(result) for name, result in results.items()} }")
     return Comparison(devices=tuple(devices), values=sum(size for *_, size, _ in counts),
                       differences=sum(wrong for *_, wrong in counts), tensors=tuple(counts),
-                      first=first)
+                      first=first, results=next(iter(results.values())))
 
 
 def _in_order(step: DeviceStep) -> list[tuple[str, str]]:

@@ -96,7 +96,7 @@ def test_compile_simulate_and_demo(moe, folder, monkeypatch):
     assert result["devices"]["golden"]["counters"]["instructions"] > 50
     status, out, _ = moe("simulate", "digits.moe", *images, "--device", "golden", "--device",
                          "torch", "--compare")
-    assert status == 0 and "golden = torch" in out and "0 differences" in out
+    assert status == 0 and "golden = PyTorch" in out and "0 differences" in out
 
     monkeypatch.setitem(device._factories, "rtl", lambda config: GoldenDevice())
     result = facts(moe("demo", "--model", model, "--samples", "samples.npz", "--config",

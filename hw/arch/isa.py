@@ -13,11 +13,13 @@ An instruction with `conditional` set does nothing but its tokens while queue `e
 import enum
 from dataclasses import dataclass
 
-__all__ = ["BYTES", "Engine", "FIELDS", "HEADER", "Instruction", "Memory", "NormMode", "Opcode",
-           "Target", "decode", "encode", "TOKEN_LIMIT"]
+__all__ = ["BYTES", "Engine", "FIELDS", "HEADER", "HEAD_WORDS", "Instruction", "Memory",
+           "NORM_CHANNELS", "NormMode", "Opcode", "TOKEN_LIMIT", "Target", "decode", "encode"]
 
 BYTES = 32
 TOKEN_LIMIT = 255  # tokens that a counter can hold
+HEAD_WORDS = 64  # activation words of a head, ATTENTION.words, at most
+NORM_CHANNELS = 2047  # channels of a row that NORM normalises, at most
 
 
 class Engine(enum.IntEnum):

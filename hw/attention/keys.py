@@ -5,9 +5,9 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.isa import Opcode
+from ..arch.isa import HEAD_WORDS, Opcode
 from ..interfaces import READ_LATENCY, fields_layout
-from .shapes import HEAD_WORDS, Arrival, Group, Span, delayed
+from .shapes import Arrival, Group, Span, delayed
 
 __all__ = ["KeyReader"]
 

@@ -6,8 +6,9 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
+from ..arch.isa import HEAD_WORDS
 from ..multiply import Multipliers
-from .shapes import HEAD_WORDS, Arrival, delayed, score_shape
+from .shapes import Arrival, delayed, score_shape
 
 __all__ = ["ScoreLanes"]
 

@@ -4,10 +4,10 @@ from amaranth import Shape, Signal, signed
 from amaranth.lib import data
 
 from ..arch.config import Config
+from ..arch.isa import HEAD_WORDS
 from ..arch.numerics import PROBABILITY_BITS
 
 __all__ = [
-    "HEAD_WORDS",
     "Arrival",
     "Group",
     "Pass",
@@ -19,8 +19,6 @@ __all__ = [
     "score_shape",
     "total_bits",
 ]
-
-HEAD_WORDS = 64  # activation words of the widest head
 
 
 def score_shape(config: Config) -> Shape:

@@ -7,7 +7,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
-from ..arch.isa import NormMode, Opcode
+from ..arch.isa import NORM_CHANNELS, NormMode, Opcode
 from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
 from ..requantise import Requantise
 from .inverse_root import InverseRoot
@@ -54,7 +54,7 @@ class NormUnit(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         # The sums of more channels do not fit; rows that no matrix product takes are of no use.
-        self.max_channels = min(2047, config.row_words * config.depth)
+        self.max_channels = min(NORM_CHANNELS, config.row_words * config.depth)
         super().__init__({
             "engine": Out(EngineSignature(Opcode.NORM)),
             "residual_read": Out(ReadPort(16 * config.lanes)),

@@ -20,8 +20,8 @@ def configure(parser) -> None:
                         "(default: beside the model)")
     parser.add_argument("--config", default="ulx3s-85f",
                         help="board or JSON file (default: ulx3s-85f)")
-    parser.add_argument("--frames", type=int, default=4, help="images on simulated gateware; "
-                        "0 leaves it out (default: 4)")
+    parser.add_argument("--frames", type=int, default=20, help="images on simulated gateware; "
+                        "0 leaves it out (default: 20)")
     parser.add_argument("--out", default=str(Path("build", "demo")),
                         help="folder for the report (default: build/demo)")
 
@@ -130,8 +130,9 @@ def simulated(programs: dict, images) -> dict:
     from moeware.runtime.device import open_device
     from moeware.runtime.session import Session
     feeds = {programs[False].inputs[0][0]: images}
-    devices = {name: open_device(name, programs[True].config) for name in DEVICES}
-    session = Session(programs[False], devices["rtl"])
+    devices = {name: open_device(device, programs[True].config)
+               for name, device in DEVICES.items()}
+    session = Session(programs[False], devices["RTL"])
     with frames_bar("images on gateware") as progress:
         session.run(None, feeds, progress=progress)
     counters = mean_counters(session.last_counters)

@@ -6,15 +6,18 @@ HELP = "load a bitstream into a board"
 
 
 def configure(parser) -> None:
-    parser.add_argument("bitstream", help="bitstream file from `moeware build`")
-    parser.add_argument("board", help="name of the board")
+    parser.add_argument("--board", default="ulx3s-85f", help="the board (default: ulx3s-85f)")
+    parser.add_argument("--bitstream", help="file from `moeware build` (default: "
+                        "build/BOARD/BOARD.bit)")
 
 
 def run(arguments) -> dict:
     import moeware
     from moeware.boards.deploy import deploy
-    deploy(Path(arguments.bitstream), moeware.find_board(arguments.board))
-    return {"board": arguments.board, "bitstream": arguments.bitstream}
+    board = moeware.find_board(arguments.board)
+    bitstream = Path(arguments.bitstream or Path("build", board.name, f"{board.name}.bit"))
+    deploy(bitstream, board)
+    return {"board": board.name, "bitstream": str(bitstream)}
 
 
 def text(facts: dict) -> str:

@@ -3,7 +3,7 @@
 import time
 
 HELP = "run a program on the golden device or on simulated gateware; compare devices"
-DEVICES = ("golden", "rtl", "torch")
+DEVICES = {"RTL": "rtl", "golden": "golden", "PyTorch": "torch"}  # as people know them
 
 
 def configure(parser) -> None:
@@ -11,7 +11,7 @@ def configure(parser) -> None:
     parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
     parser.add_argument("--array", help="array of the .npz file, for a model with one input")
     parser.add_argument("--frames", type=int, default=1, help="run so many (default: 1)")
-    parser.add_argument("--device", action="append", choices=DEVICES,
+    parser.add_argument("--device", action="append", choices=list(DEVICES.values()),
                         help="repeatable (default: rtl; with --compare: all)")
     parser.add_argument("--compare", action="store_true",
                         help="compare all layers that the program stores (compile --trace), and "
@@ -24,8 +24,9 @@ def run(arguments) -> dict:
     from moeware.runtime.device import open_device
     program = Program.load(arguments.program)
     feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames)
-    names = arguments.device or (list(DEVICES) if arguments.compare else ["rtl"])
-    devices = {name: open_device(name, program.config) for name in names}
+    wanted = arguments.device or (DEVICES.values() if arguments.compare else ["rtl"])
+    devices = {name: open_device(device, program.config) for name, device in DEVICES.items()
+               if device in wanted}
     facts: dict = {"ok": True, "placement": program.placement, "comparison": None,
                    "devices": _run_each(program, devices, feeds)}
     if arguments.compare:
