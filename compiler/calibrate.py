@@ -32,10 +32,13 @@ class Calibration:
     frames: int = 0
 
     def rows(self, name: str) -> np.ndarray:
-        """Samples of a tensor; raises `CompileError` where there are none."""
+        """Samples of a tensor; raises `CompileError` where there are none, or infinite ones."""
         if name not in self.samples:
             raise CompileError(f"Tensor {name!r} must be reached by the calibration data: give "
                                "inputs that exercise the whole model")
+        if not np.isfinite(self.samples[name]).all():
+            raise CompileError(f"Tensor {name!r} must stay finite on the calibration data, not "
+                               "overflow: calibrate with data of the model's real range")
         return self.samples[name]
 
     @property

@@ -82,6 +82,12 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
     return _Quantiser(nodes, inputs, outputs, calibration).run()
 
 
+def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Samples less their shift; zero where nothing but the rounding of float32 is left."""
+    rest = samples - np.asarray(shift, np.float64)
+    return np.where(np.abs(rest) > 2.0**-20 * np.abs(samples).max(), rest, 0.0)
+
+
 class _Quantiser:
     def __init__(self, nodes, inputs, outputs, calibration: Calibration):
         named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
@@ -115,7 +121,11 @@ class _Quantiser:
         stream += [value for value in self.inputs if len(shape(value)) == 3]
         largest = max((np.abs(self.calibration.rows(value.name)).max() for value in stream),
                       default=0.0)
-        return float(HEADROOM * largest / 32767) or 1.0
+        # The normalisation unit holds epsilon in 48 bits; a finer grid would resolve only what
+        # epsilon drowns.
+        finest = max((shape(node.outputs[0])[-1] * math.sqrt(attributes(node)["epsilon"])
+                      for node in self.nodes if node.op_type == "LayerNorm"), default=0.0)
+        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) or 1.0
 
     def _tensor(self, value: ir.Value) -> Tensor:
         found = self.values[value.name]
@@ -273,8 +283,9 @@ class _Quantiser:
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
         channels = len(gamma)
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
-        samples = self.calibration.rows(value.name).astype(np.float64)
-        plain = np.where(live, (samples - beta) / np.where(live, gamma, 1.0), 0.0)
+        samples = self.calibration.rows(node.inputs[0].name).astype(np.float64)
+        plain = samples - samples.mean(-1, keepdims=True)
+        plain /= np.sqrt(np.maximum(np.square(plain).mean(-1, keepdims=True) + epsilon, 1e-300))
         spread = np.abs(plain).max(0)
         demand = self._demand(value, channels) * np.abs(gamma)
         usable = (spread > 0) & (demand > 0)
@@ -285,9 +296,6 @@ class _Quantiser:
         step = grid(plain * smooth)
         multiplier, shift = encode_scales(smooth / (step * (1 << numerics.NORM_FRACTION_BITS)))
         integer_epsilon = round(epsilon * (channels / source.step) ** 2)
-        if integer_epsilon >= 1 << 48:
-            raise CompileError(f"Node {node.name!r}: epsilon {epsilon} must be small against the "
-                               "stream's range; calibrate with real data")
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
         self.norms[value.name] = (
             q.Norm(name=node.name, output=value.name, source=source.tensor,
@@ -325,7 +333,7 @@ class _Quantiser:
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
         if roles and roles <= {1, 2}:
-            samples, shift = samples - bias, None if roles == {1} else bias.astype(np.float64)
+            samples, shift = _without(samples, bias), None if roles == {1} else bias.astype(np.float64)
             bias = np.zeros_like(bias)
             if roles == {1, 2}:
                 raise CompileError(f"Node {node.name!r} must be key or value of attention, not both")
@@ -333,7 +341,7 @@ class _Quantiser:
             source = self._tensor(node.inputs[0])
             if source.shift is not None:
                 lifted = weight.astype(np.float64) @ source.shift
-                samples = samples - lifted
+                samples = _without(samples, lifted)
                 shift = None if shift is None else shift + lifted
                 bias = -lifted
             # The attention unit has one stride for query, key and value: shared heads are repeated.
@@ -369,7 +377,7 @@ class _Quantiser:
         samples, shift = self.calibration.rows(output.name), None
         if value.shift is not None:
             shift = value.shift
-            samples = samples - shift
+            samples = _without(samples, shift)
         self._attention(node, query, key, value, output, grid(samples), shift=shift,
                         heads=heads, causal=bool(causal), per_step=scale * query.step * key.step)
 
@@ -391,7 +399,7 @@ class _Quantiser:
         source, output = self._tensor(node.inputs[0]), node.outputs[0]
         plain = self.calibration.rows(output.name).astype(np.float64)
         if source.shift is not None:
-            plain = plain - source.shift
+            plain = _without(plain, source.shift)
         if source.gain is not None:
             plain = np.where(source.gain != 0, plain / np.where(source.gain, source.gain, 1), 0)
         # Equal scores weigh every row alike: attention with a query of zeros is the mean.

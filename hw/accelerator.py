@@ -148,9 +148,11 @@ class Accelerator(wiring.Component):
 
         idle = Cat(sequencer.idle for sequencer in sequencers)
         waiting = Cat(sequencer.waiting for sequencer in sequencers)
+        # No engine works, so no token can come: whoever waits now would wait for ever, and a cycle
+        # later too, which keeps this wide condition off the sequencers' paths.
+        m.d.sync += stuck.eq((idle | waiting).all() & waiting.any()
+                             & (fetch.idle | fetch.blocked))
         m.d.comb += [
-            # No engine works, so no token can come: whoever waits now would wait for ever.
-            stuck.eq((idle | waiting).all() & waiting.any() & (fetch.idle | fetch.blocked)),
             fetch.start.eq(control.start), fetch.program.eq(control.program), fetch.stop.eq(stuck),
             tokens.clear.eq(control.start),
             control.finished.eq(idle.all() & fetch.idle),

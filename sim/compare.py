@@ -32,8 +32,8 @@ class Difference:
 
     def __str__(self):
         values = ", ".join(f"{device} {value}" for device, value in self.values.items())
-        return (f"layer `{self.layer}` (tensor {self.tensor}), frame {self.frame}, tile (token group "
-                f"{self.token_group}, output group {self.output_group}), row {self.row}, channel "
+        return (f"layer `{self.layer}` (tensor {self.tensor}), frame {self.frame}, tile (token "
+                f"group {self.token_group}, output group {self.output_group}), row {self.row}, channel "
                 f"{self.channel}: {values}")
 
 
@@ -99,7 +99,8 @@ def compare(program: Program, step: DeviceStep, devices: dict[str, Device],
             wrong |= other != reference
         counts.append((layer, tensor, wrong.size, int(wrong.sum())))
         if first is None and wrong.any():
-            first = _difference(program.config, step, layer, tensor, places.get(tensor), wrong, found)
+            first = _difference(program.config, step, layer, tensor, places.get(tensor), wrong,
+                                found)
     if not counts:
         raise ValueError("Devices must return a tensor in common, but these return "
                          f"{ {name: sorted(result) for name, result in results.items()} }")

@@ -68,19 +68,19 @@ class DramTiming:
 # A bus word each cycle after one cycle: what an on-chip memory would be.
 IDEAL = DramTiming(bytes_per_second=math.inf, read_latency_ns=0, write_latency_ns=0)
 
-# 16-bit SDR SDRAM at 133 MHz, 32 MB (Winbond W9825G6KH, Micron MT48LC16M16A2-75 data sheets): tRCD =
-# tRP = 20 ns, tRFC 67.5 ns, 8,192 refreshes in 64 ms, CAS latency 3 (22.5 ns), 4 banks of 1 KiB rows;
-# three more clocks each way in the controller and the IO registers; tWR 15 ns; the bus turns around
-# in CAS latency plus one clock.
+# 16-bit SDR SDRAM at 133 MHz, 32 MB (Winbond W9825G6KH, Micron MT48LC16M16A2-75 data sheets):
+# tRCD = tRP = 20 ns, tRFC 67.5 ns, 8,192 refreshes in 64 ms, CAS latency 3 (22.5 ns), 4 banks of
+# 1 KiB rows; tWR 15 ns. Assumed: 45 ns for a read and 22.5 ns for a write in the controller and the IO
+# registers, and CAS latency plus one clock to turn the bus around.
 SDRAM_16BIT = DramTiming(
     bytes_per_second=2 * 133e6, read_latency_ns=22.5 + 45, write_latency_ns=15 + 22.5,
     activate_ns=20, precharge_ns=20, turnaround_ns=30, refresh_interval_ns=7812.5, refresh_ns=67.5,
     banks=4, row_bytes=1024)
 
-# 64-bit DDR4-2400 (JEDEC JESD79-4, speed bin 2400T with CL = tRCD = tRP = 17 clocks of 0.833 ns, 8 Gb
-# chips with tRFC1 = 350 ns and tREFI = 7.8 us, 16 banks, 1 KiB pages on 8 chips): 19.2 GB/s. A hard
-# controller and its AXI port add about 100 ns to a read (measured figures for Zynq UltraScale+ lie
-# between 100 and 200 ns); tWTR_L 7.5 ns and a burst for a turnaround.
+# 64-bit DDR4-2400 (JEDEC JESD79-4, speed bin 2400T with CL = tRCD = tRP = 17 clocks of 0.833 ns,
+# 8 Gb chips with tRFC1 = 350 ns and tREFI = 7.8 us, 16 banks, 1 KiB pages on 8 chips): 19.2 GB/s.
+# Assumed: 100 ns for a read and 50 ns for a write in a hard controller and its AXI port, and 12 ns
+# for a turnaround (tWTR_L 7.5 ns and a burst).
 DDR = DramTiming(
     bytes_per_second=19.2e9, read_latency_ns=14.2 + 100, write_latency_ns=15 + 50,
     activate_ns=14.2, precharge_ns=14.2, turnaround_ns=12, refresh_interval_ns=7800, refresh_ns=350,

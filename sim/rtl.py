@@ -171,7 +171,8 @@ class RtlTarget:
         for name in (engine.name.lower() for engine in Engine):
             grown = [state for state in ("stalled", "waiting", "busy")
                      if counters[f"{name}_{state}"] != before[f"{name}_{state}"]]
-            words = {"stalled": "stalled on a port", "waiting": "waiting for a token", "busy": "busy"}
+            words = {"stalled": "stalled on a port", "waiting": "waiting for a token",
+                     "busy": "busy"}
             states.append(f"{name} {words[grown[0]] if grown else 'idle'}")
         status = Status(self.read_register(Register.STATUS))
         return (f"A run must make progress within {self.stall_cycles} cycles, but nothing moved: "
@@ -183,8 +184,8 @@ class RtlTarget:
 
     def _require(self, address: int, length: int) -> None:
         if address < 0 or address + length > self._size:
-            raise DeviceError(f"Memory accesses must lie in a DRAM of {self._size:#x} bytes, not at "
-                              f"{address:#x} to {address + length - 1:#x}")
+            raise DeviceError(f"Memory accesses must lie in a DRAM of {self._size:#x} bytes, not "
+                              f"at {address:#x} to {address + length - 1:#x}")
 
     def _check(self) -> None:
         if message := self._library.simulation_error(self._handle):

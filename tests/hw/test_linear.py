@@ -40,10 +40,11 @@ class Machine:
         self.residual = rng.integers(-32768, 32768, (config.residual_words, config.lanes))
         self.weight = rng.integers(-128, 128, (config.weight_words, config.outputs, config.depth))
         channels = config.param_words * config.lanes
-        self.bias = rng.integers(-2**31, 2**31, channels) >> rng.integers(0, 31, channels)
+        self.bias = rng.integers(-2**31, 2**31, channels) >> rng.integers(13, 31, channels)
+        self.bias[5::13] = rng.choice((-2**31, 2**31 - 1), len(self.bias[5::13]))  # sums wrap
         self.multiplier = rng.integers(0, 1 << 16, channels)
-        self.shift = rng.integers(8, 30, channels)
-        self.shift[::7], self.shift[3::11] = 1, 47
+        self.shift = rng.integers(14, 30, channels)
+        self.shift[6::7], self.shift[3::11] = 1, 47
         params = pack_params(config, self.bias, self.multiplier, self.shift)
         self.params = [int.from_bytes(word.tobytes(), "little") for word in params]
         self.tables = rng.integers(-128, 128, (config.tables, 256))
@@ -102,7 +103,7 @@ class Machine:
                 count = min(self.config.lanes, experts - payload.channel)
                 self.logits.append((payload.row, payload.channel, *payload.logits[:count]))
                 if len(self.logits) == rows * -(-experts // self.config.lanes):
-                    route_in = 9
+                    route_in = 1
             valid, ready, payload = next(values), next(values), next(values)
             if valid and ready:
                 self.setups.append(payload)
@@ -227,7 +228,8 @@ def cases(config, seed):
         return {
             "target": target, "rows": draw.randint(1, TOKENS),
             "source": SOURCE, "source_words": words,
-            "source_stride": max(words, draw.randint(3, 8)), "channels": channels, "weight": draw.randrange(16), "param": draw.randrange(8),
+            "source_stride": max(words, draw.randint(3, 8)), "channels": channels,
+            "weight": draw.randrange(16), "param": draw.randrange(8),
             "destination": HIDDEN if activation else RESIDUAL,
             "destination_stride": stride + draw.randint(0, 2)} | fields
 
@@ -235,18 +237,21 @@ def cases(config, seed):
     yield case(Target.ACTIVATION, rows=1, tabled=1, table=TABLE)
     yield case(Target.RESIDUAL, channels=3 * config.outputs)
     yield case(Target.RESIDUAL, accumulate=1, words=1)
-    yield case(Target.ROUTER)
     yield case(Target.ACTIVATION, rows=0)
     yield case(Target.ROUTER, rows=0)
+    yield case(Target.ROUTER)
+    yield case(Target.RESIDUAL, queued=1, gated=1, expert=4)
+    # Many short output groups, and many short token groups.
+    yield case(Target.RESIDUAL, rows=6, words=1, channels=8 * config.outputs)
+    yield case(Target.ACTIVATION, rows=40, words=1, channels=1, source_stride=1)
     for expert in range(5):
         yield case(Target.ACTIVATION, queued=1, gather=1, expert=expert, tabled=1,
                    table=TABLE)
         yield case(Target.RESIDUAL, queued=1, scatter=1, gated=1, accumulate=1, expert=expert)
     yield case(Target.ACTIVATION, queued=1, gather=1, scatter=1, expert=4)
     # No router sends a token twice to an expert, but consecutive results may meet in a word.
-    yield case(Target.RESIDUAL, queued=1, scatter=1, accumulate=1, channels=1, expert=5)
+    yield case(Target.RESIDUAL, queued=1, scatter=1, accumulate=1, channels=config.lanes, expert=5)
     yield case(Target.RESIDUAL, queued=1, gather=1, scatter=1, expert=3)
-    yield case(Target.RESIDUAL, queued=1, gated=1, expert=4)
     yield case(Target.RESIDUAL, accumulate=1, gated=1, gather=1, scatter=1, expert=2)
 
 

@@ -21,7 +21,7 @@ CONFIG = Config(tokens=1, outputs=2, depth=2, queries=1, lanes=1, bus_bytes=4, a
                 activation_words=256, residual_words=256, weight_words=128, param_words=256, tables=1,
                 row_words=16, max_rows=8, max_experts=2, max_chosen=1, queue=2)
 
-# Only the ports are visible: with every signal visible the model takes ten times as long to compile.
+# Only the ports are visible: what is visible cannot be optimised away.
 VISIBLE = """`verilator_config
 public_flat_rw -module "accelerator" -var "clk"
 public_flat_rw -module "accelerator" -var "rst"

@@ -32,8 +32,9 @@ SHAPES = {
     "one of each": {"tokens": 1, "outputs": 1, "depth": 1, "lanes": 1, "queries": 1, "bus_bytes": 2,
                     "activation_banks": 1, "activation_words": 2048, "weight_words": 512,
                     "queue": 1},
-    "wide bus": {"tokens": 4, "outputs": 8, "depth": 8, "lanes": 8, "queries": 1, "bus_bytes": 64,
-                 "max_experts": 4, "max_chosen": 1},
+    "wide, 512 products": {"tokens": 8, "outputs": 8, "depth": 8, "lanes": 8, "queries": 1,
+                           "bus_bytes": 64,
+                           "max_experts": 4, "max_chosen": 1},
     "odd words": {"tokens": 5, "outputs": 3, "depth": 9, "lanes": 3, "queries": 4, "bus_bytes": 16,
                   "activation_banks": 2},
     "many outputs": {"tokens": 1, "outputs": 12, "depth": 2, "lanes": 2, "queries": 5,
@@ -148,7 +149,7 @@ def test_damaged_instructions_are_an_error():
     made, step, inputs = traced(config, 0)
     device = RtlDevice(config, fast=False, dram=IDEAL)
     good = device.run(made, step, inputs)
-    device.target.write_memory(step.entry + 64, b"\xFF" * 32)  # the driver does not look there
+    device.target.write_memory(step.entry + 64, b"\xFD" * 32)  # no such opcode; not read back
     with pytest.raises(DeviceError, match="met an illegal instruction"):
         device.run(made, step, inputs)
     again = device.run(made, step, inputs)
