@@ -1,6 +1,7 @@
 """Statistics of the float model on real inputs: what every tensor looks like, which experts work."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from moeware.compiler.canonical import shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.reference import evaluate
 
-__all__ = ["Calibration", "calibrate", "load_samples"]
+__all__ = ["Calibration", "calibrate", "check_samples", "load_samples"]
 
 KEPT_ROWS = 4096  # token rows of a tensor that are kept for choosing its grid
 BATCH = 32  # frames evaluated at once
@@ -86,36 +87,53 @@ def load_samples(path: str | os.PathLike, inputs: list[tuple[str, tuple[int, ...
             raise CompileError(f"Calibration data {path} must hold an array {names[0]!r} or "
                                f"'calibration', not {sorted(arrays)}")
         arrays = {names[0]: arrays[key]}
+    return check_samples(arrays, inputs)
+
+
+def check_samples(arrays: Mapping[str, np.ndarray], inputs: list[tuple[str, tuple[int, ...], str]]
+                  ) -> dict[str, np.ndarray]:
+    """The arrays of the inputs [frames, ...], in the inputs' types.
+
+    Raises
+    ------
+    CompileError
+        An input without an array, a wrong shape or type, values that are not finite.
+    """
     samples = {}
-    for name, dims, _ in inputs:
+    for name, dims, kind in inputs:
         if name not in arrays:
-            raise CompileError(f"Calibration data {path} must hold an array {name!r}, not "
+            raise CompileError(f"Calibration data must hold an array {name!r}, not only "
                                f"{sorted(arrays)}")
-        samples[name] = _checked(name, arrays[name], tuple(dims))
+        samples[name] = _checked(name, np.asarray(arrays[name]), tuple(dims), kind)
     if len({len(array) for array in samples.values()}) > 1:
         raise CompileError(f"Calibration arrays must have one number of frames, not "
                            f"{ {name: len(array) for name, array in samples.items()} }")
     return samples
 
 
-def _checked(name: str, array: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
+def _checked(name: str, array: np.ndarray, dims: tuple[int, ...], kind: str) -> np.ndarray:
     if array.shape[1:] != dims or array.ndim != len(dims) + 1:
         raise CompileError(f"Calibration data {name!r} must have the shape [frames, "
                            f"{', '.join(map(str, dims))}], not {list(array.shape)}")
     if not len(array):
         raise CompileError(f"Calibration data {name!r} must have at least one frame, not 0")
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in "fiub":
         raise CompileError(f"Calibration data {name!r} must be numbers, not {array.dtype}")
-    array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise CompileError(f"Calibration data {name!r} must be finite: it holds NaN or infinity")
-    return array
+    element = kind.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype({"float": "float32", "double": "float64"}.get(element, element))
+    limits = None if dtype.kind in "fb" else np.iinfo(dtype)
+    if limits and (array.dtype.kind == "f" or not limits.min <= array.min() <= array.max() <= limits.max):
+        raise CompileError(f"Calibration data {name!r} must be {dtype} as the model's input, not "
+                           f"{array.dtype} from {array.min()} to {array.max()}")
+    return array.astype(dtype)
 
 
 def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) -> Calibration:
     """Run the float model on the samples and keep what quantisation needs.
 
-    model : canonical; samples : float32 [frames, ...] by input name; progress : called with the
+    model : canonical; samples : as `check_samples` returns them; progress : called with the
     number of frames done.
     """
     result = Calibration(frames=len(next(iter(samples.values()))))
@@ -143,7 +161,7 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
             record(name, array)
 
         for name, array in feeds.items():
-            record(name, array)
+            record(name, array.astype(np.float32))
         evaluate(model, feeds, record=keep)
         for node in experts.values():
             chosen = indices.get(node.inputs[1].name)

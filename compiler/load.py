@@ -19,6 +19,8 @@ from moeware.compiler.fuse.region import inputs_of, run
 
 OPSETS = range(17, 25)
 
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
+
 # Folding limits: large enough for every weight that a transformer folds (transposes, casts).
 _FOLD_ELEMENTS = 1 << 28
 
@@ -38,7 +40,9 @@ def load(path: str | Path) -> ir.Model:
         _check_proto(proto, path)
         _check_weights(proto)
         _forget_shapes(proto)
-        return _simplify(proto)
+        model = _simplify(proto)
+        _check_precision(model)
+        return model
     except CompileError:
         raise
     except Exception as error:
@@ -172,6 +176,17 @@ def _fix_batch(proto: onnx.ModelProto) -> None:
                     f"Axis {axis} of graph input {value.name!r} must be positive, not "
                     f"{dimension.dim_value}; export with a non-empty example input"
                 )
+
+
+def _check_precision(model: ir.Model) -> None:
+    """Refuse products in another precision than float32, as calibration and the host work in it."""
+    for node in model.graph:
+        kind = node.inputs[0].dtype if node.op_type in _PRODUCTS and node.inputs[0] else None
+        if kind not in (None, ir.DataType.FLOAT):
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must compute in FLOAT, not {kind.name}; export "
+                f"the model in float32 (in PyTorch: model.float())"
+            )
 
 
 def _forget_shapes(proto: onnx.ModelProto) -> None:

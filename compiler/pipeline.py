@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from moeware.compiler import canonical
 from moeware.compiler.allocate import allocate
-from moeware.compiler.calibrate import Calibration, calibrate
+from moeware.compiler.calibrate import Calibration, calibrate, check_samples
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
@@ -35,8 +35,9 @@ __all__ = ["STAGES", "compile_model", "model_ports"]
 Ports = list[tuple[str, tuple[int, ...], str]]
 Progress = Callable[[str, int, int], None]  # stage, number from 1, stages in all
 
-TYPES = {"FLOAT": "tensor(float)", "INT64": "tensor(int64)", "DOUBLE": "tensor(double)",
-         "INT32": "tensor(int32)", "BOOL": "tensor(bool)"}
+TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "FLOAT16": "tensor(float16)",
+         "INT8": "tensor(int8)", "UINT8": "tensor(uint8)", "INT32": "tensor(int32)",
+         "INT64": "tensor(int64)", "BOOL": "tensor(bool)"}
 
 
 @dataclass
@@ -77,7 +78,7 @@ def _calibrate(state: State) -> None:
     if not state.samples:
         raise CompileError("Calibration data must hold real inputs of the model, not nothing: give "
                            "an .npz file or a folder (--calibration)")
-    state.calibration = calibrate(state.model, state.samples)
+    state.calibration = calibrate(state.model, check_samples(state.samples, state.inputs))
 
 
 def _quantise(state: State) -> None:
@@ -143,7 +144,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     ----------
     path : the ONNX file.
     config : the accelerator that the program is for.
-    samples : real inputs, float32 [frames, ...] by input name (see `calibrate.load_samples`).
+    samples : real inputs [frames, ...] by input name (see `calibrate.load_samples`).
     trace : the program stores every layer's result, so that devices can be compared.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
@@ -181,9 +182,15 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
 
 
 def model_ports(model: ir.Model) -> tuple[Ports, Ports]:
-    """Inputs and outputs of a canonical model: name, shape without the batch axis, type."""
+    """Inputs and outputs of a canonical model: name, shape without the batch axis, type.
+
+    Raises `CompileError` for a type that a session does not take.
+    """
     def port(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
-        return str(value.name), canonical.shape(value)[1:], TYPES.get(value.dtype.name, "tensor")
+        if value.dtype.name not in TYPES:
+            raise CompileError(f"Type of {value.name!r} must be one of {', '.join(TYPES)}, not "
+                               f"{value.dtype.name}: cast it in the model")
+        return str(value.name), canonical.shape(value)[1:], TYPES[value.dtype.name]
     return [port(v) for v in model.graph.inputs], [port(v) for v in model.graph.outputs]
 
 

@@ -22,7 +22,14 @@ import onnx_ir as ir
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
-from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.compiler.scales import (
+    FUNCTION,
+    coarsened,
+    encode_scale,
+    encode_scales,
+    function_table,
+    grid,
+)
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import Memory, NormMode
@@ -125,7 +132,7 @@ class _Quantiser:
         # epsilon drowns.
         finest = max((shape(node.outputs[0])[-1] * math.sqrt(attributes(node)["epsilon"])
                       for node in self.nodes if node.op_type == "LayerNorm"), default=0.0)
-        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) or 1.0
+        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) if largest else 1.0
 
     def _tensor(self, value: ir.Value) -> Tensor:
         found = self.values[value.name]
@@ -134,10 +141,12 @@ class _Quantiser:
         return found
 
     def _weights(self, weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
-                 per_tensor: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                 per_tensor: bool = False, target: float | None = None,
+                 bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
 
         The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
+        target : step of the result, of so many bits, if the ratio of steps may be `coarsened`.
         """
         weight, bias = weight.astype(np.float64), bias.astype(np.float64)
         if source.shift is not None:
@@ -147,15 +156,25 @@ class _Quantiser:
         largest = np.abs(weight).max(None if per_tensor else -1)
         # A channel of tiny weights and a large bias would overflow the accumulator's bias.
         step = np.maximum(largest / 127, np.abs(bias) / (source.step * LARGEST_BIAS))
-        step = np.where(step == 0, 1.0, step.max() if per_tensor else step)
-        integer = np.clip(np.rint(weight / step[..., None]), -127, 127).astype(np.int8)
-        accumulator = step * source.step
-        return integer, np.rint(bias / accumulator).astype(np.int32), accumulator
+        step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
+        if target is not None:
+            # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
+            unit, rounding = source.step / target, 9 / 16 * step
+            reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
+            most = np.minimum(1 << (bits - 1), reach) + np.abs(bias) / target + unit * rounding + 0.5
+            step = coarsened(step * unit, most) / unit
+        divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
+        integer = np.clip(np.rint(weight / divisor[..., None]), -127, 127).astype(np.int8)
+        integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
+        return integer, integer_bias, step * source.step
 
-    @staticmethod
-    def _affine(bias: np.ndarray, accumulator: np.ndarray, step: float) -> q.Affine:
+    def _scaled(self, weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
+                bits: int = 8) -> tuple[np.ndarray, q.Affine]:
+        """int8 weight, and the scale to the grid `step`."""
+        integer, integer_bias, accumulator = self._weights(weight, bias, source, target=step,
+                                                           bits=bits)
         multiplier, shift = encode_scales(accumulator / step)
-        return q.Affine(bias=bias, multiplier=multiplier, shift=shift)
+        return integer, q.Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
 
     def _add(self, operation: q.Operation) -> None:
         self.result.operations.append(operation)
@@ -202,10 +221,9 @@ class _Quantiser:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        weight, bias, accumulator = self._weights(*self._constants(node), source)
+        weight, affine = self._scaled(*self._constants(node), source, step, 16)
         self._add(q.AddLinear(name=node.name, output=value.name, source=source.tensor,
-                              residual=None, first_row=0, weight=weight,
-                              affine=self._affine(bias, accumulator, step)))
+                              residual=None, first_row=0, weight=weight, affine=affine))
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
     @staticmethod
@@ -240,11 +258,10 @@ class _Quantiser:
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        weight, bias, accumulator = self._weights(*self._constants(node), image)
+        weight, affine = self._scaled(*self._constants(node), image, self.stream_step, 16)
         self._add(q.AddLinear(name=node.name, output=name, source=image.tensor,
                               residual=f"{name}/constant", first_row=start.first_row,
-                              weight=weight,
-                              affine=self._affine(bias, accumulator, self.stream_step)))
+                              weight=weight, affine=affine))
         tensor = Tensor(name, self.stream_step, rows=len(start.constant))
         self.values[name] = tensor
         return tensor
@@ -258,10 +275,11 @@ class _Quantiser:
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
             source = self._tensor(source_node.inputs[0])
-            weight, bias, accumulator = self._weights(*self._constants(source_node), source)
+            weight, affine = self._scaled(*self._constants(source_node), source,
+                                          self.stream_step, 16)
             self._add(q.AddLinear(name=source_node.name, output=name, source=source.tensor,
                                   residual=stream.tensor, first_row=0, weight=weight,
-                                  affine=self._affine(bias, accumulator, self.stream_step)))
+                                  affine=affine))
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
@@ -294,7 +312,11 @@ class _Quantiser:
         smooth /= np.median(smooth)
         smooth = np.clip(smooth, 1 / 64, 64)
         step = grid(plain * smooth)
-        multiplier, shift = encode_scales(smooth / (step * (1 << numerics.NORM_FRACTION_BITS)))
+        # Smoothing is free to take any scale: one on which the result is exact in float32.
+        unit = step * (1 << numerics.NORM_FRACTION_BITS)
+        scale = coarsened(smooth / unit, np.array(128.5))
+        smooth = scale * unit
+        multiplier, shift = encode_scales(scale)
         integer_epsilon = round(epsilon * (channels / source.step) ** 2)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
         self.norms[value.name] = (
@@ -356,9 +378,9 @@ class _Quantiser:
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, table_step=None,
                      shift=None) -> None:
         source = self._tensor(node.inputs[0])
-        integer, integer_bias, accumulator = self._weights(weight, bias, source)
+        integer, affine = self._scaled(weight, bias, source, step)
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
-                           affine=self._affine(integer_bias, accumulator, step), table=table))
+                           affine=affine, table=table))
         self.values[value.name] = Tensor(value.name, table_step or step, shift=shift,
                                          rows=source.rows)
 
@@ -427,15 +449,13 @@ class _Quantiser:
         w1, b1, w2, b2 = self._constants(node, 3)
         before = grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
         after = grid(self._expert_samples(node, "activation"))
-        up, up_bias, up_step = self._weights(w1, b1, source)
-        hidden = Tensor("", after)
-        down, down_bias, down_step = self._weights(w2, b2, hidden)
+        up, up_affine = self._scaled(w1, b1, source, before)
+        down, down_affine = self._scaled(w2, b2, Tensor("", after), self.stream_step, 16)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,
-            up_affine=self._affine(up_bias, up_step, before),
-            table=function_table(function, before, after), down=down,
-            down_affine=self._affine(down_bias, down_step, self.stream_step)))
+            up_affine=up_affine, table=function_table(function, before, after), down=down,
+            down_affine=down_affine))
 
     def _expert_samples(self, node: ir.Node, stage: str) -> np.ndarray:
         names = [f"{node.name}/expert{e}/{stage}" for e in range(shape(node.inputs[3])[0])]

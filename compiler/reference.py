@@ -90,7 +90,8 @@ Outputs = tuple[torch.Tensor, ...]
 def _patch_embed(inputs, attrs, name, record) -> Outputs:
     image, weight, bias = inputs
     kernel = weight.reshape(len(bias), attrs["channels"], attrs["ph"], attrs["pw"])
-    patches = torch.nn.functional.conv2d(image, kernel, bias, (attrs["ph"], attrs["pw"]))
+    # A cast of the image to float is part of the operator.
+    patches = torch.nn.functional.conv2d(image.float(), kernel, bias, (attrs["ph"], attrs["pw"]))
     return (patches.flatten(2).transpose(1, 2).contiguous(),)
 
 

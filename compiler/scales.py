@@ -7,9 +7,10 @@ import numpy as np
 
 from moeware.compiler.errors import CompileError
 
-__all__ = ["FUNCTION", "encode_scale", "encode_scales", "function_table", "grid"]
+__all__ = ["FUNCTION", "coarsened", "encode_scale", "encode_scales", "function_table", "grid"]
 
 LONGEST_SHIFT = 47
+FEWEST_STEPS = 8  # of a float32's grid in a scale, so that rounding it up adds an eighth at most
 
 
 def encode_scale(real: float) -> tuple[int, int]:
@@ -41,6 +42,17 @@ def encode_scales(real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     multiplier, shift = zip(*flat)
     return (np.array(multiplier, np.uint16).reshape(np.shape(real)),
             np.array(shift, np.uint8).reshape(np.shape(real)))
+
+
+def coarsened(real: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Scales rounded up to the finest grid 2**-s on which float32 requantises exactly: it holds
+    multiples of 2**-s up to 2**(24 - s), which `largest`, the results' bound, must not exceed. A
+    scale too small for that grid stays as it is.
+    """
+    shift = np.clip(np.floor(np.log2((1 << 24) / np.maximum(largest, 0.5))), 1, LONGEST_SHIFT)
+    steps = np.ceil(np.round(real * 2.0 ** shift, 6))
+    fits = (steps >= FEWEST_STEPS) & (steps <= 65535)
+    return np.where(fits, steps * 2.0 ** -shift, real)
 
 
 def grid(samples: np.ndarray, bits: int = 8, of: Callable | None = None) -> float:

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from .arch.config import Config
 from .arch.isa import FIELDS, Opcode
 
-__all__ = ["Logits", "Masked", "QueueEntry", "QueuePort", "ReadPort", "RouteSetup", "WritePort",
+__all__ = ["Logits", "Masked", "QueueEntry", "QueuePort", "ReadPort", "RouteSetup", "TableWrite", "WritePort",
            "EngineSignature", "fields_layout", "parameter_layout", "READ_LATENCY"]
 
 READ_LATENCY = 2  # cycles from the acceptance of an address to its data, for every on-chip memory
@@ -117,6 +117,13 @@ class QueuePort(wiring.Signature):
             "index": Out(stream.Signature(13, always_ready=True)),
             "entry": In(stream.Signature(QueueEntry, always_ready=True)),
         })
+
+
+class TableWrite(data.Struct):
+    """One entry of a pointwise table: entry i of table t has address ``256 * t + i``."""
+
+    address: 12
+    data: 8
 
 
 class RouteSetup(data.Struct):

@@ -66,6 +66,9 @@ def check_feeds(program: Program, feeds: Mapping[str, np.ndarray]) -> int:
         if not len(value):
             raise FeedError(f"Feed {name!r} must have at least one frame, not the shape "
                             f"{list(value.shape)}")
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise FeedError(f"Feed {name!r} must be numbers, not hold NaN, which no integer stands "
+                            "for")
         if frames is not None and len(value) != frames:
             raise FeedError(f"Feeds must have one batch size, not {frames} and, for {name!r}, "
                             f"{len(value)}")

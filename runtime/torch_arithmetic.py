@@ -51,8 +51,9 @@ class Product:
             self.parts = [part.float() for part in turned.split(FLOAT32_DEPTH)]
 
     def sums(self, source: torch.Tensor) -> torch.Tensor:
-        """[rows, channels], exact, in the type that is fastest."""
+        """[rows, channels] of source integers of any type, exact, in the type that is fastest."""
         if self.int8_products:
+            source = source.to(torch.int8)
             # It takes strides at their word, even those of an axis of length 1: any number.
             if source.stride() != (source.shape[1], 1):
                 source = source.contiguous().view(-1).view(source.shape)
@@ -64,49 +65,63 @@ class Product:
                     for columns, part in zip(real.split(FLOAT32_DEPTH, 1), self.parts, strict=True))
         return sum(products, start=torch.zeros((), dtype=torch.float64))
 
-    def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        """`sums` as float64."""
-        return self.sums(source).double()
-
 
 class Scale:
-    """`numerics.requantise` of float64 integers [rows, channels] plus bias, in place.
+    """`numerics.requantise` of integers [rows, channels] plus bias.
 
-    Bias and rounding are one constant for each channel. An int8 result is computed 128 higher,
-    where cutting off the fraction is a floor. reach : largest magnitude of the values by channel,
-    which tells whether 16 bits can saturate.
+    Bias and rounding are one constant for each channel, ``offset``, and a floor follows:
+    y = floor(value * factor + offset). `dtype` is float32 where that is exact. With
+    u = 1 / 2**s the unit of `factor` (and of `offset`: s is 1 at least), a float32 holds multiples
+    of u up to 2**24 u, and L = 2**7 or 2**15 is where y saturates. Let
+    min(L, largest value * factor) + offset <= 2**24 u in magnitude. Then
+
+    - a product that is not exact is 2**24 u or more (its exact value is beyond 2**24 u, which a
+      float32 holds, and rounding keeps the order), so that with `offset` it is L or more: y
+      saturates, as it should; the same is true of a value beyond 2**24, as factor >= u;
+    - a sum that is not exact is beyond 2**24 u >= L and saturates, too.
+
+    reach : largest magnitude of the values by channel.
     """
 
     def __init__(self, affine: Affine, *, wide: bool = False, table: np.ndarray | None = None,
                  reach: np.ndarray | float = np.inf):
         factor = np.ldexp(np.asarray(affine.multiplier, np.float64),
                           -np.asarray(affine.shift, np.int32))
-        offset = np.asarray(affine.bias, np.float64) * factor + (0.5 if wide else 128.5)
-        self.factor, self.offset = torch.from_numpy(factor), torch.from_numpy(offset)
-        self.wide = wide
-        largest = (reach + np.abs(np.asarray(affine.bias, np.float64))) * factor + 1
-        self.saturates = bool((largest > 32767).any())
-        self.table = None if table is None else pair_table(np.roll(np.asarray(table, np.int8), 128))
+        offset = np.asarray(affine.bias, np.float64) * factor + 0.5
+        self.limit = 32768 if wide else 128
+        largest = np.where(factor > 0, reach, 0) * factor
+        self.saturates = bool((largest + np.abs(offset) >= self.limit).any())
+        exact = np.minimum(self.limit, largest) + np.abs(offset) <= (1 << 24) * _unit(affine)
+        self.dtype = torch.float32 if exact.all() else torch.float64
+        self.factor, self.offset = (torch.from_numpy(array).to(self.dtype)
+                                    for array in (factor, offset))
+        self.table = None if table is None else pair_table(np.asarray(table, np.int8))
 
-    def linear(self, value: torch.Tensor) -> torch.Tensor:
-        """What `finish` rounds."""
-        return torch.addcmul(self.offset, value, self.factor, out=value)
+    def linear(self, value: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """What `finish` rounds, of integers of any type, in `out` or instead of a `value` of `dtype`.
+
+        A wider `out` holds it, too.
+        """
+        value = value.to(self.dtype)
+        return torch.addcmul(self.offset, value, self.factor, out=value if out is None else out)
 
     def finish(self, value: torch.Tensor) -> torch.Tensor:
-        """int8 [rows, channels], or float64 integers of 16 bits where `wide`."""
-        if self.wide:
-            return value.floor_().clamp_(-32768, 32767) if self.saturates else value.floor_()
-        if self.table is None:
-            return to_int8(value)
-        return look_up(self.table, value.clamp_(0, 255.5).to(torch.int16).to(torch.uint8))
+        """Integers of 8 bits (where `wide`, of 16) in `value`; with a table, its entries as int8."""
+        value.floor_()
+        if self.saturates:
+            value.clamp_(-self.limit, self.limit - 1)
+        return value if self.table is None else look_up(self.table, value.to(torch.int8))
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        """`finish` of `linear`."""
         return self.finish(self.linear(value))
 
 
-def to_int8(value: torch.Tensor) -> torch.Tensor:
-    """Floor of ``value - 128``, saturated; changes `value`."""
-    return value.clamp_(0, 255.5).to(torch.int16).sub_(128).to(torch.int8)
+def _unit(affine: Affine) -> np.ndarray:
+    """The largest 2**-s, s >= 1, of which multiplier / 2**shift is a multiple."""
+    multiplier = np.asarray(affine.multiplier, np.int64)
+    lowest = np.where(multiplier > 0, multiplier & -multiplier, 1 << 62)
+    return np.minimum(np.ldexp(lowest.astype(np.float64), -np.asarray(affine.shift, np.int32)), 0.5)
 
 
 def pair_table(table: np.ndarray) -> torch.Tensor:
@@ -116,7 +131,7 @@ def pair_table(table: np.ndarray) -> torch.Tensor:
 
 
 def look_up(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """int8 entries, two at a time, for uint8 `index` of any contiguous shape."""
+    """int8 entries, two at a time, for `index` (bytes) of any contiguous shape."""
     flat = index.view(-1)
     if len(flat) % 2:
         flat = torch.cat([flat, flat[:1]])

@@ -1,7 +1,9 @@
 """Each operation of the quantised graph as a PyTorch function over a batch of frames.
 
-Tensors are [frames, rows, channels]: activations int8, residuals float64 that hold int16. A route
-is a pair of [frames * rows, chosen]: experts int64 and gate weights float64.
+Tensors are [rows, frames, channels], so that some rows of every frame, and one head of all of them,
+lie in memory at one stride. Activations are int8, or float32 where only attention reads them;
+residuals float32 that holds int16. A route is a pair of [rows * frames, chosen]: experts int64 and
+gate weights float64.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,6 @@ from .torch_arithmetic import (
     gate_weight_table,
     inverse,
     probability_table,
-    to_int8,
     top_experts,
 )
 
@@ -33,117 +34,127 @@ Values = dict[str, Any]  # by name: a tensor, or a route's pair of tensors
 # relative error of 2**-14, cannot leave int16.
 UNSATURATED_CHANNELS = 1000
 TABLED_KEYS = 256  # a table of row scales has 1023 entries for each key
+HIDDEN = -1 << 30  # below every score
 
 
-def by_frame(rows: torch.Tensor, frames: int) -> torch.Tensor:
-    """[frames, rows, channels] of [frames * rows, channels]."""
-    return rows.view(frames, len(rows) // frames, rows.shape[1])
+def by_row(flat: torch.Tensor, frames: int) -> torch.Tensor:
+    """[rows, frames, channels] of [rows * frames, channels]."""
+    return flat.view(len(flat) // frames, frames, flat.shape[1])
 
 
 @singledispatch
-def prepare(op: quantised.Operation) -> Callable[[Values, int], object]:
-    """The function of (values, frames) that computes `op`'s output from the values by name."""
+def prepare(op: quantised.Operation, attended: bool) -> Callable[[Values, int], object]:
+    """The function of (values, frames) that computes `op`'s output from the values by name.
+
+    attended : whether nothing but attention reads an activation.
+    """
     raise TypeError(f"Operation must be one of {list(quantised.OPERATIONS)}, not {op!r}")
 
 
 @prepare.register
-def _(op: quantised.Constant):
-    value = torch.from_numpy(np.asarray(op.value, np.float64))
-    return lambda values, frames: value.expand(frames, -1, -1)
+def _(op: quantised.Constant, attended: bool):
+    value = torch.from_numpy(np.asarray(op.value, np.float32)).unsqueeze(1)
+    return lambda values, frames: value.expand(-1, frames, -1)
 
 
 @prepare.register
-def _(op: quantised.Linear):
-    product, scale = Product(op.weight), Scale(op.affine, table=op.table)
+def _(op: quantised.Linear, attended: bool):
+    product = Product(op.weight)
+    scale = Scale(op.affine, table=op.table, reach=product.reach)
+    dtype = torch.float32 if attended else torch.int8
 
     def linear(values: Values, frames: int) -> torch.Tensor:
-        source = values[op.source]
-        return by_frame(scale(product(source.flatten(0, 1))), frames)
+        return by_row(scale(product.sums(values[op.source].flatten(0, 1))).to(dtype), frames)
     return linear
 
 
 @prepare.register
-def _(op: quantised.AddLinear):
+def _(op: quantised.AddLinear, attended: bool):
     product = Product(op.weight)
     scale = Scale(op.affine, wide=True, reach=product.reach)
 
     def add_linear(values: Values, frames: int) -> torch.Tensor:
         source = values[op.source]
-        update = by_frame(scale(product(source.flatten(0, 1))), frames)
+        update = by_row(scale(product.sums(source.flatten(0, 1))).float(), frames)
         if op.residual is None:
             return update
-        residual = values[op.residual]
-        if update.shape == residual.shape:
-            return update.add_(residual).clamp_(-32768, 32767)
-        result = residual.clone(memory_format=torch.contiguous_format)
-        rows = result[:, op.first_row:op.first_row + source.shape[1]]
-        rows.add_(update).clamp_(-32768, 32767)
-        return result
+        residual, last_row = values[op.residual], op.first_row + len(source)
+        update.add_(residual[op.first_row:last_row]).clamp_(-32768, 32767)
+        if len(update) == len(residual):
+            return update
+        return torch.cat([residual[:op.first_row], update, residual[last_row:]])
     return add_linear
 
 
 @prepare.register
-def _(op: quantised.Norm):
-    scale = Scale(op.affine)
+def _(op: quantised.Norm, attended: bool):
+    scale = Scale(op.affine, reach=32768)
+    dtype = torch.float32 if attended else torch.int8
     # By the exponent field of the variance, which says h: zero, and a float64 below 2**54.
     half = np.maximum((np.arange(1023 + 54) - 1021) >> 1, 0)
     align = torch.from_numpy(np.ldexp(1.0, 32 - 2 * half))
     drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
 
     def norm(values: Values, frames: int) -> torch.Tensor:
-        source = values[op.source][:, op.first_row:op.first_row + op.rows]
-        row = source.flatten(0, 1)
+        source = values[op.source][op.first_row:op.first_row + op.rows]
+        row = source.flatten(0, 1).double()
         channels = row.shape[1]
         if op.mode is NormMode.SCALE:
-            return by_frame(scale(row.clone()), frames)
-        variance = (row * row).sum(-1, keepdim=True).mul_(channels).add_(op.epsilon)
+            return by_row(scale(row).to(dtype), frames)
+        variance = (row * row).sum(-1).mul_(channels).add_(op.epsilon)
         if op.mode is NormMode.LAYER:
-            total = row.sum(-1, keepdim=True)
-            variance -= total * total
-        exponent = (variance.view(torch.int64) >> 52).view(-1)
-        root = align.index_select(0, exponent).view(-1, 1).mul_(variance).floor_().sqrt_().floor_()
-        step = (4294967296.0 / root.clamp_(min=1)).floor_()
-        step *= drop.index_select(0, exponent).view(-1, 1)
-        offset = 0.5 - total * step if op.mode is NormMode.LAYER else 0.5
-        value = torch.mul(row, step.mul_(channels)).add_(offset).floor_()
+            total = row.sum(-1)
+            variance.addcmul_(total, total, value=-1)
+        exponent = variance.view(torch.int64) >> 52
+        root = align.index_select(0, exponent).mul_(variance).floor_().sqrt_().floor_()
+        step = root.clamp_(min=1).reciprocal_().mul_(4294967296.0).floor_()
+        step.mul_(drop.index_select(0, exponent))
+        row.mul_((step * channels).unsqueeze(1))
+        if op.mode is NormMode.LAYER:
+            row.sub_(total.mul_(step).sub_(0.5).unsqueeze(1)).floor_()
+        else:
+            row.add_(0.5).floor_()
         if channels > UNSATURATED_CHANNELS:
-            value.clamp_(-32768, 32767)
-        return by_frame(scale(value), frames)
+            row.clamp_(-32768, 32767)
+        return by_row(scale(row).to(dtype), frames)
     return norm
 
 
 @prepare.register
-def _(op: quantised.Attention):
+def _(op: quantised.Attention, attended: bool):
     key_head = torch.arange(op.heads) * op.key_heads // op.heads
+    loud = op.out_multiplier * 2.0 ** -op.out_shift > 200  # 128 times this leaves int16
     probabilities: dict[int, torch.Tensor] = {}  # by width of a head
     factors: dict[int, torch.Tensor] = {}  # by number of keys
 
     def by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-        """float32 [frames, heads of the query, rows, width]."""
-        frames, rows, channels = tensor.shape
-        split = tensor.view(frames, rows, heads, channels // heads).transpose(1, 2)
+        """float32 [frames * heads of the query, rows, width]."""
+        rows, frames, channels = tensor.shape
+        width = channels // heads
         if heads != op.heads:
-            split = split.index_select(1, key_head)
-        return split.to(torch.float32, memory_format=torch.contiguous_format)
+            tensor = tensor.view(rows, frames, heads, width).index_select(2, key_head)
+        return tensor.float().view(rows, frames * op.heads, width).transpose(0, 1)
 
     def weighed(values: Values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities float32 [frames, heads, rows, keys] and their sums."""
+        """Probabilities float32 [frames * heads, rows, keys], and their sums [..., 1]."""
         key = by_head(values[op.key], op.key_heads)
         query = by_head(values[op.query], op.heads)
         width = query.shape[-1]
         exact = torch.float32 if width <= 1024 else torch.float64
-        scores = torch.matmul(query.to(exact), key.to(exact).transpose(2, 3))
+        # int32, because torch finds the maximum of a short row of floats element by element.
+        scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).to(torch.int32)
+        rows, keys = scores.shape[1:]
         if op.causal:
-            rows, keys = scores.shape[2:]
-            hidden = torch.ones(rows, keys, dtype=torch.bool).triu_(1 + keys - rows)
-            scores.masked_fill_(hidden, -torch.inf)
-        torch.sub(scores.amax(-1, keepdim=True), scores, out=scores)
+            scores.masked_fill_(torch.ones(rows, keys, dtype=torch.bool).triu_(1 + keys - rows),
+                                HIDDEN)
         if width not in probabilities:
             probabilities[width] = probability_table(op.multiplier, op.shift, width * 128 * 255)
         table = probabilities[width]
-        index = scores.clamp_(max=len(table) - 1).to(torch.int32)
-        weights = table.index_select(0, index.view(-1)).view(index.shape)
-        return weights, weights.sum(-1, keepdim=True)
+        index = torch.sub(scores.amax(-1, keepdim=True), scores, out=scores)
+        index.clamp_(max=len(table) - 1)
+        weights = table.index_select(0, index.view(-1)).view(-1, keys)
+        total = torch.mv(weights, torch.ones(keys))
+        return weights.view(-1, rows, keys), total.view(-1, rows, 1)
 
     def factor(total: torch.Tensor) -> torch.Tensor:
         """`numerics.row_scale` as one float64 for each sum of probabilities."""
@@ -161,33 +172,39 @@ def _(op: quantised.Attention):
 
     def attention(values: Values, frames: int) -> torch.Tensor:
         value = by_head(values[op.value], op.key_heads)
+        keys, width = value.shape[1:]
         if op.query is None:
-            keys = value.shape[2]
-            weights = torch.full((frames, op.heads, 1, keys), 1023.0)
+            weights = torch.full((frames * op.heads, 1, keys), 1023.0)
             total = weights.sum(-1, keepdim=True)
         else:
             weights, total = weighed(values)
-        # Every partial sum is at most total * 128.
-        exact = torch.float32 if total.max() <= 1 << 17 else torch.float64
-        mean = torch.matmul(weights.to(exact), value.to(exact)).double()
-        result = to_int8(mean.mul_(looked_up(total, value.shape[2])).add_(128.5))
-        return result.transpose(1, 2).flatten(2)
+        # Every partial sum is at most total * 128, and total at most keys * 1023.
+        exact = torch.float32 if keys <= 128 or total.max() <= 1 << 17 else torch.float64
+        mean = torch.bmm(weights.to(exact), value.to(exact)).double()
+        mean.mul_(looked_up(total, keys)).add_(128.5)
+        if loud:
+            mean.clamp_(0, 255.5)
+        # Cutting off the fraction is a floor above 0, and what is below becomes 0 anyway.
+        result = torch.empty(mean.shape[1], *value.shape[::2], dtype=torch.int16)
+        result.transpose(0, 1).copy_(mean)
+        result = result.clamp_(0, 255).sub_(128).to(torch.int8)
+        return result.view(mean.shape[1], frames, op.heads * width)
     return attention
 
 
 @prepare.register
-def _(op: quantised.Route):
+def _(op: quantised.Route, attended: bool):
     product, table = Product(op.weight), gate_weight_table()
     bias = torch.from_numpy(np.asarray(op.bias, np.float64))
     factor = op.multiplier * 2.0 ** -op.shift
 
     def route(values: Values, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = product(values[op.source].flatten(0, 1)).add_(bias)
+        logits = product.sums(values[op.source].flatten(0, 1)).double().add_(bias)
         experts = top_experts(logits, op.chosen)
         chosen = logits.gather(1, experts)
         compared = chosen if op.over_chosen else logits
         steps = (chosen[:, :1] - compared).mul_(factor).add_(0.5)
-        index = steps.clamp_(max=len(table) - 1).to(torch.int64)
+        index = steps.clamp_(max=len(table) - 1).to(torch.int32)
         weights = table.index_select(0, index.view(-1)).view(index.shape)
         r, octave = inverse(weights.sum(-1, keepdim=True))
         if not op.over_chosen:
@@ -197,44 +214,51 @@ def _(op: quantised.Route):
 
 
 @prepare.register
-def _(op: quantised.Experts):
-    count = len(op.up)
-    up = [Product(weight) for weight in op.up]
-    down = [Product(weight) for weight in op.down]
-    up_scale = [Scale(_of_expert(op.up_affine, e), table=op.table) for e in range(count)]
-    down_scale = [Scale(_of_expert(op.down_affine, e), wide=True, reach=down[e].reach)
-                  for e in range(count)]
-    finish_down = max(down_scale, key=lambda scale: scale.saturates).finish
+def _(op: quantised.Experts, attended: bool):
+    up = [(product, Scale(_of_expert(op.up_affine, expert), table=op.table, reach=product.reach))
+          for expert, product in enumerate(map(Product, op.up))]
+    down = [(product, Scale(_of_expert(op.down_affine, expert), wide=True, reach=product.reach))
+            for expert, product in enumerate(map(Product, op.down))]
 
-    def each(products, scales, source: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Scaled products of the experts' rows, which follow one another."""
-        parts = source.split(counts)
-        value = torch.cat([product.sums(part) for product, part in zip(products, parts)
-                           if len(part)]).double()
-        for scale, part in zip(scales, value.split(counts)):
+    finish_up, finish_down = (max((scale for _, scale in layers),
+                                  key=lambda scale: scale.saturates).finish
+                              for layers in (up, down))
+
+    def each(layers: list[tuple[Product, Scale]], source: torch.Tensor,
+             counts: list[int]) -> torch.Tensor:
+        """What the scales round, for the experts' rows, which follow one another."""
+        dtype = torch.float32
+        if any(scale.dtype == torch.float64 for _, scale in layers):
+            dtype = torch.float64
+        result = torch.empty(len(source), len(layers[0][1].factor), dtype=dtype)
+        parts = zip(layers, source.split(counts), result.split(counts), strict=True)
+        for (product, scale), part, own in parts:
             if len(part):
-                scale.linear(part)
-        return finish_down(value) if scales is down_scale else scales[0].finish(value)
+                scale.linear(product.sums(part), own)
+        return result
 
     def experts(values: Values, frames: int) -> torch.Tensor:
         source, residual = values[op.source], values[op.residual]
         chosen, gates = values[op.route]
-        chosen, order = chosen.sort(-1)  # a row's updates are added in the order of the experts
-        gates = gates.gather(1, order)
         # Entry i of the queues of all experts, one behind the other, is slot queue[i] of the rows.
         flat = chosen.view(-1).numpy().astype(np.uint8)
-        queue = torch.from_numpy(np.argsort(flat, kind="stable"))
-        counts = np.bincount(flat, minlength=count).tolist()
-        rows = source.flatten(0, 1).index_select(0, queue // chosen.shape[1])
-        update = each(down, down_scale, each(up, up_scale, rows, counts), counts)
-        gate = gates.view(-1).index_select(0, queue).mul_(2.0 ** -16)
-        update.mul_(gate.view(-1, 1)).add_(0.5).floor_()
-        place = torch.empty_like(queue)
-        place[queue] = torch.arange(len(queue))
+        queue = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat, minlength=len(up)).tolist()
+        rows = source.flatten(0, 1).index_select(0, torch.from_numpy(queue // chosen.shape[1]))
+        hidden = finish_up(each(up, rows, counts)).to(torch.int8)
+        update = finish_down(each(down, hidden, counts)).to(torch.int32)
+        # (2**15 - 1) * 65535 + 2**15 and -2**15 * 65535 fit.
+        gate = gates.to(torch.int32).view(-1).index_select(0, torch.from_numpy(queue))
+        update.mul_(gate.unsqueeze(1)).add_(32768).bitwise_right_shift_(16)
+        update = update.float()
+        place = np.empty_like(queue)
+        place[queue] = np.arange(len(queue))
+        # A row's updates are added in the order of the experts, which is that of the queues.
+        place = torch.from_numpy(place).view(chosen.shape).sort(-1).values
         result = residual.flatten(0, 1)
-        for slot in place.view(chosen.shape).unbind(1):
+        for slot in place.unbind(1):
             result = update.index_select(0, slot).add_(result).clamp_(-32768, 32767)
-        return by_frame(result, frames)
+        return by_row(result, frames)
     return experts
 
 

@@ -22,6 +22,7 @@ __all__ = ["TorchDevice"]
 # Frames that run together: as many as keep the largest tensor (as float64) about this large, so
 # that it stays in a core's second-level cache between one pass over it and the next.
 CHUNK_BYTES = 1 << 21
+KEPT_BYTES = 1 << 24
 
 
 @functools.cache
@@ -44,24 +45,30 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_workers.cache_clear)
-_INPUT = {Memory.ACTIVATION: np.int8, Memory.RESIDUAL: np.float64}
+_INPUT = {Memory.ACTIVATION: np.int8, Memory.RESIDUAL: np.float32}
 
 
 class _Prepared:
     """A step's operations with their constants, and when each tensor is needed last."""
 
     def __init__(self, step: DeviceStep):
+        read = {name for op in step.operations if not isinstance(op, quantised.Attention)
+                for name in _sources(op)}
         self.operations: list[tuple[quantised.Operation, Callable[[Values, int], object]]] = [
-            (op, prepare(op)) for op in step.operations]
+            (op, prepare(op, op.output not in read)) for op in step.operations]
         last = {name: number for number, op in enumerate(step.operations)
                 for name in (op.output, *_sources(op))}
         outputs = {port.tensor for port in step.outputs}
         self.dropped = [[name for name, when in last.items() if when == number
                          and name not in outputs] for number in range(len(step.operations))]
         self.frame_bytes = 8 * max([1, *_elements(step)])
+        # glibc returns memory to the system above twice the largest block freed so far (mallopt(3)),
+        # and every run would have its pages mapped anew.
+        torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
     def run(self, inputs: Values, frames: int, keep: bool) -> Values:
-        values = dict(inputs)
+        """All tensors, or the step's outputs; those that enter are [frames, rows, channels]."""
+        values = {name: tensor.transpose(0, 1).contiguous() for name, tensor in inputs.items()}
         for (op, function), dropped in zip(self.operations, self.dropped):
             values[op.output] = function(values, frames)
             if not keep:
@@ -133,9 +140,8 @@ def _each(part: Callable[[int, int], list[np.ndarray]], edges: list[int], frame_
 
 def _integers(value, frames: int) -> np.ndarray:
     if isinstance(value, tuple):
-        pair = torch.stack([value[0], value[1].to(torch.int64)], -1)
-        return pair.unflatten(0, (frames, -1)).numpy()
-    return value.to(torch.int64).contiguous().numpy()
+        value = torch.stack([value[0], value[1].to(torch.int64)], -1).unflatten(0, (-1, frames))
+    return value.to(torch.int64).transpose(0, 1).contiguous().numpy()
 
 
 def _sources(op: quantised.Operation) -> list[str]:

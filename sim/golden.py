@@ -150,6 +150,8 @@ class Machine:
         c = self.config
         entries = np.array(self.queues[i.expert] if i.queued else [(r, 0) for r in range(i.rows)],
                            np.int64).reshape(-1, 2)
+        if not (len(entries) and i.source_words and i.channels):
+            return
         own = np.arange(len(entries))
         source = self._rows(i.source, entries[:, 0] if i.gather else own, i.source_stride,
                             i.source_words)
@@ -173,7 +175,7 @@ class Machine:
             self._write(self.activation, i.destination, target, i.destination_stride, result)
             return
         update = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
-        if i.gated:
+        if i.gated and i.queued:
             update = numerics.gated(update, entries[:, 1:])
         if i.accumulate:
             channel = np.arange(i.channels)
@@ -183,8 +185,6 @@ class Machine:
 
     def _route(self, i: Instruction, logits: np.ndarray) -> None:
         self.queues = [[] for _ in range(self.config.max_experts)]
-        if not len(logits):
-            return
         chosen = numerics.chosen_experts(logits, i.chosen)
         weights = numerics.gate_weights(logits, chosen, i.multiplier, i.shift,
                                         over_chosen=bool(i.over_chosen))

@@ -1,5 +1,6 @@
 """Bad input at the command line: one line that names the thing, status 1, nothing half-written."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moeware import cli
 from moeware.hw.arch.program import Program
-from moeware.runtime import board_device
+from moeware.runtime import board_device, device
 
 from .hw.arch.configs import CONFIGS, config
 from .runtime.reference import Graph
@@ -85,8 +86,8 @@ def pristine(tmp_path_factory) -> Path:
     (folder / "text.npz").write_text("no archive")
     (folder / "cut.npz").write_bytes((folder / "images.npz").read_bytes()[:300])
     (folder / "folder").mkdir()
-    for name, sizes in (("config", {}), ("other", dict(queue=5)), ("small", dict(activation_words=4)),
-                        ("narrow", dict(residual_words=4)), ("thin", dict(weight_words=4))):
+    for name, sizes in (("config", {}), ("other", {"queue": 5}), ("small", {"activation_words": 4}),
+                        ("narrow", {"residual_words": 4}), ("few", {"max_rows": 2})):
         chosen = config(2, 4, 2, 2, 2, 8, activation_banks=1, **sizes)
         (folder / f"{name}.json").write_text(json.dumps(chosen.to_dict()))
     (folder / "odd.json").write_text(json.dumps(CONFIGS[0].to_dict() | {"depth": 0}))
@@ -101,12 +102,10 @@ def pristine(tmp_path_factory) -> Path:
     for name, arrays in (("feeds", {"input0": good}), ("feed-name", {"input1": good, "x": good}),
                          ("feed-shape", {"input0": good[:, :1]}),
                          ("feed-type", {"input0": good.astype(np.int32)}),
-                         ("feed-none", {"input0": good[:0]})):
+                         ("feed-none", {"input0": good[:0]}),
+                         ("feed-nan", {"input0": good * np.float32(np.nan)})):
         np.savez(folder / f"{name}.npz", **arrays)
     return folder
-
-
-COMPILE = ["compile", "good.onnx", "--config", "config.json", "--calibration", "images.npz"]
 
 
 def compiling(model: str = "good.onnx", configuration: str = "config.json",
@@ -115,7 +114,7 @@ def compiling(model: str = "good.onnx", configuration: str = "config.json",
 
 
 def running(program: str = "good.moe", feeds: str = "feeds.npz", *more: str) -> list[str]:
-    return ["run", program, feeds, "--device", "torch", "-o", "out.npz", *more]
+    return ["run", program, feeds, "--device", "torch", *more, "-o", "out.npz"]
 
 
 CASES = {
@@ -123,55 +122,61 @@ CASES = {
     "folder as model": (compiling("folder"), "Model file must exist, not 'folder'"),
     "text": (compiling("text.onnx"), "Model text.onnx must be a complete ONNX file"),
     "empty": (compiling("empty.onnx"), "Model empty.onnx must be an ONNX file with a graph"),
-    "truncated": (compiling("truncated.onnx"), "Model truncated.onnx must be a complete ONNX file, "
-                  "not one that is truncated"),
-    "external data": (compiling("external.onnx"), "must be beside the model, but 'weights.bin' is "
-                      "missing"),
+    "truncated": (compiling("truncated.onnx"), ("Model truncated.onnx must be a complete ONNX file, "
+                  "not one that is truncated")),
+    "external data": (compiling("external.onnx"), ("must be beside the model, but 'weights.bin' is "
+                      "missing")),
     "short external data": (compiling("short.onnx"), "must be readable from 'short.bin'"),
-    "dynamic": (compiling("dynamic.onnx"), "Axis 2 of graph input 'image' must be fixed, not dynamic "
-                "(height)"),
-    "batch of 8": (compiling("batch8.onnx"), "Batch axis of graph input 'image' must be dynamic or 1, "
-                   "not 8"),
+    "dynamic": (compiling("dynamic.onnx"), ("Axis 2 of graph input 'image' must be fixed, not dynamic "
+                "(height)")),
+    "batch of 8": (compiling("batch8.onnx"), ("Batch axis of graph input 'image' must be dynamic or 1, "
+                   "not 8")),
     "old opset": (compiling("old.onnx"), "Opset of ai.onnx must be between 17 and 24, not 11"),
     "new opset": (compiling("new.onnx"), "Opset of ai.onnx must be between 17 and 24, not 99"),
     "nan": (compiling("nan.onnx"), "Initializer 'branch' must be finite, not hold 1 NaN values"),
-    "infinite": (compiling("infinite.onnx"), "Initializer 'branch' must be finite, not hold 1 "
-                 "infinite values"),
+    "infinite": (compiling("infinite.onnx"), ("Initializer 'branch' must be finite, not hold 1 "
+                 "infinite values")),
     "wrong types": (compiling("double.onnx"), "Model double.onnx must be a valid ONNX graph"),
     "check text": (["check", "text.onnx"], "Model text.onnx must be a complete ONNX file"),
     "no samples": (compiling(samples="absent.npz"), "Calibration data absent.npz must be"),
     "samples of no kind": (compiling(samples="text.npz"), "Calibration data text.npz must be"),
     "cut samples": (compiling(samples="cut.npz"), "Calibration data cut.npz must be"),
-    "samples of wrong shape": (compiling(samples="shape.npz"), "Calibration data 'image' must have "
-                               "the shape [frames, 1, 4, 4], not [9, 1, 2, 4]"),
+    "samples of wrong shape": (compiling(samples="shape.npz"), ("Calibration data 'image' must have "
+                               "the shape [frames, 1, 4, 4], not [9, 1, 2, 4]")),
     "flat samples": (compiling(samples="flat.npz"), "Calibration data 'image' must have the shape"),
     "strings": (compiling(samples="strings.npz"), "Calibration data 'image' must be numbers"),
-    "no frames": (compiling(samples="none.npz"), "Calibration data 'image' must have at least one "
-                  "frame"),
-    "no arrays": (compiling(samples="nothing.npz"), "Calibration data nothing.npz must hold an array "
-                  "'image'"),
-    "other arrays": (compiling(samples="names.npz"), "must hold an array 'image' or 'calibration', "
-                     "not ['left', 'right']"),
+    "no frames": (compiling(samples="none.npz"), ("Calibration data 'image' must have at least one "
+                  "frame")),
+    "no arrays": (compiling(samples="nothing.npz"), ("Calibration data nothing.npz must hold an array "
+                  "'image'")),
+    "other arrays": (compiling(samples="names.npz"), ("must hold an array 'image' or 'calibration', "
+                     "not ['left', 'right']")),
     "empty folder": (compiling(samples="folder"), "folder must hold .npy files of the one input"),
     "nan samples": (compiling(samples="nan.npz"), "Calibration data 'image' must be finite"),
     "huge samples": (compiling(samples="huge.npz"), "must stay finite on the calibration data"),
     "no board": (compiling(configuration="absent"), "Board must be one of"),
-    "no configuration": (compiling(configuration="absent.json"), "Configuration absent.json must be a "
-                         "readable JSON file"),
-    "bad field": (compiling(configuration="odd.json"), "Config.depth must be an integer between 1 and "
-                  "64, not 0"),
-    "small activations": (compiling(configuration="small.json"), "words must fit in the activation "
-                          "memory of 4 words beside"),
-    "small residual": (compiling(configuration="narrow.json"), "words must fit in the residual "
-                       "memory of 4 words"),
-    "small weights": (compiling(configuration="thin.json"), "Config.weight_words = 4"),
+    "no configuration": (compiling(configuration="absent.json"), ("Configuration absent.json must be a "
+                         "readable JSON file")),
+    "bad field": (compiling(configuration="odd.json"), ("Config.depth must be an integer between 1 and "
+                  "64, not 0")),
+    "small activations": (compiling(configuration="small.json"), ("words must fit in the activation "
+                          "memory of 4 words beside")),
+    "small residual": (compiling(configuration="narrow.json"), ("words must fit in the residual "
+                       "memory of 4 words")),
+    "few rows": (compiling(configuration="few.json"), ("The keys of MeanTokens_0 takes 4, 2 more than "
+                 "Config.max_rows = 2")),
     "no such folder": (compiling(output="absent/out.moe"), "absent"),
     "program into a folder": (compiling(output="folder"), "folder"),
-    "wrong stage": ([*COMPILE, "--stop", "fly"], "Stage must be one of load, "),
+    "wrong stage": ([*compiling(), "--stop", "fly"], "Stage must be one of load, "),
+    "no dump": ([*compiling(), "--start", "tile"], "Starting at 'tile' must have a dump folder"),
+    "empty dump": ([*compiling(), "--start", "tile", "--dump", "folder"], ("Dump folder folder must "
+                   "hold the stage 'quantise'")),
+    "file as dump": ([*compiling(), "--dump", "good.moe"], "File exists: 'good.moe'"),
     "no program": (running("absent.moe"), "No such file or directory: 'absent.moe'"),
     "folder as program": (running("folder"), "Is a directory: 'folder'"),
     "empty program": (running("zero.moe"), "zero.moe must start with"),
-    "model as program": (running("text.onnx"), "text.onnx must start with"),
+    "array as program": (running("feeds.npz"), "feeds.npz must start with"),
+    "model as program": (running("good.onnx"), "compile the model once and open the program"),
     "cut program": (running("cut.moe"), "cut.moe is truncated or damaged"),
     "flipped program": (running("flipped.moe"), "flipped.moe is truncated or damaged"),
     "no feeds": (running(feeds="absent.npz"), "No such file or directory: 'absent.npz'"),
@@ -179,16 +184,17 @@ CASES = {
     "cut feeds": (running(feeds="cut.npz"), "Inputs cut.npz must be a .npz or .npy file"),
     "folder as feeds": (running(feeds="folder"), "Is a directory: 'folder'"),
     "feed of another name": (running(feeds="feed-name.npz"), "must have the array 'input0'"),
-    "feed of wrong shape": (running(feeds="feed-shape.npz"), "Feed 'input0' must have the shape "
-                            "['batch', 2, 3], not [3, 1, 3]"),
-    "feed of wrong type": (running(feeds="feed-type.npz"), "Feed 'input0' must be a numpy array of "
-                           "float32"),
-    "feed without frames": (running(feeds="feed-none.npz"), "Feed 'input0' must have at least one "
-                            "frame"),
+    "feed of wrong shape": (running(feeds="feed-shape.npz"), ("Feed 'input0' must have the shape "
+                            "['batch', 2, 3], not [3, 1, 3]")),
+    "feed of wrong type": (running(feeds="feed-type.npz"), ("Feed 'input0' must be a numpy array of "
+                           "float32")),
+    "feed without frames": (running(feeds="feed-none.npz"), ("Feed 'input0' must have at least one "
+                            "frame")),
+    "feed of nan": (running(feeds="feed-nan.npz"), "Feed 'input0' must be numbers, not hold NaN"),
     "no frames asked for": (running("good.moe", "feeds.npz", "--frames", "0"), "at least one"),
     "negative frames": (running("good.moe", "feeds.npz", "--frames", "-1"), "at least one"),
-    "outputs into nowhere": (running("good.moe", "feeds.npz", "-o", "absent/out.npz"), "absent"),
-    "outputs into a folder": (running("good.moe", "feeds.npz", "-o", "folder"), "folder"),
+    "outputs into nowhere": ([*running(), "-o", "absent/out.npz"], "absent"),
+    "outputs into a folder": ([*running(), "-o", "folder"], "folder"),
 }
 
 
@@ -228,20 +234,33 @@ def test_good_input_replaces_what_was_there(folder, capsys):
     assert np.load("out.npz")["linear0"].shape == (3, 2, 4)
 
 
-def test_a_program_of_another_configuration_names_both(folder, capsys):
-    from moeware.runtime.device import DeviceError, check_digest
-    from moeware.hw.arch.config import Config
-    assert cli.main(compiling()) == 0
-    other = Config.from_dict(json.loads(Path("other.json").read_text()))
-    program = Program.load("out.moe")
-    with pytest.raises(DeviceError) as error:
-        check_digest("board", other.digest, other, program.config)
-    assert f"{other.digest:#010x}" in str(error.value)
-    assert f"{program.config.digest:#010x}" in str(error.value)
+class OtherBoard:
+    """A board that was built for another configuration."""
+
+    name, counters = "board", []
+    config = config(1, 2, 2, 1, 1, 2)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_folder_is_named(folder, capsys):
-    Path("folder").chmod(0o500)
-    assert cli.main(compiling(output="folder/out.moe")) == 1
-    assert "Permission denied" in capsys.readouterr().err and not list(Path("folder").iterdir())
+def test_a_program_of_another_configuration_names_both(folder, capsys, monkeypatch):
+    monkeypatch.setitem(device._factories, "board", lambda config, **options: OtherBoard())
+    before = contents(folder)
+    arguments = running()
+    arguments[arguments.index("torch")] = "board"
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    for digest in (OtherBoard.config.digest, Program.load("good.moe").config.digest):
+        assert f"{digest:#010x}" in error
+    assert error.startswith("moeware: error: Configuration of board must have the digest")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [compiling(), running()], ids=["compile", "run"])
+def test_a_write_that_fails_leaves_the_file_as_it_was(folder, capsys, monkeypatch, arguments):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    monkeypatch.setattr(os, "replace", full)
+    before = contents(folder)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("moeware: error: ") and f"No space left on device: '{arguments[-1]}'" in error
+    assert contents(folder) == before

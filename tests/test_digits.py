@@ -8,7 +8,8 @@ import pytest
 import moeware
 from moeware.cli.demo import accuracy, expert_agreement
 from moeware.cli.simulate import compare
-from moeware.hw.arch.program import DeviceStep
+from moeware.hw.arch.program import DeviceStep, Program
+from moeware.runtime.torch_path import TorchDevice
 from moeware.sim.golden import GoldenDevice
 from moeware.sim.rtl import RtlDevice
 
@@ -24,7 +25,7 @@ def data() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[bool, moeware.Program]:
+def programs() -> dict[bool, Program]:
     return {trace: moeware.compile(MODEL, BOARD, SAMPLES, trace=trace) for trace in (False, True)}
 
 
@@ -46,7 +47,7 @@ def test_integers_are_as_right_as_floats(programs, data):
 
 def test_twenty_images_back_to_back_are_equal_on_gateware(programs, data):
     devices = {"RTL": RtlDevice(programs[True].config), "golden": GoldenDevice(),
-               "PyTorch": moeware.open_device("torch", None)}
+               "PyTorch": TorchDevice()}
     found = compare(programs[True], devices, {"image": data["images"][:20]})
     assert found["equal"], found["text"]
     assert found["values"] > 20 * 40_000

@@ -7,8 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
-from ..interfaces import EngineSignature, WritePort
-from ..linear.scale import TableWrite
+from ..interfaces import EngineSignature, TableWrite, WritePort
 from ..ports import Burst
 from .bursts import BurstSplitter
 from .geometry import geometries

@@ -8,21 +8,14 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..arch.isa import Opcode, Target
 from ..arch.numerics import GATE_BITS
-from ..interfaces import fields_layout
+from ..interfaces import TableWrite, fields_layout
 from ..multiply import Multipliers
 from ..requantise import Requantise
 from .parameters import Channel
 
-__all__ = ["Scale", "TableWrite"]
+__all__ = ["Scale"]
 
 _TABLE_LATENCY = 2
-
-
-class TableWrite(data.Struct):
-    """One entry of a pointwise table: entry i of table t has address ``256 * t + i``."""
-
-    address: 12
-    data: 8
 
 
 class Scale(wiring.Component):

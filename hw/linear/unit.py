@@ -13,6 +13,7 @@ from ..interfaces import (
     QueuePort,
     ReadPort,
     RouteSetup,
+    TableWrite,
     WritePort,
     fields_layout,
     parameter_layout,
@@ -24,7 +25,7 @@ from .fill import Fill
 from .issue import Issue
 from .parameters import Parameters
 from .rows import RowAddresses
-from .scale import Scale, TableWrite
+from .scale import Scale
 from .writeback import WriteBack
 
 __all__ = ["LinearUnit"]

@@ -7,7 +7,7 @@
 
 from moeware.runtime.device import Device, register
 
-__all__ = ["Session", "__version__", "compile", "find_board", "find_config"]
+__all__ = ["Config", "Program", "Session", "__version__", "compile", "find_board", "find_config"]
 
 
 def _open_golden(config, **options) -> Device:

@@ -11,7 +11,7 @@ from moeware.hw.arch.config import Config, ConfigError
 from moeware.hw.arch.program import Program
 from moeware.runtime import session
 
-__all__ = ["Session", "compile", "find_board", "find_config"]
+__all__ = ["Config", "Program", "Session", "compile", "find_board", "find_config"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 

@@ -1,7 +1,8 @@
 """Vision transformers as different users write them: timm, Hugging Face, torch.nn, lucidrains, …"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -119,7 +120,7 @@ class Timm(nn.Module):
     """timm's VisionTransformer: convolution, class token, positions, `norm_pre`, `fc_norm`."""
 
     def __init__(self, size, patch, dim, blocks, *, channels=3, classes=5, pool="token",
-                 norm_pre=False, token=True, bias=True, patch_norm=False):
+                 norm_pre=False, token=True, bias=True):
         super().__init__()
         rows = (size // patch) ** 2
         self.proj = nn.Conv2d(channels, dim, patch, patch, bias=bias)
@@ -228,6 +229,46 @@ class Both(nn.Module):
         return self.inner.head(features), features
 
 
+class Features(nn.Module):
+    """Pooled features of a `Timm` model, without a head."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image):
+        return self.inner.features(image)
+
+
+class Hidden(nn.Module):
+    """Logits of a `Timm` model, and the stream after each block."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image):
+        inner = self.inner
+        x = inner.proj(image).flatten(2).transpose(1, 2)
+        x = torch.cat((inner.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + inner.pos_embed
+        states = []
+        for block in inner.blocks:
+            x = block(x)
+            states.append(x)
+        return inner.head(inner.norm(x)[:, 0]), *states
+
+
+class Camera(nn.Module):
+    """Bytes [batch, height, width, channels] before a model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image):
+        return self.inner((image.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25)
+
+
 class Odd(nn.Module):
     """A token mixer that the accelerator has no form for."""
 
@@ -241,13 +282,20 @@ class Odd(nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """A model in evaluation mode, the shape of its image, how many host nodes it may have, and the
-    options of its export (`exports.export`)."""
+    """A model, the shape and type of its image, and whether a part of it runs on the host."""
 
     model: nn.Module
     shape: tuple[int, int, int]
     host: bool = False
-    options: dict = field(default_factory=dict)
+    dtype: type = np.float32
+
+    def images(self, frames: int, seed: int) -> np.ndarray:
+        """Random images [frames, *shape]."""
+        draw = np.random.default_rng(seed)
+        shape = frames, *self.shape
+        if self.dtype == np.uint8:
+            return draw.integers(0, 256, shape).astype(np.uint8)
+        return draw.normal(size=shape).astype(self.dtype)
 
 
 def timm(size=8, patch=4, dim=24, heads=3, hidden=40, depth=2, *, mlp=None, scale=None, bias=True,
@@ -278,7 +326,8 @@ MODELS = {
     "deit": lambda: Example(timm(32, 4, 192, 3, 768, 1), (3, 32, 32)),
     "twelve-heads": lambda: Example(timm(8, 4, 96, 12, 100), (3, 8, 8)),
     "odd-sizes": lambda: Example(timm(9, 3, 15, 5, 29, channels=2), (2, 9, 9)),
-    "one-token": lambda: Example(timm(4, 4, 24, 3, token=False, pool="mean"), (3, 4, 4)),
+    "one-token": lambda: Example(timm(4, 4, 24, 3, token=False, pool="mean"), (3, 4, 4),
+                                 host=True),
     "one-head": lambda: Example(timm(heads=1), (3, 8, 8)),
     "grey": lambda: Example(timm(channels=1), (1, 8, 8)),
     "gelu-tanh": lambda: Example(timm(mlp=lambda: Mlp(24, 40, nn.GELU("tanh"))), (3, 8, 8)),
@@ -287,23 +336,17 @@ MODELS = {
     "no-biases": lambda: Example(timm(bias=False), (3, 8, 8)),
     "layer-scale": lambda: Example(timm(scale=0.3), (3, 8, 8)),
     "layer-scale-tiny": lambda: Example(timm(scale=1e-5), (3, 8, 8)),
-    "one-expert": lambda: Example(timm(mlp=lambda: Moe(24, 40, 1, 1)), (3, 8, 8)),
+    "one-expert": lambda: Example(timm(mlp=lambda: Moe(24, 40, 1, 1)), (3, 8, 8), host=True),
     "top-1": lambda: Example(timm(mlp=lambda: Moe(24, 40, 4, 1, "all")), (3, 8, 8)),
     "sixteen-experts": lambda: Example(timm(mlp=lambda: Moe(24, 30, 16, 4)), (3, 8, 8)),
     "moe-no-biases": lambda: Example(
         timm(mlp=lambda: Moe(24, 30, 4, 2, function=nn.SiLU(), bias=False), bias=False), (3, 8, 8)),
-    "normalised-image": lambda: Example(Around(timm(), normalise=True), (3, 8, 8)),
+    "normalised-image": lambda: Example(Around(timm(), normalise=True), (3, 8, 8), host=True),
     "softmax": lambda: Example(Around(timm(), softmax=True), (3, 8, 8), host=True),
     "odd-block": lambda: Example(timm(attention=lambda: Odd(5)), (3, 8, 8), host=True),
     "two-outputs": lambda: Example(Both(timm()), (3, 8, 8), host=True),
-    "no-head": lambda: Example(FeaturesOnly(timm()), (3, 8, 8), host=True),
+    "no-head": lambda: Example(Features(timm()), (3, 8, 8), host=True),
+    "hidden-states": lambda: Example(Hidden(timm()), (3, 8, 8)),
+    "camera": lambda: Example(Camera(timm()), (8, 8, 3), host=True, dtype=np.uint8),
 }
 
-
-class FeaturesOnly(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, image):
-        return self.inner.features(image)

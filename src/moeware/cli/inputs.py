@@ -23,8 +23,10 @@ def read_inputs(path: str, program: Program, *, array: str | None = None,
     Raises
     ------
     ValueError
-        Not such a file, or an input without an array.
+        Not such a file, an input without an array, or no frames.
     """
+    if frames is not None and frames < 1:
+        raise ValueError(f"Frames to run must be at least one, not {frames}")
     names = [name for name, _, _ in program.inputs]
     try:
         loaded = np.load(path, allow_pickle=False)
