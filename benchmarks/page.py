@@ -1,12 +1,15 @@
-"""Writes docs/figures.md from benchmarks/results/*.json; `--check` only compares."""
+"""Writes docs/figures.md, and in README.md what the demo prints, from benchmarks/results/*.json;
+`--check` only compares."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "figures.md"
+README = ROOT / "README.md"
 
 
 def page() -> str:
@@ -38,12 +41,17 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def readme() -> str:
+    output = json.loads((RESULTS / "demo.json").read_text())["output"]
+    return re.sub(r"(?<=<!-- demo -->\n```\n).*?(?=```\n<!-- /demo -->)", lambda _: output,
+                  README.read_text(), flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    text = page()
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text() != text:
-            sys.exit(f"{PAGE.relative_to(ROOT)} must be what the results give: run "
+    for path, text in ((PAGE, page()), (README, readme())):
+        if "--check" not in sys.argv:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(ROOT)}")
+        elif not path.is_file() or path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} must be what the results give: run "
                      "python benchmarks/page.py")
-    else:
-        PAGE.write_text(text)
-        print(f"wrote {PAGE.relative_to(ROOT)}")

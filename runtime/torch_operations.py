@@ -22,9 +22,9 @@ from .torch_arithmetic import (
     Scale,
     gate_weight_table,
     inverse,
-    probability_table,
     top_experts,
 )
+from .torch_attention import attention
 
 __all__ = ["Values", "prepare"]
 
@@ -33,8 +33,6 @@ Values = dict[str, Any]  # by name: a tensor, or a route's pair of tensors
 # |(C x - S) / sqrt(V)| is at most sqrt(C): below this many channels a normalised value, with its
 # relative error of 2**-14, cannot leave int16.
 UNSATURATED_CHANNELS = 1000
-TABLED_KEYS = 256  # a table of row scales has 1023 entries for each key
-HIDDEN = -1 << 30  # below every score
 
 
 def by_row(flat: torch.Tensor, frames: int) -> torch.Tensor:
@@ -90,8 +88,7 @@ def _(op: quantised.AddLinear, attended: bool):
 def _(op: quantised.Norm, attended: bool):
     scale = Scale(op.affine, reach=32768)
     dtype = torch.float32 if attended else torch.int8
-    # By the exponent field of the variance, which says h: zero, and a float64 below 2**54.
-    half = np.maximum((np.arange(1023 + 54) - 1021) >> 1, 0)
+    half = (np.arange(54) + 1) >> 1  # by the number of bits of the variance
     align = torch.from_numpy(np.ldexp(1.0, 32 - 2 * half))
     drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
 
@@ -101,11 +98,14 @@ def _(op: quantised.Norm, attended: bool):
         channels = row.shape[1]
         if op.mode is NormMode.SCALE:
             return by_row(scale(row).to(dtype), frames)
-        variance = (row * row).sum(-1).mul_(channels).add_(op.epsilon)
+        # A float64 of 1 + 2**-53 times the norm has a square of 1 + 2**-51 times at most: the root
+        # of a sum of squares, an integer below 2**42, leads back to it.
+        squares = torch.linalg.vector_norm(row, dim=-1).square_().round_()
+        variance = squares.mul_(channels).add_(op.epsilon)
         if op.mode is NormMode.LAYER:
             total = row.sum(-1)
             variance.addcmul_(total, total, value=-1)
-        exponent = variance.view(torch.int64) >> 52
+        exponent = torch.frexp(variance).exponent
         root = align.index_select(0, exponent).mul_(variance).floor_().sqrt_().floor_()
         step = root.clamp_(min=1).reciprocal_().mul_(4294967296.0).floor_()
         step.mul_(drop.index_select(0, exponent))
@@ -122,74 +122,9 @@ def _(op: quantised.Norm, attended: bool):
 
 @prepare.register
 def _(op: quantised.Attention, attended: bool):
-    key_head = torch.arange(op.heads) * op.key_heads // op.heads
-    loud = op.out_multiplier * 2.0 ** -op.out_shift > 200  # 128 times this leaves int16
-    probabilities: dict[int, torch.Tensor] = {}  # by width of a head
-    factors: dict[int, torch.Tensor] = {}  # by number of keys
-
-    def by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-        """float32 [frames * heads of the query, rows, width]."""
-        rows, frames, channels = tensor.shape
-        width = channels // heads
-        if heads != op.heads:
-            tensor = tensor.view(rows, frames, heads, width).index_select(2, key_head)
-        return tensor.float().view(rows, frames * op.heads, width).transpose(0, 1)
-
-    def weighed(values: Values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities float32 [frames * heads, rows, keys], and their sums [..., 1]."""
-        key = by_head(values[op.key], op.key_heads)
-        query = by_head(values[op.query], op.heads)
-        width = query.shape[-1]
-        exact = torch.float32 if width <= 1024 else torch.float64
-        # int32, because torch finds the maximum of a short row of floats element by element.
-        scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).to(torch.int32)
-        rows, keys = scores.shape[1:]
-        if op.causal:
-            scores.masked_fill_(torch.ones(rows, keys, dtype=torch.bool).triu_(1 + keys - rows),
-                                HIDDEN)
-        if width not in probabilities:
-            probabilities[width] = probability_table(op.multiplier, op.shift, width * 128 * 255)
-        table = probabilities[width]
-        index = torch.sub(scores.amax(-1, keepdim=True), scores, out=scores)
-        index.clamp_(max=len(table) - 1)
-        weights = table.index_select(0, index.view(-1)).view(-1, keys)
-        total = torch.mv(weights, torch.ones(keys))
-        return weights.view(-1, rows, keys), total.view(-1, rows, 1)
-
-    def factor(total: torch.Tensor) -> torch.Tensor:
-        """`numerics.row_scale` as one float64 for each sum of probabilities."""
-        r, octave = inverse(total.double())
-        return (r * op.out_multiplier + 32768).mul_(2.0 ** -16).floor_().mul_(octave).mul_(
-            2.0 ** -op.out_shift)
-
-    def looked_up(total: torch.Tensor, keys: int) -> torch.Tensor:
-        """`factor`, from a table where the keys are few."""
-        if keys > TABLED_KEYS:
-            return factor(total)
-        if keys not in factors:
-            factors[keys] = factor(torch.arange(1023 * keys + 1))
-        return factors[keys].index_select(0, total.view(-1).to(torch.int32)).view(total.shape)
-
-    def attention(values: Values, frames: int) -> torch.Tensor:
-        value = by_head(values[op.value], op.key_heads)
-        keys, width = value.shape[1:]
-        if op.query is None:
-            weights = torch.full((frames * op.heads, 1, keys), 1023.0)
-            total = weights.sum(-1, keepdim=True)
-        else:
-            weights, total = weighed(values)
-        # Every partial sum is at most total * 128, and total at most keys * 1023.
-        exact = torch.float32 if keys <= 128 or total.max() <= 1 << 17 else torch.float64
-        mean = torch.bmm(weights.to(exact), value.to(exact)).double()
-        mean.mul_(looked_up(total, keys)).add_(128.5)
-        if loud:
-            mean.clamp_(0, 255.5)
-        # Cutting off the fraction is a floor above 0, and what is below becomes 0 anyway.
-        result = torch.empty(mean.shape[1], *value.shape[::2], dtype=torch.int16)
-        result.transpose(0, 1).copy_(mean)
-        result = result.clamp_(0, 255).sub_(128).to(torch.int8)
-        return result.view(mean.shape[1], frames, op.heads * width)
-    return attention
+    weighted_means = attention(op)
+    names = op.query, op.key, op.value
+    return lambda values, frames: weighted_means(*(name and values[name] for name in names))
 
 
 @prepare.register

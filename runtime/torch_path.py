@@ -126,14 +126,16 @@ class TorchDevice:
 
 def _edges(frames: int, most: int) -> list[int]:
     """First frame of each chunk, and the end: chunks of about equal size, of at most `most` frames,
-    and, where frames are small, at least one for each thread."""
-    chunks = max(-(-frames // max(1, most)), min(frames, torch.get_num_threads()))
+    and at least one for each thread where each is then at least half as large: threads in smaller
+    operations spend more on passing on the interpreter's lock than they gain."""
+    most = max(1, most)
+    chunks = max(-(-frames // most), min(2 * frames // most, torch.get_num_threads()))
     return [frames * number // chunks for number in range(chunks + 1)]
 
 
 def _each(part: Callable[[int, int], list[np.ndarray]], edges: list[int], frame_bytes: int):
     """`part` of each chunk, in order. A frame as large as a chunk takes all threads by itself."""
-    if frame_bytes >= CHUNK_BYTES:
+    if frame_bytes >= CHUNK_BYTES or torch.get_num_threads() == 1:
         return map(part, edges, edges[1:])
     return _workers(torch.get_num_threads()).map(part, edges, edges[1:])
 

@@ -77,7 +77,6 @@ def pristine(tmp_path_factory) -> Path:
     np.savez(folder / "shape.npz", image=images[:, :, :2])
     np.savez(folder / "flat.npz", image=images.reshape(-1))
     np.savez(folder / "strings.npz", image=np.array(["a", "b"] * 8).reshape(1, 1, 4, 4))
-    np.savez(folder / "double.npz", image=images.astype(np.float64))
     np.savez(folder / "none.npz", image=images[:0])
     np.savez(folder / "nan.npz", image=np.where(images > 1, np.nan, images))
     np.savez(folder / "huge.npz", image=images * np.float32(1e30))
@@ -86,7 +85,7 @@ def pristine(tmp_path_factory) -> Path:
     (folder / "text.npz").write_text("no archive")
     (folder / "cut.npz").write_bytes((folder / "images.npz").read_bytes()[:300])
     (folder / "folder").mkdir()
-    for name, sizes in (("config", {}), ("other", {"queue": 5}), ("small", {"activation_words": 4}),
+    for name, sizes in (("config", {}), ("small", {"activation_words": 4}),
                         ("narrow", {"residual_words": 4}), ("few", {"max_rows": 2})):
         chosen = config(2, 4, 2, 2, 2, 8, activation_banks=1, **sizes)
         (folder / f"{name}.json").write_text(json.dumps(chosen.to_dict()))

@@ -87,13 +87,22 @@ class Port:
     region: Region
 
     def quantise(self, values: np.ndarray) -> np.ndarray:
-        """Integers [frames, rows, channels] of float [frames, *shape]: nearest, ties to even."""
+        """Integers [frames, rows, channels] of float [frames, *shape]: nearest, ties to even.
+
+        Raises
+        ------
+        ValueError
+            A value that is NaN or infinite.
+        """
         region = self.region
         info = np.iinfo(region.dtype)
         frames = len(values)
         axes = (0, *(1 + axis for axis in self.order))
         rows = np.asarray(values, np.float32).reshape(frames, *self.split).transpose(axes)
         rows = rows.reshape(frames, region.rows, region.channels)
+        if not np.isfinite(rows).all():
+            raise ValueError(f"Tensor {self.name!r} must be finite where it enters the accelerator, "
+                             "but it holds NaN or infinity: look at what computes it")
         steps = np.rint(rows.astype(np.float64) / self.scale)
         return np.clip(steps, info.min, info.max).astype(region.dtype)
 

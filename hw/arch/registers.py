@@ -31,7 +31,7 @@ class Control(enum.IntFlag):
 class Status(enum.IntFlag):
     BUSY = 1
     DONE = 2  # set at the end of a run, cleared by START
-    ERROR = 4  # illegal opcode: nothing after it was dispatched; cleared by START
+    ERROR = 4  # illegal opcode, tokens that cannot come, misaligned PROGRAM; cleared by START
 
 
 ENGINE_COUNTERS = ("busy", "waiting", "stalled")  # executing; held by a token; executing, no progress

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from moeware.compiler.errors import CompileError
-from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.compiler.scales import (
+    FUNCTION,
+    coarsened,
+    encode_scale,
+    encode_scales,
+    function_table,
+    grid,
+)
 from moeware.hw.arch import numerics
 
 
@@ -30,6 +37,17 @@ def test_arrays_keep_their_shape():
     assert multiplier.dtype == np.uint16 and shift.dtype == np.uint8
 
 
+@pytest.mark.parametrize("largest, unit", [(128, 2.0**-17), (128.5, 2.0**-16), (33000, 2.0**-8)])
+def test_coarsened_scales_are_a_little_larger_and_on_the_grid(largest, unit):
+    real = np.array([8.1, 9.0, 100.25, 30000.5]) * unit
+    found = coarsened(real, np.full(4, largest))
+    np.testing.assert_array_equal(found / unit, [9, 9, 101, 30001])
+    multiplier, shift = encode_scales(found)
+    np.testing.assert_array_equal(multiplier / 2.0**shift, found)
+    for left in (6.9 * unit, 65536.5 * unit, 0.0):
+        assert coarsened(np.array(left), np.array(largest)) == left
+
+
 def test_a_grid_clips_an_outlier_when_that_pays():
     samples = np.random.default_rng(0).normal(size=100_000)
     fine = grid(samples)
@@ -37,6 +55,12 @@ def test_a_grid_clips_an_outlier_when_that_pays():
     uniform = np.linspace(-1, 1, 10_001)
     assert grid(uniform) == pytest.approx(1 / 127, rel=0.03)  # a uniform one is not: a float grid
     assert grid(np.zeros(5)) == 1.0
+
+
+def test_a_grid_of_few_rows_leaves_room_for_what_they_do_not_show():
+    row = np.linspace(-1, 1, 1001)
+    assert grid(row[None]) == pytest.approx(2 / 127, rel=0.03)
+    assert grid(np.tile(row, (4, 1))) == pytest.approx(1.5 / 127, rel=0.03)
 
 
 def test_a_grid_before_a_gelu_gives_up_its_flat_side():

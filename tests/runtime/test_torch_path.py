@@ -9,9 +9,10 @@ import torch
 
 from moeware.hw.arch import numerics
 from moeware.hw.arch.isa import Memory, NormMode
-from moeware.hw.arch.quantised import Affine
+from moeware.hw.arch.quantised import AddLinear, Affine, Experts
 from moeware.runtime import torch_arithmetic, torch_path
 from moeware.runtime.device import DeviceError, open_device
+from moeware.runtime.torch_arithmetic import Scale
 from moeware.runtime.torch_path import TorchDevice
 
 from .reference import Graph, evaluate
@@ -71,6 +72,74 @@ def test_transformer(int8_products, sizes, gain):
         graph = Graph(seed, gain=gain)
         transformer(graph, **sizes)
         compare(graph, frames=1 + seed)
+
+
+def coarse(graph: Graph) -> None:
+    """Leaves multipliers so few bits that float32 scales exactly."""
+    for op in graph.operations:
+        for name, bits in (("affine", 4 if isinstance(op, AddLinear) else 6), ("up_affine", 6),
+                           ("down_affine", 4)):
+            if hasattr(op, name):
+                getattr(op, name).multiplier[...] &= 65536 - (1 << (16 - bits))
+
+
+@pytest.mark.parametrize("gain", [1, 6], ids=["fitting", "saturating"])
+def test_transformer_in_float32(int8_products, gain, monkeypatch):
+    scales, start = [], Scale.__init__
+
+    def record(scale, *values, **options):
+        start(scale, *values, **options)
+        scales.append(scale)
+    monkeypatch.setattr(Scale, "__init__", record)
+    graph = Graph(8, gain=gain)
+    transformer(graph, 7, 24, 8, 2, 2, hidden=33, experts=5, chosen=2)
+    coarse(graph)
+    compare(graph)
+    assert len(scales) == 12 + 2 * 5 and {scale.dtype for scale in scales} == {torch.float32}
+
+
+def test_experts_of_both_formats(int8_products):
+    graph = Graph(9)
+    source, residual = graph.input(6, 8), graph.input(6, 10, Memory.RESIDUAL)
+    graph.experts(source, residual, graph.route(source, 4, 2), 4, 5)
+    coarse(graph)
+    experts = graph.operations[-1]
+    assert isinstance(experts, Experts)
+    experts.up_affine.multiplier[1:3] |= 1
+    experts.down_affine.multiplier[2:] |= 1
+    compare(graph, frames=8)
+
+
+@pytest.mark.parametrize("multiplier, shift, bias, reach, wide, dtype", [
+    (255, 16, 32768, np.inf, False, torch.float32),  # 128 + 128 = 2**24 / 2**16
+    (255, 16, 32769, np.inf, False, torch.float64),
+    (255 << 8, 24, -32768, np.inf, False, torch.float32),
+    (257, 17, 0, np.inf, False, torch.float64),  # 128 + 1/2 > 2**24 / 2**17
+    (257, 17, 0, 65024, False, torch.float32),  # 127.498 + 1/2
+    (65535, 24, 0, np.inf, False, torch.float64),
+    (3, 8, 2796160, np.inf, True, torch.float32),  # 32768 + 32768 = 2**24 / 2**8
+    (3, 8, 2796161, np.inf, True, torch.float64),
+    (5, 12, 0, 3355033, True, torch.float32),  # 4095.5 + 1/2 = 2**24 / 2**12
+    (5, 12, 0, 3355034, True, torch.float64),
+    (65535, 1, 0, np.inf, True, torch.float32),
+    (0, 1, 1 << 30, np.inf, False, torch.float32)])
+def test_float32_where_it_is_exact(multiplier, shift, bias, reach, wide, dtype):
+    affine = Affine(bias=np.array([bias], np.int32), multiplier=np.array([multiplier], np.uint16),
+                    shift=np.array([shift], np.uint8))
+    scale = Scale(affine, wide=wide, reach=reach)
+    assert scale.dtype is dtype
+    limit = int(min(reach, (1 << 31) - 1 - abs(bias)))
+    middle = np.clip(np.arange(-100_000, 100_001) - bias, -limit, limit)
+    value = np.concatenate([middle, np.linspace(-limit, limit, 200_001).astype(np.int64)])
+    found = scale(torch.from_numpy(value.astype(np.int32)).view(-1, 1))
+    expected = numerics.requantise(value + bias, multiplier, shift, 16 if wide else 8)
+    np.testing.assert_array_equal(found.view(-1).numpy(), expected)
+
+
+def test_float32_is_not_exact_everywhere():
+    values = np.arange(1 << 15)
+    real = np.floor(values.astype(np.float32) * np.float32(65535 / 2 ** 24) + np.float32(0.5))
+    assert (real != numerics.requantise(values, 65535, 24)).any()
 
 
 @pytest.mark.parametrize("depth", [1024, 1025, 3000])
@@ -136,11 +205,13 @@ def test_one_loud_channel_saturates_int16():
 
 @pytest.mark.parametrize("multiplier, shift", [
     (0, 1), (1, 47), (65535, 1), (40000, 14), (40000, 22)])
+@pytest.mark.parametrize("out_multiplier, out_shift", [(40000, 15), (65535, 1), (51200, 8)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_scale(multiplier, shift, causal):
+def test_attention_scale(multiplier, shift, out_multiplier, out_shift, causal):
     graph = Graph(shift)
     q, k, v = graph.input(5, 12), graph.input(9, 6), graph.input(9, 6)
-    graph.attention(q, k, v, 4, 2, causal=causal, multiplier=multiplier, shift=shift)
+    graph.attention(q, k, v, 4, 2, causal=causal, multiplier=multiplier, shift=shift,
+                    out_multiplier=out_multiplier, out_shift=out_shift)
     compare(graph)
 
 

@@ -94,3 +94,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         broken.save(path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_not_finite_is_refused():
+    image = np.zeros((1, 2, 4, 6), np.float32)
+    image[0, 1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match="Tensor 'image' must be finite"):
+        port().quantise(image)
