@@ -17,10 +17,10 @@ ULX3S_85F = Board(
     clock_hz=50_000_000,
     baud=3_000_000,
     sdram=SDRAMTiming(),  # boards carry MT48LC16M16, IS42S16160 or W9825G6
-    # Memories for 129 tokens of 192 channels. The 156 multipliers of the device: 64 for the linear
-    # unit, 32 for attention, the rest for scaling, normalisation and routing.
+    # Of the device's 156 multipliers 64 are for the linear unit, 32 for attention, most of the rest
+    # for scaling, normalisation and routing. Memories take a third of the block RAM.
     config=Config(tokens=2, outputs=4, depth=8, queries=2, lanes=2, bus_bytes=8,
-                  activation_banks=4, activation_words=4096, residual_words=16384,
-                  weight_words=2048, param_words=1024, tables=4, row_words=128, max_rows=256,
+                  activation_banks=4, activation_words=1024, residual_words=4096,
+                  weight_words=1024, param_words=512, tables=4, row_words=128, max_rows=256,
                   max_experts=16, max_chosen=4, queue=4),
 )

@@ -10,7 +10,7 @@ from .arch.isa import FIELDS, Opcode
 __all__ = ["Logits", "Masked", "QueueEntry", "QueuePort", "ReadPort", "RouteSetup", "TableWrite", "WritePort",
            "EngineSignature", "fields_layout", "parameter_layout", "READ_LATENCY"]
 
-READ_LATENCY = 2  # cycles from the acceptance of an address to its data, for every on-chip memory
+READ_LATENCY = 3  # cycles from the acceptance of an address to its data, for every on-chip memory
 
 
 def fields_layout(opcode: Opcode) -> data.StructLayout:

@@ -8,7 +8,7 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from .interfaces import ReadPort, WritePort
+from .interfaces import READ_LATENCY, ReadPort, WritePort
 
 __all__ = ["BankedMemory", "FairArbiter", "locate"]
 
@@ -83,8 +83,8 @@ class BankedMemory(wiring.Component):
     Word a lies in bank ``a // words``. Each bank serves one reader and one writer per cycle and
     different banks serve different clients in the same cycle; where several want one bank,
     `FairArbiter` chooses. A word arrives `READ_LATENCY` cycles after its address is accepted: one
-    in the block RAM, one in a register behind it, which keeps the RAM's long clock-to-output time
-    off every other path. A read sees each write that was accepted in an earlier cycle, but
+    in a register between the arbiter and the many block RAMs of a bank, one in them, one in a
+    register behind, which keeps their long clock-to-output time off every other path. A read sees each write that was accepted in an earlier cycle, but
     of one in the same cycle anything between the two words: so no logic guards against it
     (`no_rw_check`). Nothing ever stalls a word that is under way. Words start as zeros.
 
@@ -122,7 +122,9 @@ class BankedMemory(wiring.Component):
             grants = self._arbitrate(m, f"read_{number}", read_grants,
                                      [port.address.valid & (bank == number)
                                       for port, (bank, _) in zip(self.readers, read_banks)])
-            m.d.comb += read.addr.eq(_select(grants, [word for _, word in read_banks]))
+            address = Signal.like(read.addr, name=f"read_address_{number}", reset_less=True)
+            m.d.sync += address.eq(_select(grants, [word for _, word in read_banks]))
+            m.d.comb += read.addr.eq(address)
             # A register behind an asynchronous port becomes the RAM's own read port in synthesis;
             # only from this form does yosys drop the guard against collisions.
             word = Signal(width, name=f"word_{number}", reset_less=True)
@@ -133,21 +135,24 @@ class BankedMemory(wiring.Component):
             grants = self._arbitrate(m, f"write_{number}", write_grants,
                                      [port.write.valid & (bank == number)
                                       for port, (bank, _) in zip(self.writers, write_banks)])
-            m.d.comb += [
-                write.addr.eq(_select(grants, [word for _, word in write_banks])),
-                write.data.eq(_select(grants, [port.write.p.data for port in self.writers])),
-                write.en.eq(_select(grants, [port.write.p.mask & grant.replicate(self.cells)
-                                             for port, grant in zip(self.writers, grants)])),
-            ]
+            for target, values in (
+                    (write.addr, [word for _, word in write_banks]),
+                    (write.data, [port.write.p.data for port in self.writers]),
+                    (write.en, [port.write.p.mask & grant.replicate(self.cells)
+                                for port, grant in zip(self.writers, grants)])):
+                register = Signal(len(target), name=f"write_{number}", reset_less=True)
+                m.d.sync += register.eq(_select(grants, values))
+                m.d.comb += target.eq(register)
 
         for port, granted, (bank, _) in zip(self.readers, read_grants, read_banks):
             accepted = Cat(granted).any()
-            bank_1, bank_2 = Signal.like(bank), Signal.like(bank)
-            valid_1 = Signal()
-            m.d.comb += [port.address.ready.eq(accepted),
-                         Value.cast(port.data.payload).eq(Array(outputs)[bank_2])]
-            m.d.sync += [bank_1.eq(bank), bank_2.eq(bank_1),
-                         valid_1.eq(accepted), port.data.valid.eq(valid_1)]
+            arrives = accepted
+            for stage in range(READ_LATENCY):
+                later, valid = Signal.like(bank, name=f"bank_{stage}"), Signal(name=f"valid_{stage}")
+                m.d.sync += [later.eq(bank), valid.eq(arrives)]
+                bank, arrives = later, valid
+            m.d.comb += [port.address.ready.eq(accepted), port.data.valid.eq(arrives),
+                         Value.cast(port.data.payload).eq(Array(outputs)[bank])]
         for port, granted in zip(self.writers, write_grants):
             m.d.comb += port.write.ready.eq(Cat(granted).any())
         return m

@@ -4,7 +4,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -133,11 +133,19 @@ def _edges(frames: int, most: int) -> list[int]:
     return [frames * number // chunks for number in range(chunks + 1)]
 
 
-def _each(part: Callable[[int, int], list[np.ndarray]], edges: list[int], frame_bytes: int):
+def _each(part: Callable[[int, int], list[np.ndarray]], edges: list[int],
+          frame_bytes: int) -> Iterator[list[np.ndarray]]:
     """`part` of each chunk, in order. A frame as large as a chunk takes all threads by itself."""
-    if frame_bytes >= CHUNK_BYTES or torch.get_num_threads() == 1:
-        return map(part, edges, edges[1:])
-    return _workers(torch.get_num_threads()).map(part, edges, edges[1:])
+    threads = torch.get_num_threads()
+    if frame_bytes >= CHUNK_BYTES or threads == 1:
+        yield from map(part, edges, edges[1:])
+        return
+    workers = _workers(threads)
+    torch.set_num_threads(1)  # MKL has one number for all threads, the last one set
+    try:
+        yield from workers.map(part, edges, edges[1:])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _integers(value, frames: int) -> np.ndarray:

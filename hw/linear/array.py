@@ -111,12 +111,13 @@ class DotArray(wiring.Component):
             shape=shape, depth=2 * self.config.row_words, init=[])
         write, read = memory.write_port(), memory.read_port()
         word = Signal(shape, reset_less=True, name=f"tile_word_{token}")
+        address = Signal.like(self.work.address, reset_less=True, name=f"tile_address_{token}")
         m.d.comb += [
             write.en.eq(self.tile.enable & (self.tile.bank == token)),
             write.addr.eq(self.tile.address), write.data.eq(self.tile.data),
-            read.addr.eq(self.work.address),
+            read.addr.eq(address),
         ]
-        m.d.sync += word.eq(read.data)
+        m.d.sync += [address.eq(self.work.address), word.eq(read.data)]
         return word
 
 

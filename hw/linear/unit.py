@@ -51,7 +51,7 @@ class LinearUnit(wiring.Component):
     Latency: an instruction is taken when the one before is done. From the cycle in which it is
     taken to that of `done` it takes, besides the fetch of the first group, the products, and the
     write-back of the last output group, `overhead` cycles, and more where asked for: 2 for a table,
-    3 to accumulate, 4 for gate weights, 5 for `queued`. With the router it ends 2 cycles after
+    ``READ_LATENCY + 1`` to accumulate, 4 for gate weights, ``READ_LATENCY + 3`` for `queued`. With the router it ends 2 cycles after
     `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the

@@ -67,14 +67,13 @@ class Queues(wiring.Component):
             m.d.sync += [each.eq(0) for each in lengths]
             m.d.sync += self.empty.eq(-1)
 
-        found = Signal()
-        m.d.comb += [
-            read.addr.eq(self.queue.expert << index_bits | self.queue.index.payload[:index_bits]),
-            read.en.eq(1),
-        ]
+        # As in `BankedMemory`: a register before the memory and one behind it.
+        address, asked, found = Signal.like(read.addr), Signal(), Signal()
+        m.d.comb += [read.addr.eq(address), read.en.eq(1)]
         m.d.sync += [
+            address.eq(self.queue.expert << index_bits | self.queue.index.payload[:index_bits]),
             self.queue.length.eq(lengths[self.queue.expert]),
-            found.eq(self.queue.index.valid), self.queue.entry.valid.eq(found),
+            asked.eq(self.queue.index.valid), found.eq(asked), self.queue.entry.valid.eq(found),
             self.queue.entry.payload.eq(read.data),
         ]
         return m

@@ -12,6 +12,7 @@ from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import FIELDS, Opcode, Target
 from moeware.hw.arch.layout import pack_params
+from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.linear import LinearUnit
 
 from .simulate import simulate
@@ -68,7 +69,8 @@ class Machine:
         readies = ([port.address.ready for port, _ in reads if port is not unit.weight_read]
                    + [port.ready for port, _, _ in writes] + [unit.logits.ready, unit.route.ready])
         ctx.set(unit.weight_read.address.ready, 1)
-        pending, entry, length, route_in = [None] * len(reads), None, 0, 0
+        pending = [[None] * (READ_LATENCY - 1) for _ in reads]
+        entries, length, route_in = [None] * (READ_LATENCY - 1), 0, 0
         sampled = ([s for port, _ in reads
                     for s in (port.address.valid, port.address.ready, port.address.payload)]
                    + [s for port, _, _ in writes for s in (port.valid, port.ready, port.payload)]
@@ -81,12 +83,11 @@ class Machine:
             values = iter((await ctx.tick().sample(*sampled))[2:])
             for i, (port, look_up) in enumerate(reads):
                 valid, ready, address = next(values), next(values), next(values)
-                payload = Value.cast(port.data.payload)
+                payload, word = Value.cast(port.data.payload), pending[i].pop(0)
                 # What is on the port when nothing arrives must not matter.
-                ctx.set(payload, self.draw.getrandbits(len(payload)) if pending[i] is None
-                        else pending[i])
-                ctx.set(port.data.valid, pending[i] is not None)
-                pending[i] = look_up(address) if valid and ready else None
+                ctx.set(payload, self.draw.getrandbits(len(payload)) if word is None else word)
+                ctx.set(port.data.valid, word is not None)
+                pending[i].append(look_up(address) if valid and ready else None)
             for port, memory, bits in writes:
                 valid, ready, payload = next(values), next(values), next(values)
                 if valid and ready:
@@ -110,9 +111,9 @@ class Machine:
             expert, valid, index = next(values), next(values), next(values)
             ctx.set(unit.queue.length, length)
             length = len(self.queues.get(expert, ()))
-            token, weight = entry or (self.draw.getrandbits(13), self.draw.getrandbits(16))
+            token, weight = entries.pop(0) or (self.draw.getrandbits(13), self.draw.getrandbits(16))
             ctx.set(unit.queue.entry.payload, {"token": token, "weight": weight})
-            entry = self.queues[expert][index] if valid else None
+            entries.append(self.queues[expert][index] if valid else None)
 
     # The same in numpy.
 
@@ -269,7 +270,7 @@ MODES = {  # fields, and the cycles that they add
     "tabled": ({"target": Target.ACTIVATION, "tabled": 1, "table": TABLE}, 2),
     "residual": ({"target": Target.RESIDUAL}, 0),
     "expert": ({"target": Target.RESIDUAL, "accumulate": 1, "queued": 1, "gated": 1,
-                "scatter": 1, "expert": 3}, 3 + 4 + 5),
+                "scatter": 1, "expert": 3}, (READ_LATENCY + 1) + 4 + (READ_LATENCY + 3)),
 }
 # Source words and output groups: many words; few; one, which does not hide the pipeline. Whether
 # the array or write-back is the limit differs from shape to shape and from group to group.

@@ -13,6 +13,7 @@ from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.layout import pack_params
+from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.norm import NormUnit
 from moeware.hw.norm.row_queue import RowQueue
 
@@ -82,7 +83,7 @@ def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
 
         async def bench(ctx):
             data, garbage = Value.cast(port.data.payload), draw.getrandbits(16)
-            under_way = collections.deque([None])
+            under_way = collections.deque([None] * (READ_LATENCY - 1))
             while running():
                 ready = draw.random() >= refuse
                 ctx.set(port.address.ready, ready)
