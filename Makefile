@@ -13,9 +13,8 @@ test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadscope
 
 lint: .venv/ready
-	$(BIN)/pip install --quiet ruff mypy
+	$(BIN)/pip install --quiet ruff
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 # torch first and by its exact version: a range would let pip choose a build many times as large.
 .venv/ready: pyproject.toml

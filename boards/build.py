@@ -21,6 +21,9 @@ __all__ = ["BuildError", "build"]
 
 NAME = "top"
 SEEDS = 3
+# The default, router1, rips up one wire at a time and hardly ends where many block RAMs and
+# multipliers crowd; router2 negotiates all wires at once (PathFinder).
+ROUTER = "router2"
 LOGIC = ("TRELLIS_COMB", "TRELLIS_FF", "TRELLIS_RAMW", "DP16KD", "MULT18X18D")
 Progress = Callable[[str], None]
 
@@ -112,14 +115,15 @@ def place_and_route(nextpnr: str, platform, folder: str, seeds: range, notify: P
     for seed in seeds:
         notify(f"Placing and routing (nextpnr, seed {seed}); minutes for a large design")
         command = [nextpnr, "--quiet", "--log", "nextpnr.log", "--report", "nextpnr.json",
-                   "--timing-allow-fail", "--seed", str(seed), *device_options(platform),
+                   "--timing-allow-fail", "--seed", str(seed), "--router", ROUTER,
+                   *device_options(platform),
                    "--json", f"{NAME}.json", "--lpf", f"{NAME}.lpf", "--textcfg", f"{NAME}.config"]
         log = Path(folder, "nextpnr.log")
         try:
             run("nextpnr", command, folder)
-        except BuildError as error:
+        except BuildError:
             check_fit(used_in_log(log.read_text() if log.exists() else ""))
-            raise error
+            raise
         report = json.loads(Path(folder, "nextpnr.json").read_text())
         check_fit(report["utilization"])
         fmax = report["fmax"]

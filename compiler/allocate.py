@@ -36,9 +36,9 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
     for memory, words in ((Memory.ACTIVATION, config.activation_banks * bank),
                           (Memory.RESIDUAL, config.residual_words)):
         buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
-        if memory is Memory.RESIDUAL or not _place(buffers, lifetimes, words, bank):
-            if not _place(buffers, lifetimes, words, 0):
-                _refuse(buffers, lifetimes, words)
+        banked = memory is Memory.ACTIVATION and _place(buffers, lifetimes, words, bank)
+        if not banked and not _place(buffers, lifetimes, words, 0):
+            _refuse(buffers, lifetimes, words)
     return lowered
 
 

@@ -7,8 +7,20 @@ from amaranth.lib.wiring import In, Out
 from .arch.config import Config
 from .arch.isa import FIELDS, Opcode
 
-__all__ = ["Logits", "Masked", "QueueEntry", "QueuePort", "ReadPort", "RouteSetup", "TableWrite", "WritePort",
-           "EngineSignature", "fields_layout", "parameter_layout", "READ_LATENCY"]
+__all__ = [
+    "READ_LATENCY",
+    "EngineSignature",
+    "Logits",
+    "Masked",
+    "QueueEntry",
+    "QueuePort",
+    "ReadPort",
+    "RouteSetup",
+    "TableWrite",
+    "WritePort",
+    "fields_layout",
+    "parameter_layout",
+]
 
 READ_LATENCY = 3  # cycles from the acceptance of an address to its data, for every on-chip memory
 

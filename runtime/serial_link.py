@@ -1,8 +1,9 @@
 """Host end of the serial link: registers and memory of a board over a serial port."""
 
+import itertools
 import random
 import time
-from typing import Protocol
+from typing import Protocol, Self
 
 from moeware.hw.arch.link import (
     ALIGNMENT,
@@ -165,7 +166,7 @@ class SerialLink:
         if close is not None:
             close()
 
-    def __enter__(self) -> "SerialLink":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -250,4 +251,4 @@ def check_registers(first: int, count: int) -> None:
 def pages(start: int, stop: int) -> list[tuple[int, int]]:
     """(address, length) of the parts of a range that lie in one page each."""
     edges = [start, *range(start - start % MAX_PAYLOAD + MAX_PAYLOAD, stop, MAX_PAYLOAD), stop]
-    return [(first, last - first) for first, last in zip(edges, edges[1:], strict=False)]
+    return [(first, last - first) for first, last in itertools.pairwise(edges)]

@@ -13,8 +13,22 @@ An instruction with `conditional` set does nothing but its tokens while queue `e
 import enum
 from dataclasses import dataclass
 
-__all__ = ["BYTES", "Engine", "FIELDS", "HEADER", "HEAD_WORDS", "Instruction", "Memory",
-           "NORM_CHANNELS", "NormMode", "Opcode", "TOKEN_LIMIT", "Target", "decode", "encode"]
+__all__ = [
+    "BYTES",
+    "FIELDS",
+    "HEADER",
+    "HEAD_WORDS",
+    "NORM_CHANNELS",
+    "TOKEN_LIMIT",
+    "Engine",
+    "Instruction",
+    "Memory",
+    "NormMode",
+    "Opcode",
+    "Target",
+    "decode",
+    "encode",
+]
 
 BYTES = 32
 TOKEN_LIMIT = 255  # tokens that a counter can hold

@@ -18,8 +18,20 @@ import numpy as np
 
 from .isa import NormMode
 
-__all__ = ["AddLinear", "Affine", "Attention", "Constant", "Experts", "Linear", "Norm", "OPERATIONS",
-           "Operation", "Route", "from_arrays", "to_arrays"]
+__all__ = [
+    "OPERATIONS",
+    "AddLinear",
+    "Affine",
+    "Attention",
+    "Constant",
+    "Experts",
+    "Linear",
+    "Norm",
+    "Operation",
+    "Route",
+    "from_arrays",
+    "to_arrays",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import enum
 
 from .isa import Engine
 
-__all__ = ["Control", "ENGINE_COUNTERS", "MAGIC", "Register", "Status", "counter"]
+__all__ = ["ENGINE_COUNTERS", "MAGIC", "Control", "Register", "Status", "counter"]
 
 MAGIC = 0x4D4F4557  # "WEOM": an accelerator answers here
 

@@ -6,9 +6,9 @@ import pytest
 
 from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import HEAD_WORDS
 from moeware.hw.attention import AttentionUnit
 from moeware.hw.attention.results import ResultWriter
-from moeware.hw.arch.isa import HEAD_WORDS
 from moeware.hw.interfaces import READ_LATENCY
 
 from .simulate import simulate

@@ -121,6 +121,7 @@ def test_experts_of_both_formats(int8_products):
     (3, 8, 2796161, np.inf, True, torch.float64),
     (5, 12, 0, 3355033, True, torch.float32),  # 4095.5 + 1/2 = 2**24 / 2**12
     (5, 12, 0, 3355034, True, torch.float64),
+    (40001, 18, 0, np.inf, True, torch.float64),
     (65535, 1, 0, np.inf, True, torch.float32),
     (0, 1, 1 << 30, np.inf, False, torch.float32)])
 def test_float32_where_it_is_exact(multiplier, shift, bias, reach, wide, dtype):
@@ -129,7 +130,7 @@ def test_float32_where_it_is_exact(multiplier, shift, bias, reach, wide, dtype):
     scale = Scale(affine, wide=wide, reach=reach)
     assert scale.dtype is dtype
     limit = int(min(reach, (1 << 31) - 1 - abs(bias)))
-    middle = np.clip(np.arange(-100_000, 100_001) - bias, -limit, limit)
+    middle = np.clip(np.arange(-300_000, 300_001) - bias, -limit, limit)
     value = np.concatenate([middle, np.linspace(-limit, limit, 200_001).astype(np.int64)])
     found = scale(torch.from_numpy(value.astype(np.int32)).view(-1, 1))
     expected = numerics.requantise(value + bias, multiplier, shift, 16 if wide else 8)
@@ -137,9 +138,9 @@ def test_float32_where_it_is_exact(multiplier, shift, bias, reach, wide, dtype):
 
 
 def test_float32_is_not_exact_everywhere():
-    values = np.arange(1 << 15)
-    real = np.floor(values.astype(np.float32) * np.float32(65535 / 2 ** 24) + np.float32(0.5))
-    assert (real != numerics.requantise(values, 65535, 24)).any()
+    values = np.arange(200_000)
+    real = np.floor(values.astype(np.float32) * np.float32(40001 / 2 ** 18) + np.float32(0.5))
+    assert real.max() < 32767 and (real != numerics.requantise(values, 40001, 18, 16)).any()
 
 
 @pytest.mark.parametrize("depth", [1024, 1025, 3000])

@@ -28,7 +28,7 @@ def test_fields_lie_in_the_order_of_the_table():
 def test_missing_fields_are_zero():
     assert Instruction(Opcode.NORM, {}).rows == 0
     with pytest.raises(AttributeError, match="NORM has no field 'keys'"):
-        Instruction(Opcode.NORM, {}).keys
+        assert Instruction(Opcode.NORM, {}).keys
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from moeware.hw.arch.isa import Memory
-from moeware.hw.arch.program import (DeviceStep, HostStep, Port, Probe, Program, ProgramError,
-                                     Region)
+from moeware.hw.arch.program import DeviceStep, HostStep, Port, Probe, Program, ProgramError, Region
 from moeware.hw.arch.quantised import Affine, Linear, to_arrays
 
 from .configs import CONFIGS
