@@ -22,14 +22,8 @@ import onnx_ir as ir
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
-from moeware.compiler.scales import (
-    FUNCTION,
-    coarsened,
-    encode_scale,
-    encode_scales,
-    function_table,
-    grid,
-)
+from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.compiler.weights import Tensor, quantise_weights, scaled_weights, smoothed_norm
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import Memory, NormMode
@@ -38,7 +32,6 @@ from moeware.hw.arch.program import Port, Region
 __all__ = ["QuantisedStep", "quantise"]
 
 HEADROOM = 1.5  # of the residual grid over the largest calibrated value
-LARGEST_BIAS = 1 << 30
 
 
 @dataclass
@@ -48,21 +41,6 @@ class QuantisedStep:
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What became of a canonical value: ``real = gain * step * integer + shift`` for each channel.
-
-    tensor : name in the quantised graph; first_row, rows : the part of it that the value is.
-    """
-
-    tensor: str
-    step: float
-    gain: np.ndarray | None = None
-    shift: np.ndarray | None = None
-    first_row: int = 0
-    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,42 +118,6 @@ class _Quantiser:
             found = self._emit_embedding(value.name, found)
         return found
 
-    def _weights(self, weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
-                 per_tensor: bool = False, target: float | None = None,
-                 bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
-
-        The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
-        target : step of the result, of so many bits, if the ratio of steps may be `coarsened`.
-        """
-        weight, bias = weight.astype(np.float64), bias.astype(np.float64)
-        if source.shift is not None:
-            bias = bias + weight @ source.shift
-        if source.gain is not None:
-            weight = weight * source.gain
-        largest = np.abs(weight).max(None if per_tensor else -1)
-        # A channel of tiny weights and a large bias would overflow the accumulator's bias.
-        step = np.maximum(largest / 127, np.abs(bias) / (source.step * LARGEST_BIAS))
-        step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
-        if target is not None:
-            # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
-            unit, rounding = source.step / target, 9 / 16 * step
-            reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
-            most = np.minimum(1 << (bits - 1), reach) + np.abs(bias) / target + unit * rounding + 0.5
-            step = coarsened(step * unit, most) / unit
-        divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
-        integer = np.clip(np.rint(weight / divisor[..., None]), -127, 127).astype(np.int8)
-        integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
-        return integer, integer_bias, step * source.step
-
-    def _scaled(self, weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
-                bits: int = 8) -> tuple[np.ndarray, q.Affine]:
-        """int8 weight, and the scale to the grid `step`."""
-        integer, integer_bias, accumulator = self._weights(weight, bias, source, target=step,
-                                                           bits=bits)
-        multiplier, shift = encode_scales(accumulator / step)
-        return integer, q.Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
-
     def _add(self, operation: q.Operation) -> None:
         self.result.operations.append(operation)
 
@@ -221,7 +163,7 @@ class _Quantiser:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        weight, affine = self._scaled(*self._constants(node), source, step, 16)
+        weight, affine = scaled_weights(*self._constants(node), source, step, 16)
         self._add(q.AddLinear(name=node.name, output=value.name, source=source.tensor,
                               residual=None, first_row=0, weight=weight, affine=affine))
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
@@ -258,7 +200,7 @@ class _Quantiser:
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        weight, affine = self._scaled(*self._constants(node), image, self.stream_step, 16)
+        weight, affine = scaled_weights(*self._constants(node), image, self.stream_step, 16)
         self._add(q.AddLinear(name=node.name, output=name, source=image.tensor,
                               residual=f"{name}/constant", first_row=start.first_row,
                               weight=weight, affine=affine))
@@ -275,7 +217,7 @@ class _Quantiser:
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
             source = self._tensor(source_node.inputs[0])
-            weight, affine = self._scaled(*self._constants(source_node), source,
+            weight, affine = scaled_weights(*self._constants(source_node), source,
                                           self.stream_step, 16)
             self._add(q.AddLinear(name=source_node.name, output=name, source=source.tensor,
                                   residual=stream.tensor, first_row=0, weight=weight,
@@ -301,21 +243,9 @@ class _Quantiser:
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
         channels = len(gamma)
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
-        samples = self.calibration.rows(node.inputs[0].name).astype(np.float64)
-        plain = samples - samples.mean(-1, keepdims=True)
-        plain /= np.sqrt(np.maximum(np.square(plain).mean(-1, keepdims=True) + epsilon, 1e-300))
-        spread = np.abs(plain).max(0)
         demand = self._demand(value, channels) * np.abs(gamma)
-        usable = (spread > 0) & (demand > 0)
-        smooth = np.ones(channels)
-        smooth[usable] = np.sqrt(demand[usable] / spread[usable])
-        smooth /= np.median(smooth)
-        smooth = np.clip(smooth, 1 / 64, 64)
-        step = grid(plain * smooth)
-        # Smoothing is free to take any scale: one on which the result is exact in float32.
-        unit = step * (1 << numerics.NORM_FRACTION_BITS)
-        scale = coarsened(smooth / unit, np.array(128.5))
-        smooth = scale * unit
+        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand)
+        scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
         multiplier, shift = encode_scales(scale)
         integer_epsilon = round(epsilon * (channels / source.step) ** 2)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
@@ -378,7 +308,7 @@ class _Quantiser:
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, table_step=None,
                      shift=None) -> None:
         source = self._tensor(node.inputs[0])
-        integer, affine = self._scaled(weight, bias, source, step)
+        integer, affine = scaled_weights(weight, bias, source, step)
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table))
         self.values[value.name] = Tensor(value.name, table_step or step, shift=shift,
@@ -433,7 +363,7 @@ class _Quantiser:
     def _Route(self, node, k, normalise):
         source = self._tensor(node.inputs[0])
         # One step for all experts: their logits are compared with one another.
-        weight, bias, accumulator = self._weights(*self._constants(node), source, per_tensor=True)
+        weight, bias, accumulator = quantise_weights(*self._constants(node), source, per_tensor=True)
         octave = 1 << numerics.OCTAVE_BITS
         multiplier, shift = encode_scale(float(accumulator[0]) * math.log2(math.e) * octave)
         self._add(q.Route(name=node.name, output=node.outputs[0].name, source=source.tensor,
@@ -449,8 +379,8 @@ class _Quantiser:
         w1, b1, w2, b2 = self._constants(node, 3)
         before = grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
         after = grid(self._expert_samples(node, "activation"))
-        up, up_affine = self._scaled(w1, b1, source, before)
-        down, down_affine = self._scaled(w2, b2, Tensor("", after), self.stream_step, 16)
+        up, up_affine = scaled_weights(w1, b1, source, before)
+        down, down_affine = scaled_weights(w2, b2, Tensor("", after), self.stream_step, 16)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,

@@ -1,0 +1,88 @@
+"""Float weights to int8, and the normalised tensors that they meet, on grids that fit both."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeware.compiler.scales import coarsened, encode_scales, grid
+from moeware.hw.arch.numerics import NORM_FRACTION_BITS
+from moeware.hw.arch.quantised import Affine
+
+__all__ = ["Tensor", "quantise_weights", "scaled_weights", "smoothed_norm"]
+
+LARGEST_BIAS = 1 << 30  # in accumulator steps, of the 2**31 that an accumulator holds
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What became of a canonical value: ``real = gain * step * integer + shift`` for each channel.
+
+    tensor : name in the quantised graph; first_row, rows : the part of it that the value is.
+    """
+
+    tensor: str
+    step: float
+    gain: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    first_row: int = 0
+    rows: int = 0
+
+
+def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
+                     per_tensor: bool = False, target: float | None = None,
+                     bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
+
+    The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
+    target : step of the result, of so many bits, if the ratio of steps may be `coarsened`.
+    """
+    weight, bias = weight.astype(np.float64), bias.astype(np.float64)
+    if source.shift is not None:
+        bias = bias + weight @ source.shift
+    if source.gain is not None:
+        weight = weight * source.gain
+    largest = np.abs(weight).max(None if per_tensor else -1)
+    # A channel of tiny weights and a large bias would overflow the accumulator's bias.
+    step = np.maximum(largest / 127, np.abs(bias) / (source.step * LARGEST_BIAS))
+    step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
+    if target is not None:
+        # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
+        unit, rounding = source.step / target, 9 / 16 * step
+        reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
+        most = np.minimum(1 << (bits - 1), reach) + np.abs(bias) / target + unit * rounding + 0.5
+        step = coarsened(step * unit, most) / unit
+    divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
+    integer = np.clip(np.rint(weight / divisor[..., None]), -127, 127).astype(np.int8)
+    integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
+    return integer, integer_bias, step * source.step
+
+
+def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
+                   bits: int = 8) -> tuple[np.ndarray, Affine]:
+    """int8 weight, and the scale to the grid `step`."""
+    integer, integer_bias, accumulator = quantise_weights(weight, bias, source, target=step,
+                                                         bits=bits)
+    multiplier, shift = encode_scales(accumulator / step)
+    return integer, Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
+
+
+def smoothed_norm(samples: np.ndarray, epsilon: float, demand: np.ndarray
+                  ) -> tuple[np.ndarray, float]:
+    """A factor for each channel of a normalised tensor, and the step of its grid.
+
+    samples : float [rows, channels] that are normalised; demand : largest weight that each channel
+    meets. The factors balance the two (SmoothQuant, section 4, alpha = 1/2): tensor and weights
+    share the rounding error.
+    """
+    samples = samples.astype(np.float64)
+    plain = samples - samples.mean(-1, keepdims=True)
+    plain /= np.sqrt(np.maximum(np.square(plain).mean(-1, keepdims=True) + epsilon, 1e-300))
+    spread = np.abs(plain).max(0)
+    usable = (spread > 0) & (demand > 0)
+    smooth = np.ones(len(demand))
+    smooth[usable] = np.sqrt(demand[usable] / spread[usable])
+    smooth = np.clip(smooth / np.median(smooth), 1 / 64, 64)
+    step = grid(plain * smooth)
+    # Any factor will do: one with which the result is exact in float32.
+    unit = step * (1 << NORM_FRACTION_BITS)
+    return coarsened(smooth / unit, np.array(128.5)) * unit, step
