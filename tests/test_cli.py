@@ -203,3 +203,27 @@ def test_tables():
     text = tables.counter_table(counters)
     assert text.startswith("200 cycles, 1,000 read beats\n")
     assert "linear" in text and "25.0%" in text
+
+
+def test_build_and_deploy_by_the_name_of_the_board(moe, monkeypatch):
+    from moeware.boards import build, deploy
+    calls = []
+
+    def fake_build(board, config, out, **options):
+        calls.append((board.name, config, str(out), options["clock_hz"], options["seed"]))
+        return {"board": board.name, "bitstream": f"{board.name}.bit", "clock_hz": 50_000_000,
+                "fmax_mhz": {"clk": 51.5}, "seconds": 3.0,
+                "utilisation": {"DP16KD": {"used": 52, "available": 208}}}
+
+    monkeypatch.setattr(build, "build", fake_build)
+    monkeypatch.setattr(deploy, "deploy", lambda bitstream, board: calls.append(
+        (str(bitstream), board.name)))
+    status, out, _ = moe("build", "--board", "ulx3s-85f", "--clock-mhz", "62.5")
+    assert status == 0 and "51.5 MHz (clk)" in out and "25%" in out
+    assert moe("build", "--config", "config.json", "--out", "there", "--seed", "4")[0] == 0
+    assert moe("deploy")[0] == 0
+    board = moeware.find_board("ulx3s-85f")
+    assert calls == [
+        ("ulx3s-85f", board.config, "build/ulx3s-85f", 62_500_000, 1),
+        ("ulx3s-85f", CONFIG, "there", None, 4),
+        ("build/ulx3s-85f/ulx3s-85f.bit", "ulx3s-85f")]
