@@ -1,5 +1,11 @@
-"""Utilisation and clock of a board's whole bitstream: `python benchmarks/bitstream.py ulx3s-85f`."""
+"""Utilisation and clock of a board's whole bitstream.
 
+`--recorded` takes the report of the last `moeware build` in place of building again, if it is of the
+board's configuration.
+"""
+
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +15,15 @@ from moeware.boards import BOARDS
 from moeware.boards.build import build
 
 
-def main(name: str) -> None:
+def main(name: str, recorded: bool) -> None:
     board = BOARDS[name]
-    report = build(board, board.config, ROOT / "build" / name, progress=print)
+    if recorded:
+        report = json.loads((ROOT / "build" / name / "report.json").read_text())
+        if report["digest"] != board.config.digest:
+            sys.exit(f"Report must be of configuration {board.config.digest}, not "
+                     f"{report['digest']}: build again")
+    else:
+        report = build(board, board.config, ROOT / "build" / name, progress=print)
     clocks = {f"clock `{clock}` reached, MHz": mhz for clock, mhz in report["fmax_mhz"].items()}
     used = [[resource, count["used"], count["available"], f"{count['used'] / count['available']:.0%}"]
             for resource, count in sorted(report["utilisation"].items())]
@@ -28,4 +40,8 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "ulx3s-85f")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("board", nargs="?", default="ulx3s-85f", choices=BOARDS)
+    parser.add_argument("--recorded", action="store_true")
+    arguments = parser.parse_args()
+    main(arguments.board, arguments.recorded)
