@@ -14,11 +14,12 @@ QUEUES = "queues"
 def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
     """The (wait, signal) masks of every instruction.
 
-    Wherever two instructions of different engines touch a word and one of them writes it, the later
-    in program order waits for the earlier. An engine works in order, so only the last such
-    instruction of each engine counts, and none that the waiting engine knows of already, be it
-    through a third one (vector clocks, Mattern 1989). Tokens between two engines are given and taken
-    in one order, as both numbers only grow.
+    Wherever two instructions touch a word and one of them writes it, the later in program order
+    waits for the earlier. An engine is done with its instructions in order, so only the last such
+    instruction of each engine counts, and none that the waiting engine knows to be done already, be
+    it through a third one (vector clocks, Mattern 1989). Tokens between two engines are given and
+    taken in one order, as both numbers only grow. Two loads never wait for each other: what LOAD
+    writes, it writes in order.
     """
     sizes = {Memory.ACTIVATION: config.activation_banks * config.activation_words,
              Memory.RESIDUAL: config.residual_words, Memory.WEIGHT: config.weight_words,
@@ -39,12 +40,12 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
                 need = np.maximum(need, read[memory][:, words].max(1))
         # The most recent first: it may already know of the others.
         for other in sorted(Engine, key=lambda e: -need[e]):
-            if other is not engine and need[other] > known[engine, other]:
+            if need[other] > known[engine, other] and (other, engine) != (Engine.LOAD, Engine.LOAD):
                 wait[number - 1] |= 1 << other
                 signal[need[other] - 1] |= 1 << engine
                 known[engine] = np.maximum(known[engine], snapshot[need[other]])
-        known[engine, engine] = number
         snapshot[number] = known[engine].copy()
+        snapshot[number][engine] = number
         for memory, words, writes in _accesses(instr):
             (written if writes else read)[memory][engine, words] = number
     return list(zip(wait, signal))

@@ -34,7 +34,7 @@ class Fetch(wiring.Component):
     start : In(1)
         Starts at `program`; only while `idle`.
     program : In(32)
-        Byte address, a multiple of 64.
+        Byte address, a multiple of `layout.ALIGNMENT`.
     stop : In(1)
         Ends the dispatch at once.
     read_command : Out(stream.Signature(Burst))

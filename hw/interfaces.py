@@ -140,9 +140,11 @@ class TableWrite(data.Struct):
 
 class RouteSetup(data.Struct):
     """How the router decides, sent once before the logits of a LINEAR with Target.ROUTER; it also
-    empties all queues."""
+    empties all queues, unless it appends."""
 
     rows: 13
+    token: 13  # of row 0
+    append: 1
     experts: 16
     chosen: 5
     over_chosen: 1

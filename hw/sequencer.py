@@ -16,10 +16,9 @@ IN_FLIGHT = 4  # instructions that an engine may have taken and not done
 
 
 class Tokens(wiring.Component):
-    """Counts the tokens from each engine to each other one.
+    """Counts the tokens from each engine to each.
 
-    A token that is added can be taken in the next cycle. Tokens of an engine to itself are ignored:
-    its instructions are in order anyway. Adding to a counter that holds `TOKEN_LIMIT` is an error
+    A token that is added can be taken in the next cycle; an engine gives itself tokens, too. Adding to a counter that holds `TOKEN_LIMIT` is an error
     of the program; the token is lost.
 
     Members
@@ -30,7 +29,7 @@ class Tokens(wiring.Component):
     take : In(data.ArrayLayout(5, 5))
         ``take[b][a]``: the same token; only where one is available.
     available : Out(data.ArrayLayout(5, 5))
-        ``available[b][a]``: engine b can take a token of engine a; always for b = a.
+        ``available[b][a]``: engine b can take a token of engine a.
     """
 
     add: In(data.ArrayLayout(len(Engine), len(Engine)))
@@ -43,9 +42,6 @@ class Tokens(wiring.Component):
         for source in Engine:
             for target in Engine:
                 available = self.available[target][source]
-                if source == target:
-                    m.d.comb += available.eq(1)
-                    continue
                 count = Signal(range(TOKEN_LIMIT + 1), name=f"{source.name}_{target.name}".lower())
                 add, take = self.add[source][target], self.take[target][source]
                 m.d.comb += available.eq(count != 0)

@@ -107,7 +107,7 @@ public:
 
 private:
     struct Burst { uint32_t address, beats; };
-    struct Word { uint64_t due; uint8_t data[64]; };
+    struct Word { uint64_t due; uint8_t data[128]; };
 
     DramTiming timing;
     uint64_t now = 0, busy_until = 0;

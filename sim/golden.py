@@ -78,25 +78,22 @@ class Machine:
     def ready(self, instruction: Instruction) -> bool:
         """Whether the tokens that an instruction waits for are there."""
         engine = Engine(instruction.opcode)
-        return all(self.tokens[other, engine] for other in Engine
-                   if instruction.wait >> other & 1 and other is not engine)
+        return all(self.tokens[other, engine] for other in Engine if instruction.wait >> other & 1)
 
     def execute(self, instruction: Instruction) -> None:
         """Take an instruction's tokens, carry it out, give its tokens."""
         engine = Engine(instruction.opcode)
         for other in Engine:
-            if other is not engine:
-                self.tokens[other, engine] -= instruction.wait >> other & 1
+            self.tokens[other, engine] -= instruction.wait >> other & 1
         if not (instruction.conditional and not self.queues[instruction.expert]):
             {Opcode.LOAD: self._load, Opcode.STORE: self._store, Opcode.LINEAR: self._linear,
              Opcode.ATTENTION: self._attention, Opcode.NORM: self._norm,
              }[instruction.opcode](instruction)
         for other in Engine:
-            if other is not engine:
-                self.tokens[engine, other] += instruction.signal >> other & 1
-                if self.tokens[engine, other] > isa.TOKEN_LIMIT:
-                    raise ValueError(f"at most {isa.TOKEN_LIMIT} tokens may wait from "
-                                     f"{engine.name} to {other.name}")
+            self.tokens[engine, other] += instruction.signal >> other & 1
+            if self.tokens[engine, other] > isa.TOKEN_LIMIT:
+                raise ValueError(f"at most {isa.TOKEN_LIMIT} tokens may wait from "
+                                 f"{engine.name} to {other.name}")
 
     def _memory(self, memory: int) -> np.ndarray:
         """A memory as bytes [words, word_bytes], a view."""
@@ -157,11 +154,9 @@ class Machine:
                             i.source_words)
         if i.source_words > c.row_words:
             raise ValueError(f"LINEAR.source_words must be at most {c.row_words}, not {i.source_words}")
-        groups = -(-i.channels // c.outputs)
-        words = self.weight[self._words(self.weight, i.weight, groups * i.source_words)]
-        weight = words.reshape(groups, i.source_words, c.outputs, c.depth).transpose(0, 2, 1, 3)
-        weight = weight.reshape(groups * c.outputs, i.source_words * c.depth)[:i.channels]
-        weight = weight.astype(np.int64)
+        if i.narrow and not c.narrow:
+            raise ValueError("LINEAR.narrow must be 0 where Config.narrow is 0, not 1")
+        weight = self._weights(i)
         param = self._params(i.param, i.channels)
         value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
         if i.target == Target.ROUTER:
@@ -183,12 +178,27 @@ class Machine:
             update = numerics.accumulate_residual(self.residual[word, channel % c.lanes], update)
         self._write(self.residual, i.destination, target, i.destination_stride, update)
 
+    def _weights(self, i: Instruction) -> np.ndarray:
+        """Weights int64 [channels, source_words * depth]."""
+        c, wide = self.config, 1 + i.narrow
+        groups = -(-i.channels // (wide * c.outputs))
+        words = self.weight[self._words(self.weight, i.weight, groups * i.source_words)]
+        words = words.reshape(groups, i.source_words, 1, c.outputs, c.depth)
+        if i.narrow:  # shifts of int8 keep the sign
+            words = np.concatenate([words << 4 >> 4, words >> 4], 2)
+            if (words == -8).any():
+                raise ValueError("Weights of LINEAR.narrow must be between -7 and 7, not -8")
+        weight = words.transpose(0, 2, 3, 1, 4).reshape(groups * wide * c.outputs, -1)
+        return weight[:i.channels].astype(np.int64)
+
     def _route(self, i: Instruction, logits: np.ndarray) -> None:
-        self.queues = [[] for _ in range(self.config.max_experts)]
+        if not i.append:
+            self.queues = [[] for _ in range(self.config.max_experts)]
         chosen = numerics.chosen_experts(logits, i.chosen)
         weights = numerics.gate_weights(logits, chosen, i.multiplier, i.shift,
                                         over_chosen=bool(i.over_chosen))
-        for token, (experts, gates) in enumerate(zip(chosen.tolist(), weights.tolist())):
+        for token, (experts, gates) in enumerate(zip(chosen.tolist(), weights.tolist()),
+                                                 i.destination):
             for expert, gate in zip(experts, gates):
                 self.queues[expert].append((token, gate))
 

@@ -12,8 +12,8 @@ class ConfigError(ValueError):
     """A `Config` field that breaks a rule; the message names the field, the rule and the value."""
 
 
-def bound(low: int, high: int, doc: str):
-    return dataclasses.field(metadata={"low": low, "high": high, "doc": doc})
+def bound(low: int, high: int, doc: str, **default: int):
+    return dataclasses.field(metadata={"low": low, "high": high, "doc": doc}, **default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,14 @@ class Config:
     depth: int = bound(1, 64, "products summed per lane and cycle; bytes of an activation word")
     queries: int = bound(1, 64, "query rows that the attention unit holds")
     lanes: int = bound(1, 64, "results per cycle of write-back; 16-bit values of a residual word")
-    bus_bytes: int = bound(2, 64, "bytes of a memory bus word")
+    bus_bytes: int = bound(2, 128, "bytes of a memory bus word")
     activation_banks: int = bound(1, 8, "independent banks of the activation memory")
     activation_words: int = bound(4, 1 << 16, "words of one activation bank")
     residual_words: int = bound(4, 1 << 18, "words of the residual memory")
     weight_words: int = bound(4, 1 << 16, "words of the weight memory, outputs x depth bytes each")
     param_words: int = bound(4, 1 << 14, "words of the parameter memory, lanes channels each")
+    narrow: int = bound(0, 1, "1: weights of 4 bits, too, two of them to a multiplier",
+                        default=0)
     tables: int = bound(1, 16, "pointwise tables of 256 entries")
     row_words: int = bound(2, 1 << 12, "activation words of the longest row a matrix product takes")
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
@@ -97,4 +99,4 @@ class Config:
 
 # Part of the digest: raise it whenever the meaning of an instruction, a layout or an operation of
 # `numerics` changes, so that an old program never runs on new gateware.
-ARCHITECTURE_VERSION = 1
+ARCHITECTURE_VERSION = 2

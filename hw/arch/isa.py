@@ -4,9 +4,12 @@ An instruction is 32 bytes, little-endian: one `Header`, then the fields of its 
 bit 0 upwards in the order of the tables below. `FIELDS` is the one definition that the assembler,
 the golden device and the gateware's decoder share.
 
-Engines take their instructions in program order, each engine on its own; they meet by tokens. Bit e
-of `wait` takes one token from the counter (engine e -> this engine) before the instruction starts;
-bit e of `signal` adds one to the counter (this engine -> engine e) when all its effects are visible.
+Engines take their instructions in program order, each engine on its own, and may start one while
+the one before is at work; they are done in order. They meet by tokens. Bit e of `wait` takes one
+token from the counter (engine e -> this engine) before the instruction starts; bit e of `signal`
+adds one to the counter (this engine -> engine e) when all its effects are visible. Both hold for an
+engine and itself, too: an instruction that needs what an earlier one of its engine writes, or
+overwrites what that one reads, waits for its token like any other.
 An instruction with `conditional` set does nothing but its tokens while queue `expert` is empty.
 """
 
@@ -60,7 +63,8 @@ class Memory(enum.IntEnum):
 
     ACTIVATION = 0  # int8, `depth` values a word
     RESIDUAL = 1  # int16, `lanes` values a word
-    WEIGHT = 2  # int8, `outputs` x `depth` values a word: output-major
+    WEIGHT = 2  # int8, `outputs` x `depth` values a word: output-major. For LINEAR.narrow the low
+    #             half of a byte is a weight of the output, the high half one of `outputs` later
     PARAM = 3  # `lanes` records of (bias int32, multiplier uint16, shift uint8, 0) a word
     TABLE = 4  # int8, one entry a word; table t holds words 256 t ... 256 t + 255
 
@@ -87,6 +91,7 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
     Opcode.LINEAR: (
         ("rows", 13),  # token rows; the length of queue `expert` takes its place with `gather` or
         #                `scatter` or `queued`
+        ("narrow", 1),  # weights of 4 bits, -7..7: an output group is twice `outputs` channels
         ("queued", 1),  # rows are those of queue `expert`, row i is its i-th entry
         ("gather", 1),  # with queued: source row is the entry's token, not i
         ("scatter", 1),  # with queued: target row is the entry's token, not i
@@ -101,9 +106,10 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("weight", 20),  # weight word of output group 0; group g starts at weight + g * source_words
         ("param", 14),  # parameter word of channel 0
         ("channels", 16),  # output channels
-        ("destination", 20),  # word of row 0, channel 0 in the target memory
+        ("destination", 20),  # word of row 0, channel 0 in the target memory; ROUTER: token of row 0
         ("destination_stride", 13),
         # ROUTER only:
+        ("append", 1),  # the queues keep what they hold; else they are emptied first
         ("chosen", 5),  # experts per token
         ("over_chosen", 1),  # softmax over the chosen experts alone (1) or over all (0)
         ("multiplier", 16),  # logit difference -> 1/256 octaves

@@ -12,7 +12,7 @@ from .isa import Memory
 __all__ = ["ALIGNMENT", "PARAM", "beats", "pack", "pack_params", "unpack", "word_bytes"]
 
 PARAM = np.dtype([("bias", "<i4"), ("multiplier", "<u2"), ("shift", "u1"), ("pad", "u1")])
-ALIGNMENT = 64  # bytes; every region that an instruction names starts at a multiple of it
+ALIGNMENT = 128  # bytes; every region that an instruction names starts at a multiple of it
 
 
 def word_bytes(config: Config, memory: Memory) -> int:

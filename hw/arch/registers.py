@@ -16,7 +16,7 @@ class Register(enum.IntEnum):
     DIGEST = 1  # read: `Config.digest`
     CONTROL = 2  # write: bits of `Control`
     STATUS = 3  # read: bits of `Status`
-    PROGRAM = 4  # read, write: byte address of the first instruction, a multiple of 64
+    PROGRAM = 4  # read, write: byte address of the first instruction, a multiple of `layout.ALIGNMENT`
     CYCLES = 5  # read: cycles from start to done
     INSTRUCTIONS = 6  # read: instructions dispatched
     READ_BEATS = 7  # read: bus words read

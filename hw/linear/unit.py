@@ -168,7 +168,8 @@ class LinearUnit(wiring.Component):
         wait, routed = Signal(2), Signal()
         m.d.comb += [
             self.queue.expert.eq(fields.expert),
-            self.route.p.rows.eq(count), self.route.p.experts.eq(fields.channels),
+            self.route.p.rows.eq(count), self.route.p.token.eq(fields.destination),
+            self.route.p.append.eq(fields.append), self.route.p.experts.eq(fields.channels),
             self.route.p.chosen.eq(fields.chosen), self.route.p.over_chosen.eq(fields.over_chosen),
             self.route.p.multiplier.eq(fields.multiplier), self.route.p.shift.eq(fields.shift),
         ]

@@ -18,8 +18,8 @@ __all__ = ["Router"]
 class Router(wiring.Component):
     """Chooses experts for each token row, and queues the token with its gate weight at each.
 
-    A setup empties all queues. Then the logits of its rows come; for each row, in order, an entry
-    (row, weight) is appended to the queue of each of its `chosen` experts:
+    A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in order, an entry
+    (token, weight) is appended to the queue of each of its `chosen` experts:
     `numerics.chosen_experts` and `numerics.gate_weights`. Limits: ``1 <= chosen <= max_chosen``,
     ``chosen <= experts <= max_experts``, ``rows <= max_rows``.
 
@@ -73,9 +73,9 @@ class Router(wiring.Component):
         starts = self.setup.valid & self.setup.ready
         m.d.comb += [
             self.setup.ready.eq(~active),
-            buffer.restart.eq(starts), queues.clear.eq(starts),
+            buffer.restart.eq(starts), queues.clear.eq(starts & ~self.setup.p.append),
             buffer.experts.eq(setup.experts), buffer.twice.eq(~setup.over_chosen),
-            weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(row),
+            weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(setup.token + row),
             self.empty.eq(queues.empty), self.done.eq(finishing[-1]),
 
             buffer.logits.payload.eq(self.logits.payload),

@@ -26,7 +26,7 @@ def config(**changes):
 class Assembly:
     """A program and its data in DRAM. Regions are handed out from the front."""
 
-    def __init__(self, config, seed=0, entry=0x40):
+    def __init__(self, config, seed=0, entry=0x80):
         self.config, self.entry = config, entry
         self.random = np.random.default_rng(seed)
         self.instructions, self.data = [], {}

@@ -30,9 +30,9 @@ def test_identity_and_unknown_registers():
     async def bench(ctx):
         assert await read(ctx, dut.registers, Register.MAGIC) == MAGIC
         assert await read(ctx, dut.registers, Register.DIGEST, patience=3) == CONFIG.digest
-        await write(ctx, dut.registers, Register.PROGRAM, 0xDEADBE40)
-        assert await read(ctx, dut.registers, Register.PROGRAM) == 0xDEADBE40
-        assert ctx.get(dut.program) == 0xDEADBE40
+        await write(ctx, dut.registers, Register.PROGRAM, 0xDEADBE80)
+        assert await read(ctx, dut.registers, Register.PROGRAM) == 0xDEADBE80
+        assert ctx.get(dut.program) == 0xDEADBE80
         last = counter(Engine.STORE, ENGINE_COUNTERS[-1])
         for index in (Register.CONTROL, 9, 15, last + 1, 255):
             await access(ctx, dut.registers, write=1, index=index, data=0xFFFFFFFE)
@@ -83,7 +83,7 @@ def test_start_refuses_a_misaligned_program(program):
         await write(ctx, dut.registers, Register.PROGRAM, program)
         await write(ctx, dut.registers, Register.CONTROL, Control.START)
         assert await read(ctx, dut.registers, Register.STATUS) == Status.DONE | Status.ERROR
-        await write(ctx, dut.registers, Register.PROGRAM, 64)
+        await write(ctx, dut.registers, Register.PROGRAM, 128)
         await write(ctx, dut.registers, Register.CONTROL, Control.START)
         assert await read(ctx, dut.registers, Register.STATUS) == Status.BUSY
 

@@ -73,9 +73,10 @@ async def read_queues(ctx, dut, sizes):
     return queues
 
 
-def route(sizes, inferences, pauses=0.0, check_queues=True):
+def route(sizes, inferences, pauses=0.0, check_queues=True, append=False):
     """Runs `(logits, chosen, over_chosen, (multiplier, shift))` one after another and compares the
-    queues of each; returns the cycles that each took from its setup to `done`."""
+    queues of each; returns the cycles that each took from its setup to `done`. With `append` the
+    queues grow from one to the next, whose tokens have other numbers."""
     dut = Router(sizes)
     draw = random.Random(8)
     cycles = []
@@ -95,9 +96,12 @@ def route(sizes, inferences, pauses=0.0, check_queues=True):
 
     async def controller(ctx):
         assert ctx.get(dut.empty) == (1 << sizes.max_experts) - 1
-        for logits, chosen, over_chosen, (multiplier, shift) in inferences:
+        before = [[]] * sizes.max_experts
+        for number, (logits, chosen, over_chosen, (multiplier, shift)) in enumerate(inferences):
+            token = 100 * number * append
             ctx.set(dut.setup.payload, {
-                "rows": len(logits), "experts": logits.shape[1], "chosen": chosen,
+                "rows": len(logits), "append": append and number > 0, "token": token,
+                "experts": logits.shape[1], "chosen": chosen,
                 "over_chosen": over_chosen, "multiplier": multiplier, "shift": shift})
             ctx.set(dut.setup.valid, 1)
             await ctx.tick().until(dut.setup.ready)
@@ -109,8 +113,11 @@ def route(sizes, inferences, pauses=0.0, check_queues=True):
                 spent += 1
             cycles.append(spent)
             if check_queues:
-                assert await read_queues(ctx, dut, sizes) == expected_queues(
-                    sizes, logits, chosen, over_chosen, multiplier, shift)
+                expected = expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift)
+                expected = [old + [(token + row, weight) for row, weight in new]
+                            for old, new in zip(before, expected)]
+                assert await read_queues(ctx, dut, sizes) == expected
+                before = expected if append else before
             else:
                 await ctx.tick()
             assert not ctx.get(dut.done)
@@ -161,6 +168,12 @@ def test_a_second_inference_sees_nothing_of_the_first():
     high[:, :8] -= 1 << 22
     none = np.zeros((0, 16), np.int64)
     route(sizes, [(low, 2, 0, LOUD), (high, 2, 0, LOUD), (none, 2, 1, LOUD), (low, 1, 1, LOUD)])
+
+
+def test_queues_grow():
+    sizes = config()
+    route(sizes, [(random_logits(rows, 16, seed=rows), 2, 1, LOUD) for rows in (5, 1, 0, 8)],
+          append=True)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])

@@ -30,7 +30,7 @@ def test_tokens_count():
     """Random additions and takings, against a table of counts."""
     dut = Tokens()
     draw = random.Random(7)
-    count = {pair: 0 for pair in itertools.permutations(Engine, 2)}
+    count = {pair: 0 for pair in itertools.product(Engine, Engine)}
 
     async def bench(ctx):
         for cycle in range(600):
@@ -42,7 +42,6 @@ def test_tokens_count():
                 ctx.set(dut.add[source][target], add)
                 ctx.set(dut.take[target][source], take)
                 count[source, target] += add - take
-            assert all(ctx.get(dut.available[engine][engine]) for engine in Engine)
             await ctx.tick()
         ctx.set(dut.clear, 1)
         await ctx.tick()

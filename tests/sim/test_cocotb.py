@@ -73,8 +73,8 @@ def moving():
                                        "address": 10240}),
             Instruction(Opcode.END, {})]
     text = b"".join(map(isa.encode, code))
-    dram[64:64 + len(text)] = np.frombuffer(text, np.uint8)
-    return 64, [dram, dram]
+    dram[128:128 + len(text)] = np.frombuffer(text, np.uint8)
+    return 128, [dram, dram]
 
 
 def network():

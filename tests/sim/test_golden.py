@@ -141,7 +141,7 @@ def routed(logits, chosen, multiplier, shift, over_chosen):
 
 
 ROUTE = LINEAR | {"target": Target.ROUTER, "channels": 4, "chosen": 2, "multiplier": 50000,
-                  "shift": 20}
+                  "shift": 20, "destination": 0}
 
 
 @pytest.mark.parametrize("over_chosen", [0, 1])
@@ -150,6 +150,12 @@ def test_router_fills_the_queues(machine, over_chosen):
     execute(machine, (Opcode.LINEAR, ROUTE | {"over_chosen": over_chosen}))
     assert machine.queues == routed(logits, 2, 50000, 20, over_chosen)
     assert sum(len(queue) for queue in machine.queues) == 10
+    expected = [queue + [(token + 30, weight) for token, weight in queue]
+                for queue in machine.queues]
+    route = ROUTE | {"over_chosen": over_chosen}
+    execute(machine, (Opcode.LINEAR, route),
+            (Opcode.LINEAR, route | {"append": 1, "destination": 30}))
+    assert machine.queues == expected
 
 
 def test_router_breaks_ties_by_the_lower_expert(machine):

@@ -148,7 +148,7 @@ def test_damaged_instructions_are_an_error():
     made, step, inputs = traced(config, 0)
     device = RtlDevice(config, fast=False, dram=IDEAL)
     good = device.run(made, step, inputs)
-    device.target.write_memory(step.entry + 64, b"\xFD" * 32)  # no such opcode; not read back
+    device.target.write_memory(step.entry + 128, b"\xFD" * 32)  # no such opcode; not read back
     with pytest.raises(DeviceError, match="met an illegal instruction"):
         device.run(made, step, inputs)
     again = device.run(made, step, inputs)
