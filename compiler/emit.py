@@ -3,7 +3,7 @@
 import dataclasses
 
 from moeware.compiler.allocate import place_blocks
-from moeware.compiler.lowered import Block, Instr, Lowered, Span
+from moeware.compiler.lowered import Block, Instr, Lowered, Part, Span
 from moeware.compiler.synchronise import synchronise
 from moeware.compiler.verify import verify_tokens
 from moeware.hw.arch import isa
@@ -29,7 +29,7 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
             if block.data is not None:
                 image[block.address:block.address + block.bytes] = block.data
         result.append(DeviceStep(
-            entry=entry, macs=lowered.macs, operations=lowered.operations,
+            entry=entry, macs=lowered.macs, frames=lowered.frames, operations=lowered.operations,
             inputs=[_placed(port, block) for port, block in lowered.inputs],
             outputs=[_placed(port, block) for port, block in lowered.outputs],
             probes=[_placed(probe, block) for probe, block in lowered.probes]))
@@ -37,7 +37,7 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
 
 
 def _resolve(instr: Instr, wait: int, signal: int) -> isa.Instruction:
-    fields = {name: value.address if isinstance(value, (Span, Block)) else int(value)
+    fields = {name: value.address if isinstance(value, (Span, Part)) else int(value)
               for name, value in instr.fields.items()}
     return isa.Instruction(instr.opcode, fields | {"wait": wait, "signal": signal})
 

@@ -48,6 +48,7 @@ class State:
     config: Config
     samples: dict[str, np.ndarray]
     trace: bool = False
+    frames: int = 1
     model: ir.Model | None = None
     inputs: Ports = field(default_factory=list)
     outputs: Ports = field(default_factory=list)
@@ -94,7 +95,8 @@ def _quantise(state: State) -> None:
 
 
 def _tile(state: State) -> None:
-    state.lowered = [tile(step, state.config, trace=state.trace) for step in _device(state)]
+    state.lowered = [tile(step, state.config, trace=state.trace, frames=state.frames)
+                     for step in _device(state)]
     for lowered in state.lowered:
         verify_order(lowered)
 
@@ -106,9 +108,13 @@ def _schedule(state: State) -> None:
 
 
 def _allocate(state: State) -> None:
-    for lowered in state.lowered:
-        allocate(lowered, state.config)
-        verify_addresses(lowered, state.config)
+    for number, step in enumerate(_device(state)):
+        try:
+            allocate(state.lowered[number], state.config)
+        except CompileError:  # with one buffer of hidden values in place of two
+            lean = tile(step, state.config, trace=state.trace, frames=state.frames, ahead=False)
+            state.lowered[number] = allocate(schedule(lean, state.config), state.config)
+        verify_addresses(state.lowered[number], state.config)
 
 
 def _emit(state: State) -> None:
@@ -135,7 +141,7 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
-                  trace: bool = False, dump: str | os.PathLike | None = None,
+                  trace: bool = False, frames: int = 1, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -146,6 +152,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     config : the accelerator that the program is for.
     samples : real inputs [frames, ...] by input name (see `calibrate.load_samples`).
     trace : the program stores every layer's result, so that devices can be compared.
+    frames : that a run works on at once: weights cross the bus once for all of them, and attention
+        of one is at work beside the products of another. Its latency is that of all.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
         before is read from `dump`.
@@ -167,7 +175,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace)
+    state = State(Path(path), config, samples, trace, frames)
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -222,4 +230,5 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
+    state.frames = wanted.frames
     return state

@@ -54,7 +54,7 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
 def _accesses(instr: Instr):
     for spans, writes in ((instr.reads, False), (instr.writes, True)):
         for span in spans:
-            yield span.buffer.memory, slice(span.address, span.address + span.words), writes
+            yield span.buffer.memory, span.places(span.buffer.address), writes
     if instr.queue_read:
         yield QUEUES, slice(0, 1), False
     if instr.queue_write:

@@ -2,6 +2,7 @@
 
 from moeware.compiler.allocate import allocate
 from moeware.compiler.emit import emit
+from moeware.compiler.errors import CompileError
 from moeware.compiler.quantise import QuantisedStep
 from moeware.compiler.schedule import schedule
 from moeware.compiler.tile import tile
@@ -47,22 +48,26 @@ def quantised(graph: Graph) -> QuantisedStep:
                          [port(name, Memory.RESIDUAL) for name in heads])
 
 
-def lower(graph: Graph, config: Config, *, trace: bool = True):
+def lower(graph: Graph, config: Config, *, trace: bool = True, **options):
     """The graph after `allocate`, verified between the stages."""
     step = quantised(graph)
     verify_quantised(step)
-    lowered = tile(step, config, trace=trace)
+    lowered = tile(step, config, trace=trace, **options)
     verify_order(lowered)
     schedule(lowered, config)
     verify_order(lowered)
-    allocate(lowered, config)
+    try:
+        allocate(lowered, config)
+    except CompileError:
+        lowered = schedule(tile(step, config, trace=trace, **options, ahead=False), config)
+        allocate(lowered, config)
     verify_addresses(lowered, config)
     return lowered
 
 
-def program(graph: Graph, config: Config, *, trace: bool = True) -> Program:
+def program(graph: Graph, config: Config, *, trace: bool = True, **options) -> Program:
     """The graph as a program; with `trace` it stores every tensor."""
-    image, dram_bytes, steps = emit([lower(graph, config, trace=trace)], config)
+    image, dram_bytes, steps = emit([lower(graph, config, trace=trace, **options)], config)
     ports = {side: [(port.name, port.shape, "tensor(float)") for port in getattr(steps[0], side)]
              for side in ("inputs", "outputs")}
     return Program(config=config, image=image, dram_bytes=dram_bytes, steps=steps,

@@ -54,6 +54,18 @@ def test_small_memories_cut_products_into_tiles():
         np.testing.assert_array_equal(found[port.tensor], expected[port.tensor])
 
 
+@pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
+def test_frames_in_flight_are_those_apart(config, frames):
+    graph = transformer(3, **SIZES["wide"])
+    compiled = program(graph, config, frames=frames, **{})
+    inputs = graph.integers(5)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
 def image(compiled) -> np.ndarray:
     dram = np.zeros(compiled.dram_bytes, np.uint8)
     dram[:len(compiled.image)] = np.frombuffer(compiled.image, np.uint8)

@@ -13,6 +13,9 @@ def configure(parser) -> None:
     parser.add_argument("-o", "--output", help="program file (default: the model's name, .moe)")
     parser.add_argument("--trace", action="store_true",
                         help="store every layer's result, to compare devices layer by layer")
+    parser.add_argument("--frames", type=int, default=1,
+                        help="frames that a run works on at once: more of them, each later "
+                        "(default: 1)")
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
     parser.add_argument("--stop", default="emit", help="last stage")
@@ -24,6 +27,7 @@ def run(arguments) -> dict:
     with stages_bar("compile") as progress:
         program = moeware.compile(
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
+            frames=arguments.frames,
             dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
