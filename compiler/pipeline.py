@@ -7,7 +7,7 @@ Partition stands before calibrate because grids are chosen for what runs on the 
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
 from moeware.compiler.schedule import schedule
 from moeware.compiler.tile import tile
@@ -49,6 +50,7 @@ class State:
     samples: dict[str, np.ndarray]
     trace: bool = False
     frames: int = 1
+    bits: Mapping[str, int] = field(default_factory=dict)
     model: ir.Model | None = None
     inputs: Ports = field(default_factory=list)
     outputs: Ports = field(default_factory=list)
@@ -84,14 +86,16 @@ def _calibrate(state: State) -> None:
 
 def _quantise(state: State) -> None:
     state.quantised = []
+    precision = Precision(state.bits)
     for part in partition(state.model).steps:
         if part.kind == "host":
             step = HostStep(model=part.model, inputs=list(part.inputs), outputs=list(part.outputs),
                             reasons=part.reasons)
         else:
-            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration)
+            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision)
             verify_quantised(step)
         state.quantised.append(step)
+    precision.check()
 
 
 def _tile(state: State) -> None:
@@ -141,7 +145,8 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
-                  trace: bool = False, frames: int = 1, dump: str | os.PathLike | None = None,
+                  trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
+                  dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -154,6 +159,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     trace : the program stores every layer's result, so that devices can be compared.
     frames : that a run works on at once: weights cross the bus once for all of them, and attention
         of one is at work beside the products of another. Its latency is that of all.
+    bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
+        ``{"experts": 4}`` halves what experts weigh.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
         before is read from `dump`.
@@ -175,7 +182,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace, frames)
+    state = State(Path(path), config, samples, trace, frames, bits or {})
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -230,5 +237,5 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
-    state.frames = wanted.frames
+    state.frames, state.bits = wanted.frames, wanted.bits
     return state

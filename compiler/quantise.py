@@ -1,7 +1,7 @@
 """Float canonical nodes to the quantised graph.
 
-Weights are int8 per output channel (experts: per expert and channel), activations int8 per tensor,
-the residual stream int16 on one grid. Three exact identities are used before anything is rounded:
+Weights are int8, or narrower where `Precision` says so, per output channel (experts: per expert and
+channel), activations int8 per tensor, the residual stream int16 on one grid. Three exact identities are used before anything is rounded:
 
 - a key's bias adds one number to all scores of a row, which softmax does not see: it is dropped;
 - a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
@@ -22,6 +22,7 @@ import onnx_ir as ir
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
+from moeware.compiler.precision import WEIGHT_BITS, Precision
 from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
 from moeware.compiler.weights import Tensor, quantise_weights, scaled_weights, smoothed_norm
 from moeware.hw.arch import numerics
@@ -53,7 +54,7 @@ class Embedding:
 
 
 def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
-             calibration: Calibration) -> QuantisedStep:
+             calibration: Calibration, precision: Precision | None = None) -> QuantisedStep:
     """Quantise the nodes of one device step.
 
     nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
@@ -64,7 +65,7 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
     CompileError
         A tensor without calibration samples, or nodes in an order that no device step may have.
     """
-    return _Quantiser(nodes, inputs, outputs, calibration).run()
+    return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision()).run()
 
 
 def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -74,11 +75,11 @@ def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 class _Quantiser:
-    def __init__(self, nodes, inputs, outputs, calibration: Calibration):
+    def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision):
         named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
         self.nodes = nodes
         self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
-        self.calibration = calibration
+        self.calibration, self.precision = calibration, precision
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
         self.pending: dict[str, ir.Node] = {}  # Linear or Experts that its consumer will emit
@@ -163,10 +164,17 @@ class _Quantiser:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        weight, affine = scaled_weights(*self._constants(node), source, step, 16)
-        self._add(q.AddLinear(name=node.name, output=value.name, source=source.tensor,
-                              residual=None, first_row=0, weight=weight, affine=affine))
+        self._add_linear(node, value.name, source, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
+
+    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+                    residual: str | None, first_row: int = 0) -> None:
+        bits = self.precision.of(node.name, "linear")
+        weight, affine = scaled_weights(*self._constants(node), source, step, 16,
+                                        limit=WEIGHT_BITS[bits])
+        self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
+                              residual=residual, first_row=first_row, weight=weight, affine=affine,
+                              bits=bits))
 
     @staticmethod
     def _constants(node: ir.Node, first: int = 1) -> list[np.ndarray]:
@@ -200,10 +208,8 @@ class _Quantiser:
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        weight, affine = scaled_weights(*self._constants(node), image, self.stream_step, 16)
-        self._add(q.AddLinear(name=node.name, output=name, source=image.tensor,
-                              residual=f"{name}/constant", first_row=start.first_row,
-                              weight=weight, affine=affine))
+        self._add_linear(node, name, image, self.stream_step, residual=f"{name}/constant",
+                         first_row=start.first_row)
         tensor = Tensor(name, self.stream_step, rows=len(start.constant))
         self.values[name] = tensor
         return tensor
@@ -217,11 +223,7 @@ class _Quantiser:
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
             source = self._tensor(source_node.inputs[0])
-            weight, affine = scaled_weights(*self._constants(source_node), source,
-                                          self.stream_step, 16)
-            self._add(q.AddLinear(name=source_node.name, output=name, source=source.tensor,
-                                  residual=stream.tensor, first_row=0, weight=weight,
-                                  affine=affine))
+            self._add_linear(source_node, name, source, self.stream_step, residual=stream.tensor)
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
@@ -308,9 +310,10 @@ class _Quantiser:
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, table_step=None,
                      shift=None) -> None:
         source = self._tensor(node.inputs[0])
-        integer, affine = scaled_weights(weight, bias, source, step)
+        bits = self.precision.of(node.name, "linear")
+        integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
-                           affine=affine, table=table))
+                           affine=affine, table=table, bits=bits))
         self.values[value.name] = Tensor(value.name, table_step or step, shift=shift,
                                          rows=source.rows)
 
@@ -379,13 +382,17 @@ class _Quantiser:
         w1, b1, w2, b2 = self._constants(node, 3)
         before = grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
         after = grid(self._expert_samples(node, "activation"))
-        up, up_affine = scaled_weights(w1, b1, source, before)
-        down, down_affine = scaled_weights(w2, b2, Tensor("", after), self.stream_step, 16)
+        bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
+                         for e in range(len(w1))], np.uint8)
+        limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
+        up, up_affine = scaled_weights(w1, b1, source, before, limit=limit)
+        down, down_affine = scaled_weights(w2, b2, Tensor("", after), self.stream_step, 16,
+                                           limit=limit)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,
             up_affine=up_affine, table=function_table(function, before, after), down=down,
-            down_affine=down_affine))
+            down_affine=down_affine, bits=bits))
 
     def _expert_samples(self, node: ir.Node, stage: str) -> np.ndarray:
         names = [f"{node.name}/expert{e}/{stage}" for e in range(shape(node.inputs[3])[0])]

@@ -58,7 +58,7 @@ def test_small_memories_cut_products_into_tiles():
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
 def test_frames_in_flight_are_those_apart(config, frames):
     graph = transformer(3, **SIZES["wide"])
-    compiled = program(graph, config, frames=frames, **{})
+    compiled = program(graph, config, frames=frames)
     inputs = graph.integers(5)
     found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
     expected = evaluate(graph.operations, inputs)
