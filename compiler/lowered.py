@@ -48,6 +48,11 @@ class Span:
         """Word of the buffer after the last one."""
         return self.start + (self.rows - 1) * self.stride + self.words
 
+    def part(self, first: int, last: int) -> "Span":
+        """Runs [first, last)."""
+        return Span(self.buffer, self.start + first * self.stride, self.words, last - first,
+                    self.stride)
+
     def columns(self, first: int, words: int) -> "Span":
         """Words [first, first + words) of every run."""
         return Span(self.buffer, self.start + first, words, self.rows, self.stride)

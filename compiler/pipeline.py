@@ -26,7 +26,7 @@ from moeware.compiler.partition import describe, partition, report
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
 from moeware.compiler.schedule import schedule
-from moeware.compiler.tile import tile
+from moeware.compiler.tile import PLANS, tile
 from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import HostStep, Program
@@ -59,6 +59,7 @@ class State:
     calibration: Calibration | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)  # by device step
     program: Program | None = None
 
 
@@ -112,12 +113,19 @@ def _schedule(state: State) -> None:
 
 
 def _allocate(state: State) -> None:
+    state.plans = []
     for number, step in enumerate(_device(state)):
-        try:
-            allocate(state.lowered[number], state.config)
-        except CompileError:  # with one buffer of hidden values in place of two
-            lean = tile(step, state.config, trace=state.trace, frames=state.frames, ahead=False)
-            state.lowered[number] = allocate(schedule(lean, state.config), state.config)
+        for plan, leaner in zip(PLANS, [*PLANS[1:], None]):
+            try:
+                allocate(state.lowered[number], state.config)
+                break
+            except CompileError:
+                if leaner is None:
+                    raise
+                state.lowered[number] = schedule(
+                    tile(step, state.config, trace=state.trace, frames=state.frames, plan=leaner),
+                    state.config)
+        state.plans.append(str(plan))
         verify_addresses(state.lowered[number], state.config)
 
 
@@ -130,7 +138,7 @@ def _emit(state: State) -> None:
         inputs=state.inputs, outputs=state.outputs,
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
-                  "starved_experts": state.calibration.starved})
+                  "starved_experts": state.calibration.starved, "plans": state.plans})
 
 
 def _device(state: State) -> list[QuantisedStep]:

@@ -5,7 +5,7 @@ from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.quantise import QuantisedStep
 from moeware.compiler.schedule import schedule
-from moeware.compiler.tile import tile
+from moeware.compiler.tile import PLANS, tile
 from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory, NormMode
@@ -48,19 +48,22 @@ def quantised(graph: Graph) -> QuantisedStep:
                          [port(name, Memory.RESIDUAL) for name in heads])
 
 
-def lower(graph: Graph, config: Config, *, trace: bool = True, **options):
+def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **options):
     """The graph after `allocate`, verified between the stages."""
     step = quantised(graph)
     verify_quantised(step)
-    lowered = tile(step, config, trace=trace, **options)
-    verify_order(lowered)
-    schedule(lowered, config)
-    verify_order(lowered)
-    try:
-        allocate(lowered, config)
-    except CompileError:
-        lowered = schedule(tile(step, config, trace=trace, **options, ahead=False), config)
-        allocate(lowered, config)
+    for number, plan in enumerate(plans):
+        lowered = tile(step, config, trace=trace, plan=plan, **options)
+        verify_order(lowered)
+        schedule(lowered, config)
+        verify_order(lowered)
+        try:
+            allocate(lowered, config)
+        except CompileError:
+            if number == len(plans) - 1:
+                raise
+        else:
+            break
     verify_addresses(lowered, config)
     return lowered
 

@@ -59,6 +59,7 @@ def text(facts: dict) -> str:
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
+    lines += sorted(set(facts["metadata"]["plans"]))
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
         lines.append(f"hardly calibrated experts: {', '.join(starved)}")

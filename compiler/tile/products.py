@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from moeware.compiler.errors import CompileError
-from moeware.compiler.tensors import Tensor
+from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 

@@ -36,14 +36,16 @@ class Tensor:
     Each of its `rows` has `channels` values in `groups` (the heads of attention, else 1) that start
     at a word. Either all rows of all frames lie one after another, or, where it is `split`, each
     group of each frame has a buffer to itself, which lives only as long as its head is at work.
-    Rows of a tensor that is not split are counted through all frames.
+    Rows of a tensor that is not split are counted through all frames. lead : rows of its buffer
+    before the first one.
     """
 
     def __init__(self, config: Config, name: str, memory: Memory, frames: int, rows: int,
-                 channels: int, *, groups: int = 1, split: bool = False, bank: int = 0):
+                 channels: int, *, groups: int = 1, split: bool = False, bank: int = 0,
+                 lead: int = 0):
         self.config, self.name, self.memory = config, name, memory
         self.frames, self.rows, self.channels = frames, rows, channels
-        self.groups, self.split = groups, split
+        self.groups, self.split, self.lead = groups, split, lead
         per_word = config.depth if memory is Memory.ACTIVATION else config.lanes
         self.width = -(-(channels // groups) // per_word)  # words of a group
         self.stride = self.width if split else groups * self.width
@@ -52,12 +54,14 @@ class Tensor:
             self.buffers = [Buffer(f"{name}/{frame}/{group}", memory, rows * self.width, bank)
                             for frame in range(frames) for group in range(groups)]
         else:
-            self.buffers = [Buffer(name, memory, frames * rows * self.stride, bank)]
+            words = (lead + frames * rows) * self.stride
+            self.buffers = [Buffer(name, memory, words, bank)]
 
     def span(self, first: int = 0, last: int | None = None) -> Span:
         """Rows [first, last) of a tensor that is not split."""
         last = self.frames * self.rows if last is None else last
-        return Span(self.buffers[0], first * self.stride, self.stride, last - first, self.stride)
+        return Span(self.buffers[0], (self.lead + first) * self.stride, self.stride, last - first,
+                    self.stride)
 
     def head(self, frame: int, group: int, first: int = 0, last: int | None = None) -> Span:
         """Rows [first, last) of one group of one frame."""
