@@ -129,7 +129,9 @@ class DeviceStep:
     """A part of the model that the accelerator runs.
 
     entry : byte address of its first instruction; operations : the same in the quantised graph;
-    macs : multiply-accumulates of a frame, experts counted as often as they are chosen.
+    macs : multiply-accumulates of a frame, experts counted as often as they are chosen; layers :
+    names, as reports give them; layer_of : uint16 [instructions but END], the number of the layer
+    that an instruction is of.
     """
 
     entry: int
@@ -138,6 +140,8 @@ class DeviceStep:
     operations: list[quantised.Operation]
     probes: list[Probe] = field(default_factory=list)
     macs: int = 0
+    layers: list[str] = field(default_factory=list)
+    layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
 
 
 @dataclass(kw_only=True)
@@ -180,8 +184,10 @@ class Program:
                 steps.append({"kind": "host", "model": f"host{len(steps)}", "inputs": step.inputs,
                               "outputs": step.outputs, "reasons": step.reasons})
             else:
+                arrays[f"layers{len(steps)}"] = step.layer_of
                 steps.append({
                     "kind": "device", "entry": step.entry, "macs": step.macs,
+                    "layers": step.layers, "layer_of": f"layers{len(steps)}",
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
@@ -245,7 +251,8 @@ class Program:
                                       outputs=entry["outputs"], reasons=entry["reasons"]))
             else:
                 steps.append(DeviceStep(
-                    entry=entry["entry"], macs=entry["macs"],
+                    entry=entry["entry"], macs=entry["macs"], layers=entry["layers"],
+                    layer_of=arrays[entry["layer_of"]],
                     inputs=[_port(port) for port in entry["inputs"]],
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})
