@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from moeware.compiler.allocate import place_blocks
 from moeware.compiler.lowered import Block, Instr, Lowered, Part, Span
 from moeware.compiler.synchronise import synchronise
@@ -28,8 +30,12 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
         for block in lowered.blocks:
             if block.data is not None:
                 image[block.address:block.address + block.bytes] = block.data
+        layers: dict[str, int] = {}
+        layer_of = [layers.setdefault(instr.layer, len(layers))
+                    for instr in lowered.instructions]
         result.append(DeviceStep(
             entry=entry, macs=lowered.macs, frames=lowered.frames, operations=lowered.operations,
+            layers=list(layers), layer_of=np.array(layer_of, np.uint16),
             inputs=[_placed(port, block) for port, block in lowered.inputs],
             outputs=[_placed(port, block) for port, block in lowered.outputs],
             probes=[_placed(probe, block) for probe, block in lowered.probes]))

@@ -156,8 +156,10 @@ class DeviceStep:
     """A part of the model that the accelerator runs.
 
     frames : that a run works on, each with its own region of every port and probe (see
-    `Region.of_frame`); entry : byte address of its first instruction; operations : the same in the quantised graph;
-    macs : multiply-accumulates of a frame, experts counted as often as they are chosen.
+    `Region.of_frame`); entry : byte address of its first instruction; operations : the same in the
+    quantised graph; macs : multiply-accumulates of a frame, experts counted as often as they are
+    chosen; layers : names, as reports give them; layer_of : uint16 [instructions but END], the
+    number of the layer that an instruction is of.
     """
 
     entry: int
@@ -167,6 +169,8 @@ class DeviceStep:
     probes: list[Probe] = field(default_factory=list)
     macs: int = 0
     frames: int = 1
+    layers: list[str] = field(default_factory=list)
+    layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
 
 
 @dataclass(kw_only=True)
@@ -209,9 +213,11 @@ class Program:
                 steps.append({"kind": "host", "model": f"host{len(steps)}", "inputs": step.inputs,
                               "outputs": step.outputs, "reasons": step.reasons})
             else:
+                arrays[f"layers{len(steps)}"] = step.layer_of
                 steps.append({
                     "kind": "device", "entry": step.entry, "macs": step.macs,
                     "frames": step.frames,
+                    "layers": step.layers, "layer_of": f"layers{len(steps)}",
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
@@ -276,6 +282,7 @@ class Program:
             else:
                 steps.append(DeviceStep(
                     entry=entry["entry"], macs=entry["macs"], frames=entry["frames"],
+                    layers=entry["layers"], layer_of=arrays[entry["layer_of"]],
                     inputs=[_port(port) for port in entry["inputs"]],
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})
