@@ -4,6 +4,8 @@ from amaranth import ClockSignal, Const, Instance, Module, Shape, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from .fabric import FabricMultiplier
+
 __all__ = ["Multipliers", "primitive_for"]
 
 
@@ -21,13 +23,14 @@ class Multipliers(wiring.Component):
     not count. Contents are undefined until `LATENCY` operands went in.
 
     On ECP5 each is one MULT18X18D with its own registers, which synthesis would not use by itself;
-    elsewhere they are described by their behaviour, with the same latency.
+    elsewhere they are described by their behaviour, with the same latency. With "fabric" they are
+    made of look-up tables, whatever the device: see `FabricMultiplier`.
 
     Parameters
     ----------
     a, b : shape of the operands, at most 18 bits signed or 17 bits unsigned
     count : multipliers
-    primitive : "ecp5" or "generic"; by default what the platform has
+    primitive : "ecp5", "generic" or "fabric"; by default what the platform has
 
     Members
     -------
@@ -45,8 +48,8 @@ class Multipliers(wiring.Component):
             if shape.width + (not shape.signed) > 18:
                 raise ValueError(f"Multipliers.{name} must be at most 18 bits with its sign, "
                                  f"not {shape!r}; split wider operands")
-        if primitive not in (None, "ecp5", "generic"):
-            raise ValueError("Multipliers.primitive must be 'ecp5' or 'generic', "
+        if primitive not in (None, "ecp5", "generic", "fabric"):
+            raise ValueError("Multipliers.primitive must be 'ecp5', 'generic' or 'fabric', "
                              f"not {primitive!r}")
         self.count, self.primitive = count, primitive
         self.product_shape = Shape(a.width + b.width, a.signed or b.signed)
@@ -63,6 +66,11 @@ class Multipliers(wiring.Component):
         for i in range(self.count):
             if primitive == "ecp5":
                 m.submodules[f"multiplier_{i}"] = self._mult18x18d(i)
+            elif primitive == "fabric":
+                m.submodules[f"multiplier_{i}"] = multiplier = FabricMultiplier(
+                    self.a[i].shape(), self.b[i].shape(), chain=primitive_for(platform) == "ecp5")
+                m.d.comb += [multiplier.advance.eq(self.advance), multiplier.a.eq(self.a[i]),
+                             multiplier.b.eq(self.b[i]), self.product[i].eq(multiplier.product)]
             else:
                 a = Signal(self.a[i].shape(), reset_less=True, name=f"a_{i}")
                 b = Signal(self.b[i].shape(), reset_less=True, name=f"b_{i}")

@@ -19,13 +19,14 @@ def limits(shape):
             else (0, (1 << shape.width) - 1))
 
 
+@pytest.mark.parametrize("primitive", ["generic", "fabric"])
 @pytest.mark.parametrize("idle", [(0,), (1, 0, 0, 1)], ids=("steady", "stalling"))
 @pytest.mark.parametrize(("a", "b"), [
     (signed(8), signed(8)), (signed(18), unsigned(16)), (unsigned(13), unsigned(13)),
     (signed(18), signed(18)), (unsigned(17), signed(2))])
-def test_products(a, b, idle):
+def test_products(a, b, idle, primitive):
     draw = random.Random(1)
-    dut = Multipliers(a, b, 3)
+    dut = Multipliers(a, b, 3, primitive=primitive)
     pairs = list(itertools.product(limits(a), limits(b)))
     pairs += [(draw.randint(*limits(a)), draw.randint(*limits(b))) for _ in range(60)]
     sent = [draw.sample(pairs, dut.count) for _ in range(60)]
