@@ -34,7 +34,7 @@ class WeightedSums(wiring.Component):
         By row, then by byte of the word.
     """
 
-    LATENCY = Multipliers.LATENCY + 1
+    LATENCY = Multipliers.LATENCY + 2
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
@@ -49,24 +49,27 @@ class WeightedSums(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         queries, depth = self.config.queries, self.config.depth
-        word = data.View(data.ArrayLayout(signed(8), depth), self.word)
+        # Words come from many banks of memory and go to many multipliers: a register between.
+        arrives = delayed(m, self.arrives, 1, name="arrives", reset_less=False)
+        weights = delayed(m, self.weights, 1, name="weights")
+        word = delayed(m, data.View(data.ArrayLayout(signed(8), depth), self.word), 1, name="word")
 
         m.submodules.multipliers = multipliers = Multipliers(
             unsigned(PROBABILITY_BITS), signed(8), queries * depth, primitive=self.primitive)
         m.d.comb += multipliers.advance.eq(1)
         place = Signal(data.StructLayout({"first": 1, "last": 1}))
-        m.d.comb += [place.first.eq(self.weights.first), place.last.eq(self.weights.last)]
+        m.d.comb += [place.first.eq(weights.first), place.last.eq(weights.last)]
         place = delayed(m, place, Multipliers.LATENCY, name="place")
-        multiplied = delayed(m, self.arrives, Multipliers.LATENCY, name="multiplied",
+        multiplied = delayed(m, arrives, Multipliers.LATENCY, name="multiplied",
                              reset_less=False)
 
-        m.d.sync += self.totalled.eq(self.arrives & self.weights.last & self.weights.counted)
+        m.d.sync += self.totalled.eq(arrives & weights.last & weights.counted)
         m.d.sync += self.summed.eq(multiplied & place.last)
         for row in range(queries):
-            probability, total = self.weights.probability[row], self.totals[row]
-            with m.If(self.arrives & self.weights.first):
+            probability, total = weights.probability[row], self.totals[row]
+            with m.If(arrives & weights.first):
                 m.d.sync += total.eq(probability)
-            with m.Elif(self.arrives):
+            with m.Elif(arrives):
                 m.d.sync += total.eq(total + probability)
             for i in range(depth):
                 column = row * depth + i
