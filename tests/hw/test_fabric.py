@@ -9,6 +9,8 @@ import pytest
 from amaranth import signed, unsigned
 from amaranth.back import rtlil
 
+from moeware.hw.accelerator import Accelerator
+from moeware.hw.arch.config import Config
 from moeware.hw.fabric import RowPair
 from moeware.hw.multiply import Multipliers
 from moeware.sim.verilog import find_yosys
@@ -79,3 +81,15 @@ def test_ecp5_gets_carry_cells_and_no_multiplier():
     assert "MULT18X18D" not in text and "$mul" not in text
     assert text.count("cell \\CCU2C ") == 4 * 5
     assert "CCU2C" not in rtlil.convert(dut)
+
+
+def test_accelerator_with_attention_of_fabric():
+    config = Config(tokens=1, outputs=2, depth=2, queries=1, lanes=1, bus_bytes=2,
+                    activation_banks=1, activation_words=16, residual_words=16, weight_words=16,
+                    param_words=16, tables=1, row_words=4, max_rows=4, max_experts=2, max_chosen=1, queue=2)
+    blocks = [rtlil.convert(Accelerator(config, fabric=fabric), platform=Ecp5()).count(
+        "cell \\MULT18X18D ") for fabric in ((), ("attention",))]
+    scaling = 2 + 1 + 2  # of differences, of rows, of sums
+    assert blocks[0] - blocks[1] == config.attention_macs + scaling
+    with pytest.raises(ValueError, match="must name units of .* not .'dma'."):
+        Accelerator(config, fabric=["dma"])
