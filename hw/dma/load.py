@@ -106,6 +106,10 @@ class LoadEngine(wiring.Component):
         """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
+        # What becomes of a word must not be known on the far side of the bus in the same cycle.
+        m.submodules.arriving = arriving = RegisterSlice(bus_bits)
+        wiring.connect(m, wiring.flipped(self.read_data), arriving.input)
+        arriving = arriving.output
         beat = Signal(bus_bits)
         beat_valid = Signal()
         part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
@@ -141,9 +145,9 @@ class LoadEngine(wiring.Component):
             m.d.sync += part.eq(Mux(wrote & pop, 0, part + 1))
         with m.If(pop):
             m.d.sync += [beat_valid.eq(0), earlier.eq(Cat(earlier, beat)[bus_bits:])]
-        m.d.comb += self.read_data.ready.eq(~beat_valid | pop)
-        with m.If(self.read_data.valid & self.read_data.ready):
-            m.d.sync += [beat.eq(self.read_data.payload), beat_valid.eq(1)]
+        m.d.comb += arriving.ready.eq(~beat_valid | pop)
+        with m.If(arriving.valid & arriving.ready):
+            m.d.sync += [beat.eq(arriving.payload), beat_valid.eq(1)]
         return wrote, used
 
     def _streams(self, m):
