@@ -19,7 +19,7 @@ def limits(shape):
             else (0, (1 << shape.width) - 1))
 
 
-@pytest.mark.parametrize("primitive", ["generic", "fabric"])
+@pytest.mark.parametrize("primitive", ["generic", "dsp48e2", "fabric"])
 @pytest.mark.parametrize("idle", [(0,), (1, 0, 0, 1)], ids=("steady", "stalling"))
 @pytest.mark.parametrize(("a", "b"), [
     (signed(8), signed(8)), (signed(18), unsigned(16)), (unsigned(13), unsigned(13)),
@@ -63,10 +63,14 @@ def test_platform_selects_the_primitive():
     class Ecp5:
         device = "LFE5U-85F"
 
-    class Other:
+    class UltraScale:
         device = "xczu9eg"
 
-    assert [primitive_for(p) for p in (None, Ecp5(), Other())] == ["generic", "ecp5", "generic"]
+    class Other:
+        device = "iCE40UP5K"
+
+    assert [primitive_for(p) for p in (None, Ecp5(), UltraScale(), Other())] == [
+        "generic", "ecp5", "dsp48e2", "generic"]
     assert "MULT18X18D" in rtlil.convert(Multipliers(signed(8), signed(8)), platform=Ecp5())
     assert "MULT18X18D" not in rtlil.convert(Multipliers(signed(8), signed(8)))
 
