@@ -1,5 +1,7 @@
 """The accelerator: engines, memories, router and control, wired together."""
 
+from collections.abc import Collection
+
 from amaranth import Cat, Module, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
@@ -34,6 +36,11 @@ class Accelerator(wiring.Component):
     their contents from run to run; tokens, the router's queues and waiting
     instructions do not.
 
+    Parameters
+    ----------
+    fabric : names of units of which all products are made of look-up tables, not of DSP blocks:
+        "attention" or none
+
     Members
     -------
     memory : Out(MemoryPort(config.bus_bytes))
@@ -42,8 +49,11 @@ class Accelerator(wiring.Component):
         For simulations; costs nothing where it is not connected.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, *, fabric: Collection[str] = ()):
+        if unknown := set(fabric) - {"attention"}:
+            raise ValueError(f"Accelerator.fabric must name units of {{'attention'}}, "
+                             f"not {sorted(unknown)}")
+        self.config, self.fabric = config, fabric
         super().__init__({
             "memory": Out(MemoryPort(config.bus_bytes)),
             "registers": In(RegisterPort()),
@@ -55,7 +65,8 @@ class Accelerator(wiring.Component):
         config = self.config
         m.submodules.load = load = LoadEngine(config)
         m.submodules.linear = linear = LinearUnit(config)
-        m.submodules.attention = attention = AttentionUnit(config)
+        m.submodules.attention = attention = AttentionUnit(
+            config, primitive="fabric" if "attention" in self.fabric else None)
         m.submodules.norm = norm = NormUnit(config)
         m.submodules.store = store = StoreEngine(config)
         router = Router(config)
