@@ -58,5 +58,5 @@ def gemm_target(multipliers: int, bus_bits: int) -> Target:
         name=f"gemm-{multipliers}-{bus_bits}", clock_hz=100e6, dram=IDEAL,
         text=f"{multipliers} multipliers, {bus_bits}-bit bus, one bus word a cycle",
         config=Config(**shape, queries=1, bus_bytes=bus_bits // 8, activation_banks=4,
-                      activation_words=2048, residual_words=4, weight_words=2048, param_words=256,
+                      activation_words=2048, residual_words=4, weight_words=256, param_words=256,
                       tables=1, row_words=16, max_rows=128, max_experts=2, max_chosen=1, queue=8))

@@ -13,8 +13,10 @@ from configs import Target
 from efficiency import Block, blocks, latency_efficiency, throughput_efficiency
 from tqdm import tqdm
 
+from moeware.compiler.calibrate import Calibration
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.pipeline import STAGES, State
+from moeware.compiler.quantise import QuantisedStep
 from moeware.hw.arch import isa
 from moeware.hw.arch.isa import Engine
 from moeware.hw.arch.program import DeviceStep, Program
@@ -25,7 +27,7 @@ from moeware.sim.compare import Comparison, compare
 from moeware.sim.golden import GoldenDevice
 from moeware.sim.rtl import RtlDevice
 
-__all__ = ["Compiled", "Model", "Run", "counter_table", "measure", "say"]
+__all__ = ["Compiled", "Model", "Run", "counter_table", "lower", "measure", "say"]
 
 FETCHED_AHEAD = 2048  # bytes of instructions that no engine got, at most
 LOOK_SECONDS = 2  # between two looks at a simulation
@@ -78,6 +80,21 @@ class Model:
             raise ValueError(f"{self.name} must run on the accelerator as a whole, not "
                              f"{state.placement}")
         return Compiled(state.program, state.lowered[0])
+
+
+def lower(step: QuantisedStep, target: Target) -> Compiled:
+    """A quantised graph, made without a model, as a program.
+
+    Raises
+    ------
+    CompileError
+        The target has no room for it.
+    """
+    state = State(Path("graph"), target.config, {}, calibration=Calibration(), quantised=[step])
+    names = list(STAGES)
+    for name in names[names.index("tile"):]:
+        STAGES[name](state)
+    return Compiled(state.program, state.lowered[0])
 
 
 @dataclasses.dataclass(frozen=True)
