@@ -23,7 +23,14 @@ from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
-from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.compiler.scales import (
+    FUNCTION,
+    encode_scale,
+    encode_scales,
+    function_table,
+    grid,
+    shifted_grid,
+)
 from moeware.compiler.weights import Tensor, quantise_weights, scaled_weights, smoothed_norm
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
@@ -135,18 +142,23 @@ class _Quantiser:
             split = (a["channels"], rows, a["ph"], columns, a["pw"])
             order = (1, 3, 0, 2, 4)
             channels = a["channels"] * a["ph"] * a["pw"]
-            step = float(np.abs(self.calibration.rows(value.name)).max() / 127) or 1.0
+            samples = self.calibration.rows(value.name)
+            low, high = float(samples.min(initial=0)), float(samples.max(initial=0))
+            step = (high - low) / 255 or 1.0
+            offset, mean = low + 128 * step, float(samples.mean())
             region = Region(memory=Memory.ACTIVATION, rows=rows * columns, channels=channels,
                             address=0)
         else:
             if len(dims) != 3:
                 raise CompileError(f"Input {value.name!r} of a device step must be an image or a "
                                    f"residual stream, not of shape {dims}")
-            split, order, step = dims[1:], (0, 1), self.stream_step
+            split, order, step, offset = dims[1:], (0, 1), self.stream_step, 0.0
+            mean = 0.0
             region = Region(memory=Memory.RESIDUAL, rows=dims[1], channels=dims[2], address=0)
-        self.values[value.name] = Tensor(value.name, step, rows=region.rows)
+        self.values[value.name] = Tensor(value.name, step, offset=offset, mean=mean, rows=region.rows)
         self.result.inputs.append(Port(name=value.name, tensor=value.name, shape=dims[1:],
-                                       scale=step, split=split, order=order, region=region))
+                                       scale=step, offset=offset, split=split, order=order,
+                                       region=region))
 
     def _output(self, value: ir.Value) -> None:
         dims = shape(value)
@@ -303,28 +315,50 @@ class _Quantiser:
             if a["heads"] != a["kv_heads"]:
                 heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
                 order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
-                weight, bias = weight[order], bias[order]
+                weight, bias, samples = weight[order], bias[order], samples[..., order]
                 shift = None if shift is None else shift[order]
-        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift)
+        gain = None
+        if len(users) == len(consumers) == 1 and roles == {2}:
+            gain = self._value_gain(users[0], samples, shift)
+            samples, weight, bias = samples / gain, weight / gain[:, None], bias / gain
+        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift, gain=gain)
 
-    def _emit_linear(self, node, value, weight, bias, step, *, table=None, table_step=None,
-                     shift=None) -> None:
+    def _value_gain(self, attention: ir.Node, samples: np.ndarray, shift) -> np.ndarray:
+        """Factors that the channels of a value are divided by, and those of the weighted means with
+        them: the values' and the means' largest magnitudes share the difference (SmoothQuant,
+        section 4, alpha = 1/2)."""
+        means = self.calibration.rows(attention.outputs[0].name)
+        means = np.abs(means if shift is None else _without(means, shift)).max(0)
+        values = np.abs(samples).max(0)
+        usable = (values > 0) & (means > 0)
+        gain = np.ones(len(values))
+        gain[usable] = np.sqrt(values[usable] * means[usable])
+        return gain / gain.max()
+
+    def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
+                     shift=None, gain=None, mean=0.0) -> None:
         source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
         integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))
-        self.values[value.name] = Tensor(value.name, table_step or step, shift=shift,
-                                         rows=source.rows)
+        step, offset = after or (step, 0.0)
+        self.values[value.name] = Tensor(value.name, step, shift=shift, gain=gain, offset=offset,
+                                         mean=mean, rows=source.rows)
 
     def _Pointwise(self, node, function):
         linear = self.pending.pop(node.inputs[0].name, None)
         if linear is None:
             raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
-        before = grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
-        after = grid(self.calibration.rows(node.outputs[0].name))
-        self._emit_linear(linear, node.outputs[0], *self._constants(linear), before,
-                          table=function_table(function, before, after), table_step=after)
+        before = shifted_grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
+        samples = self.calibration.rows(node.outputs[0].name)
+        weight, bias = self._constants(linear)
+        # Only what multiplies by weights can take an offset along.
+        plain = all(user.op_type == "Linear" for user in self._consumers(node.outputs[0]))
+        after = shifted_grid(samples) if plain else (grid(samples), 0.0)
+        self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
+                          table=function_table(function, before, after), after=after,
+                          mean=samples.mean(0))
 
     def _Attention(self, node, heads, scale, causal, **_):
         query, key, value = (self._tensor(v) for v in node.inputs)
@@ -333,7 +367,9 @@ class _Quantiser:
         if value.shift is not None:
             shift = value.shift
             samples = _without(samples, shift)
-        self._attention(node, query, key, value, output, grid(samples), shift=shift,
+        if value.gain is not None:
+            samples = samples / value.gain
+        self._attention(node, query, key, value, output, grid(samples), shift=shift, gain=value.gain,
                         heads=heads, causal=bool(causal), per_step=scale * query.step * key.step)
 
     def _attention(self, node, query, key, value, output, step, *, per_step, shift, gain=None,
@@ -380,14 +416,15 @@ class _Quantiser:
         function = attributes(node)["function"]
         source = self._tensor(node.inputs[0])
         w1, b1, w2, b2 = self._constants(node, 3)
-        before = grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
-        after = grid(self._expert_samples(node, "activation"))
+        before = shifted_grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
+        after = shifted_grid(self._expert_samples(node, "activation"))
         bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
                          for e in range(len(w1))], np.uint8)
         limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
-        up, up_affine = scaled_weights(w1, b1, source, before, limit=limit)
-        down, down_affine = scaled_weights(w2, b2, Tensor("", after), self.stream_step, 16,
-                                           limit=limit)
+        up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
+        mean = self._expert_samples(node, "activation").mean(0)
+        hidden = Tensor("", after[0], offset=after[1], mean=mean)
+        down, down_affine = scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,

@@ -15,15 +15,22 @@ LARGEST_BIAS = 1 << 30  # in accumulator steps, of the 2**31 that an accumulator
 
 @dataclass(frozen=True)
 class Tensor:
-    """What became of a canonical value: ``real = gain * step * integer + shift`` for each channel.
+    """What became of a canonical value: ``real = gain * step * integer + shift + offset`` for each
+    channel.
 
-    tensor : name in the quantised graph; first_row, rows : the part of it that the value is.
+    tensor : name in the quantised graph; first_row, rows : the part of it that the value is. shift is
+    what a channel has in common over the rows; offset belongs to the grid, and integers are far from
+    0 where the value is 0. mean : of the value less its shift, by channel, where gain is None: what
+    weights lose to rounding is made up for at this value (bias correction, Nagel et al. 2019,
+    section 4.2).
     """
 
     tensor: str
     step: float
     gain: np.ndarray | None = None
     shift: np.ndarray | None = None
+    offset: float = 0.0
+    mean: np.ndarray | float = 0.0
     first_row: int = 0
     rows: int = 0
 
@@ -42,20 +49,23 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
         bias = bias + weight @ source.shift
     if source.gain is not None:
         weight = weight * source.gain
+    far = np.abs(bias) + abs(source.offset) * np.abs(weight).sum(-1)
     largest = np.abs(weight).max(None if per_tensor else -1)
     limit = np.asarray(limit)[..., None]  # beside the channels
     # A channel of tiny weights and a large bias would overflow the accumulator's bias.
-    step = np.maximum(largest / limit, np.abs(bias) / (source.step * LARGEST_BIAS))
+    step = np.maximum(largest / limit, far / (source.step * LARGEST_BIAS))
     step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
     if target is not None:
         # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
         unit, rounding = source.step / target, 9 / 16 * step
         reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
-        most = np.minimum(1 << (bits - 1), reach) + np.abs(bias) / target + unit * rounding + 0.5
+        most = np.minimum(1 << (bits - 1), reach) + far / target + unit * rounding + 0.5
         step = coarsened(step * unit, most) / unit
     divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
     limit = limit[..., None]
     integer = np.clip(np.rint(weight / divisor[..., None]), -limit, limit).astype(np.int8)
+    rounded = integer * step[..., None]
+    bias = bias + source.offset * rounded.sum(-1) + ((weight - rounded) * source.mean).sum(-1)
     integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
     return integer, integer_bias, step * source.step
 

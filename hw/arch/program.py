@@ -101,7 +101,7 @@ class Port:
     """A tensor that enters or leaves a device step.
 
     name : in the model; tensor : in the quantised graph; shape : of the float tensor without its
-    batch axis; scale : real value of one integer step; split, order : how the float tensor becomes rows
+    batch axis; scale, offset : an integer stands for ``scale * integer + offset``; split, order : how the float tensor becomes rows
     and channels: reshape to `split`, transpose by `order`, reshape to [rows, channels].
     """
 
@@ -112,6 +112,7 @@ class Port:
     split: tuple[int, ...]
     order: tuple[int, ...]
     region: Region
+    offset: float = 0.0
 
     def quantise(self, values: np.ndarray) -> np.ndarray:
         """Integers [frames, rows, channels] of float [frames, *shape]: nearest, ties to even.
@@ -130,13 +131,13 @@ class Port:
         if not np.isfinite(rows).all():
             raise ValueError(f"Tensor {self.name!r} must be finite where it enters the accelerator, "
                              "but it holds NaN or infinity: look at what computes it")
-        steps = np.rint(rows.astype(np.float64) / self.scale)
+        steps = np.rint((rows.astype(np.float64) - self.offset) / self.scale)
         return np.clip(steps, info.min, info.max).astype(region.dtype)
 
     def dequantise(self, integers: np.ndarray) -> np.ndarray:
         """Float32 [frames, *shape] of integers [frames, rows, channels]."""
         frames = len(integers)
-        real = (np.asarray(integers, np.float64) * self.scale).astype(np.float32)
+        real = (np.asarray(integers, np.float64) * self.scale + self.offset).astype(np.float32)
         real = real.reshape(frames, *(self.split[axis] for axis in self.order))
         back = np.argsort(self.order)
         return real.transpose(0, *(1 + back)).reshape(frames, *self.shape)
