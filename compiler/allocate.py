@@ -8,6 +8,8 @@ from moeware.hw.arch.isa import Memory
 
 __all__ = ["allocate", "place_blocks", "rings"]
 
+RESTS = (96, 48, 24, 12, 0)  # instructions between two owners of a word
+
 
 def rings(lowered: Lowered, config: Config) -> None:
     """Place weights and parameters one after another around their memories, in the order of use."""
@@ -24,7 +26,8 @@ def rings(lowered: Lowered, config: Config) -> None:
 def allocate(lowered: Lowered, config: Config) -> Lowered:
     """Place activation and residual buffers: lowest free address over the buffer's lifetime, an
     activation buffer in its bank where there is room. Where banks leave gaps that are too small,
-    all are placed without regard to them.
+    all are placed without regard to them. Words are given away the later after their last use the
+    more room there is, as the next owner waits for that use.
 
     Raises
     ------
@@ -32,33 +35,39 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
         A buffer does not fit: which, and by how much.
     """
     lifetimes = _lifetimes(lowered)
-    bank = config.activation_words
-    for memory, words in ((Memory.ACTIVATION, config.activation_banks * bank),
+    for memory, words in ((Memory.ACTIVATION, config.activation_banks * config.activation_words),
                           (Memory.RESIDUAL, config.residual_words)):
         buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
-        banked = memory is Memory.ACTIVATION and _place(buffers, lifetimes, words, bank)
-        if not banked and not _place(buffers, lifetimes, words, 0):
+        banks = (config.activation_words, 0) if memory is Memory.ACTIVATION else (0,)
+        if not any(_place(buffers, lifetimes, words, bank, rests)
+                   for rests in (RESTS, RESTS[-1:]) for bank in banks):
             _refuse(buffers, lifetimes, words)
     return lowered
 
 
-def _place(buffers: list[Buffer], lifetimes, words: int, bank: int) -> bool:
-    """First fit, from the start of each buffer's bank; whether all have an address."""
+def _place(buffers: list[Buffer], lifetimes, words: int, bank: int, rests) -> bool:
+    """First fit among words that have rested longest, from the start of each buffer's bank; whether
+    all have an address."""
     placed: list[Buffer] = []
     for buffer in buffers:
-        live = _beside(buffer, placed, lifetimes)
-        address = _lowest(buffer.words, live, buffer.bank * bank, words)
-        buffer.address = _lowest(buffer.words, live, 0, words) if address is None else address
-        if buffer.address is None:
+        buffer.address = None
+        for rest in rests:
+            live = _beside(buffer, placed, lifetimes, rest)
+            address = _lowest(buffer.words, live, buffer.bank * bank, words)
+            buffer.address = _lowest(buffer.words, live, 0, words) if address is None else address
+            if buffer.address is not None:
+                break
+        else:
             return False
         placed.append(buffer)
     return True
 
 
-def _beside(buffer: Buffer, placed: list[Buffer], lifetimes) -> list[Buffer]:
+def _beside(buffer: Buffer, placed: list[Buffer], lifetimes, rest: int = 0) -> list[Buffer]:
+    """Buffers that are in use while this one is, or were within `rest` instructions before."""
     first, last = lifetimes[id(buffer)]
     return [other for other in placed
-            if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1]]
+            if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1] + rest]
 
 
 def _lifetimes(lowered: Lowered) -> dict[int, tuple[int, int]]:

@@ -22,8 +22,8 @@ def lower_constant(lowering: Lowering, op: q.Constant) -> None:
     image = tensor.region().pack(lowering.config, op.value)
     block = Block(op.output, len(image), image)
     for frame in range(lowering.frames):
-        rows = tensor.span(frame * tensor.rows, (frame + 1) * tensor.rows)
-        lowering.assembly.load(rows, block, op.name)
+        for span, offset in tensor.pieces(frame):
+            lowering.assembly.load_later(span, block, op.name, offset=offset)
 
 
 def lower_linear(lowering: Lowering, op: q.Linear) -> None:
