@@ -40,18 +40,18 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
         buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
         banks = (config.activation_words, 0) if memory is Memory.ACTIVATION else (0,)
         if not any(_place(buffers, lifetimes, words, bank, rests)
-                   for rests in (RESTS, RESTS[-1:]) for bank in banks):
+                   for bank in banks for rests in (RESTS, RESTS[-1:])):
             _refuse(buffers, lifetimes, words)
     return lowered
 
 
 def _place(buffers: list[Buffer], lifetimes, words: int, bank: int, rests) -> bool:
-    """First fit among words that have rested longest, from the start of each buffer's bank; whether
-    all have an address."""
+    """First fit, from the start of each buffer's bank, among words that have rested; whether all have
+    an address. What lives in bank 0 stays there, so that the rest is not cut into pieces."""
     placed: list[Buffer] = []
     for buffer in buffers:
         buffer.address = None
-        for rest in rests:
+        for rest in rests if buffer.bank else rests[-1:]:
             live = _beside(buffer, placed, lifetimes, rest)
             address = _lowest(buffer.words, live, buffer.bank * bank, words)
             buffer.address = _lowest(buffer.words, live, 0, words) if address is None else address

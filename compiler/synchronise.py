@@ -19,8 +19,9 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
     waits for the earlier. An engine is done with its instructions in order, so only the last such
     instruction of each engine counts, and none that the waiting engine knows to be done already, be
     it through a third one (vector clocks, Mattern 1989). Tokens between two engines are given and
-    taken in one order, as both numbers only grow. Two loads never wait for each other: what LOAD
-    writes, it writes in order.
+    taken in one order, as both numbers only grow. An engine writes in the order of its instructions,
+    and adds to the residual stream in that order, and no later instruction overtakes what an earlier
+    one still reads: so it waits for itself only to read activations that it wrote.
     """
     sizes = {Memory.ACTIVATION: config.activation_banks * config.activation_words,
              Memory.RESIDUAL: config.residual_words, Memory.WEIGHT: config.weight_words,
@@ -38,12 +39,15 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
         need = np.zeros(engines, int)
         accesses = [access for access in _accesses(instr, config) if access[0] in sizes]
         for memory, words, writes in accesses:
-            need = np.maximum(need, written[memory][:, words].max(1))
+            before = written[memory][:, words].max(1)
             if writes:
-                need = np.maximum(need, read[memory][:, words].max(1))
+                before = np.maximum(before, read[memory][:, words].max(1))
+            if writes or memory is not Memory.ACTIVATION:
+                before[engine] = 0
+            need = np.maximum(need, before)
         # The most recent first: it may already know of the others.
         for other in sorted(Engine, key=lambda e: -need[e]):
-            if need[other] > known[engine, other] and (other, engine) != (Engine.LOAD, Engine.LOAD):
+            if need[other] > known[engine, other]:
                 wait[number - 1] |= 1 << other
                 signal[need[other] - 1] |= 1 << engine
                 known[engine] = np.maximum(known[engine], snapshot[need[other]])

@@ -42,7 +42,8 @@ class Lowering:
     """Instructions, tensors, ports and probes of a step of `frames` frames in the making.
 
     split : tensors whose heads are made one by one, by the attention that reads them; hidden :
-    tensors that their user makes block by block; deferred : the operations of both.
+    tensors that their user makes block by block; deferred : the operations of both; apart : inputs
+    with a tensor for each frame, as the room for all at once would be for a single product.
     """
 
     def __init__(self, step: QuantisedStep, config: Config, frames: int, trace: bool, plan: Plan):
@@ -53,6 +54,7 @@ class Lowering:
         self.groups, self.split = self._heads()
         self.hidden = self._hidden() if plan.blocks > 1 else set()
         self.deferred: dict[str, q.Linear] = {}
+        self.apart: dict[str, list[Tensor]] = {}
         self.inputs: list[tuple[Port, Block]] = []
         self.outputs: list[tuple[Port, Block]] = []
         self.probes: list[tuple[Probe, Block]] = []
@@ -120,8 +122,14 @@ class Lowering:
         tensor = self.tensor(port.tensor, region.memory, region.rows, region.channels)
         block = self.block(port.name, tensor)
         self.inputs.append((dataclasses.replace(port, region=tensor.region()), block))
+        users = self.users(port.tensor)
+        if len(users) == 1 and isinstance(users[0], q.AddLinear) and users[0].source == port.tensor:
+            self.apart[port.tensor] = [
+                Tensor(self.config, f"{port.tensor}/{frame}", tensor.memory, 1, tensor.rows,
+                       tensor.channels) for frame in range(self.frames)]
         for frame in range(self.frames):
-            for span, offset in tensor.pieces(frame):
+            alone = self.apart.get(port.tensor)
+            for span, offset in alone[frame].pieces(0) if alone else tensor.pieces(frame):
                 self.assembly.load_later(span, block, "input",
                                          offset=frame * block.bytes // self.frames + offset)
 

@@ -88,14 +88,18 @@ def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
         target = lowering.tensor(op.output, Memory.RESIDUAL, source.rows, len(op.weight))
     else:
         target = lowering.inherit(op.output, op.residual)
-    if source.rows == target.rows:
+    if source.rows == target.rows and op.source not in lowering.apart:
         runs = [Run(source.span(), target.span())]
     else:
-        runs = [Run(source.span(frame * source.rows, (frame + 1) * source.rows),
-                    target.span(at, at + source.rows))
-                for frame in range(lowering.frames)
-                for at in [frame * target.rows + op.first_row]]
-    _add_linear(lowering, op, source, runs)
+        runs = []
+        for frame in range(lowering.frames):
+            rows = source.span(frame * source.rows, (frame + 1) * source.rows)
+            if op.source in lowering.apart:
+                rows = lowering.apart[op.source][frame].span()
+            at = frame * target.rows + op.first_row
+            runs.append(Run(rows, target.span(at, at + source.rows)))
+    for part in [[run] for run in runs] if op.source in lowering.apart else [runs]:
+        _add_linear(lowering, op, source, part)
     lowering.macs += source.rows * op.weight.size
 
 
