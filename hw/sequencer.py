@@ -12,7 +12,7 @@ from .interfaces import EngineSignature
 
 __all__ = ["Sequencer", "Tokens"]
 
-IN_FLIGHT = 4  # instructions that an engine may have taken and not done
+IN_FLIGHT = 8  # instructions that an engine may have taken and not done
 
 
 class Tokens(wiring.Component):
