@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moeware.compiler.estimate_costs import Attention, Linear, Norm
-from moeware.compiler.estimate_dma import Fetch, Loads, Reads, Stores
+from moeware.compiler.estimate_dma import Fetch, Loads, Reads, Stores, words_per_beat
 from moeware.compiler.estimate_dram import Clock, Dram, DramCycles
 from moeware.hw.arch.isa import Engine
 from moeware.hw.arch.program import DeviceStep, Program
@@ -20,7 +20,8 @@ from moeware.hw.arch.work import works
 
 __all__ = ["DramCycles", "estimate"]
 
-IN_FLIGHT = 4  # instructions that an engine has taken and whose tokens were not given
+IN_FLIGHT = 8  # instructions that an engine has taken and whose tokens were not given
+JOB = 2  # cycles of a transfer besides its words
 
 
 def estimate(program: Program, step: DeviceStep, dram: DramCycles,
@@ -56,12 +57,19 @@ class _Machine:
 
     def run(self) -> Timeline:
         self.clock.run()
-        stuck = [engine.name for engine, sequencer in self.sequencers.items() if sequencer.head]
+        stuck = [engine.name for engine, sequencer in self.sequencers.items()
+                 if sequencer.head is not None]
         if stuck:
             raise ValueError(f"Program must not wait for tokens that cannot come, but {stuck} do")
-        return Timeline(self.config, self.works, self.start, self.done, self.waiting,
-                        self.waited_for, np.zeros(len(self.works), np.int64),
-                        int(self.done.max(initial=0)) + 3)
+        # The run ends with END behind the last of its instructions.
+        timeline = Timeline(self.config, self.works, self.start, self.done, self.waiting,
+                            self.waited_for, np.zeros(len(self.works), np.int64),
+                            int(self.done.max(initial=0)) + 3)
+        moved = np.array([work.beats * words_per_beat(self.config, work) if work.beats else 0
+                          for work in self.works], np.int64)
+        timeline.stalled = np.where(moved > 0, np.maximum(
+            0, timeline.done - timeline.since - moved - JOB), 0)
+        return timeline
 
     def dispatch(self, number: int) -> bool:
         return self.sequencers[self.works[number].engine].push(number)
@@ -83,6 +91,7 @@ class _Sequencer:
         self.queue: deque[int] = deque()
         self.head: int | None = None
         self.state = "EMPTY"
+        self.empty = 0  # from here on the next instruction may come
         self.since = 0  # tokens are looked at from here on
         self.flying: deque[int] = deque()  # started, tokens not given
         self.finished: set[int] = set()
@@ -97,7 +106,7 @@ class _Sequencer:
         return True
 
     def pull(self) -> None:
-        if self.state == "EMPTY" and self.queue:
+        if self.state == "EMPTY" and self.queue and self.clock.now >= self.empty:
             self.head, self.state = self.queue.popleft(), "PULL"
             self.clock.at(self.clock.now + 1, self.machine.fetch.wake)
             self.clock.at(self.clock.now + 1, self.look)
@@ -138,7 +147,8 @@ class _Sequencer:
         self.head, self.state = None, "EMPTY"
         now = self.machine.start[number] = self.clock.now
         self.flying.append(number)
-        self.clock.at(now + 1, self.pull)
+        self.empty = now + 1
+        self.clock.at(self.empty, self.pull)
         if work.skipped:
             self.machine.done[number] = now
             self.finish(number, now)
@@ -150,9 +160,12 @@ class _Sequencer:
         self.clock.at(cycle + 1, lambda: self.retire(number))
 
     def retire(self, number: int) -> None:
-        """Gives tokens in order."""
         self.finished.add(number)
-        if not self.flying or self.flying[0] not in self.finished:
+        self.give()
+
+    def give(self) -> None:
+        """Gives tokens in order, those of one instruction a cycle."""
+        if self.clock.now < self.quiet or not self.flying or self.flying[0] not in self.finished:
             return
         first = self.flying.popleft()
         self.finished.remove(first)
@@ -160,5 +173,4 @@ class _Sequencer:
         signal = self.machine.works[first].instruction.signal
         self.clock.at(self.clock.now + 1, lambda: self.machine.give(self.engine, signal))
         self.clock.at(self.clock.now + 1, self.start)
-        if self.flying and self.flying[0] in self.finished:
-            self.clock.at(self.clock.now + 1, lambda: self.retire(self.flying[0]))
+        self.clock.at(self.clock.now + 1, self.give)

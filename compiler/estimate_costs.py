@@ -97,13 +97,17 @@ class Attention(Engine):
             self._done = max(start + 2, before)
             return self._done + 1, self._done
         read = start + self.FIRST
+        # Where keys and values lie in one bank, a group's values are read in turn with the keys of
+        # the next.
+        banks, shared = [word // c.activation_words for word in (i.key, i.value)], 0
         for first in range(0, i.rows, c.queries):
             rows = min(c.queries, i.rows - first)
             keys = i.keys
             if i.causal:
                 keys = min(max(first + rows + i.keys - i.rows, 1), i.keys)
             read += max(rows * i.words + 1, self.GROUP_READ if first else 0)
-            read = max(read, self._released[0]) + keys * i.words
+            read = max(read, self._released[0], shared) + keys * i.words
+            shared = read + keys * i.words if banks[0] == banks[1] else 0
             end = max(read + self._scores, self._walked + self.GROUP) + self.SUMS
             for word in range(i.words):
                 self._claimed = max(end + keys, self._written, self._claimed + self.PASS)
@@ -118,20 +122,52 @@ class Attention(Engine):
 
 
 class Linear(Engine):
-    """Groups of token rows; in each, groups of output channels."""
+    """A pipeline over instructions: rows are fetched into one half of the tile memory while the
+    array works on the other; results leave it an output group at a time; the router may follow."""
+
+    TAKE, TAKE_QUEUED = 2, 5  # cycles between instructions
+    ROWS, QUEUED = 5, 3  # from the start to the first row's address; more for rows of a queue
+    GROUP, ROW = 3, 2  # until the words of a group are there; to fetch a row at least
+    LATENCY = 27  # from the last product to the last result, but for the adder tree's stages
+    ACCUMULATE = 4
+    ROUTE, ROUTE_ROW = 35, 18  # the router's latency; cycles of a row at least
+
+    def __init__(self, clock: Clock, config: Config):
+        super().__init__(clock, config)
+        self._latency = self.LATENCY + -(-ceil_log2(config.depth) // 2)
+        self._fetched = self._array = self._done = 0
+        self._released = [0, 0]
 
     def times(self, work: Work, start: int) -> tuple[int, int]:
         i, c = work.instruction, self.config
-        overhead = 30
+        free = start + (self.TAKE_QUEUED if i.queued else self.TAKE)
         if not work.rows or not i.channels or not i.source_words:
-            done = start + (4 if i.queued else 1)
-            return done + 1, done
-        cycles = 0
+            self._done = max(self._done + 1, free)
+            return free, self._done
+        outputs = c.outputs * (1 + i.narrow)
+        groups = -(-i.channels // outputs)
+        tail = i.channels - (groups - 1) * outputs
+        self._fetched = max(self._fetched, start + self.ROWS + self.QUEUED * i.queued)
+        routed = 0
         for first in range(0, work.rows, c.tokens):
             rows = min(c.tokens, work.rows - first)
-            for channel in range(0, i.channels, c.outputs * (1 + i.narrow)):
-                count = min(c.outputs * (1 + i.narrow), i.channels - channel)
-                cycles += max(i.source_words, rows * -(-count // c.lanes))
-        fetch = min(c.tokens, work.rows) * max(2, i.source_words) + 3
-        done = start + overhead + fetch + cycles + (20 if i.target == Target.ROUTER else 0)
-        return done + 1, done
+            self._fetched = (max(self._fetched, self._released[0])
+                             + rows * max(self.ROW, i.source_words))
+            full, last = rows * -(-min(outputs, i.channels) // c.lanes), rows * -(-tail // c.lanes)
+            # The results of an output group leave while the next one is summed.
+            begin = max(self._array, self._fetched + self.GROUP)
+            end = begin + i.source_words + (groups - 1) * max(i.source_words, full)
+            left = end + last
+            self._array = max(end, left - i.source_words)
+            self._released = [self._released[1], end]
+            if i.target == Target.ROUTER:
+                each = max(i.channels + (0 if i.over_chosen else i.chosen), self.ROUTE_ROW)
+                for row in range(rows):  # its logits come one row after another
+                    came = left - last * (rows - 1 - row) // rows + self._latency
+                    routed = max(routed + each, came)
+        self._done = max(self._done + 1, left + self._latency + self.ACCUMULATE * i.accumulate)
+        if i.target == Target.ROUTER:
+            self._done = (routed + self.ROUTE + 2 * i.chosen
+                          + i.channels * (1 if i.over_chosen else 2))
+            free = self._done + 1
+        return free, self._done

@@ -10,7 +10,7 @@ from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.work import Work
 
-__all__ = ["Fetch", "Loads", "Reads", "Stores"]
+__all__ = ["Fetch", "Loads", "Reads", "Stores", "words_per_beat"]
 
 PAGE_BYTES, LONGEST = 4096, 64  # of bursts, beats
 FETCH_BYTES = 256  # of an instruction burst
@@ -34,7 +34,7 @@ def bursts(config: Config, address: int, beats: int) -> list[tuple[int, int]]:
 
 
 def words_per_beat(config: Config, work: Work) -> int:
-    """Cycles that the words of a bus word take beside the first: one each."""
+    """Cycles that a bus word takes on the side of the accelerator: one for each of its words."""
     return max(1, config.bus_bytes // layout.word_bytes(config, Memory(work.instruction.memory)))
 
 
