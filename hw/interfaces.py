@@ -40,10 +40,10 @@ def parameter_layout(config: Config) -> data.ArrayLayout:
 class EngineSignature(wiring.Signature):
     """What a sequencer sees of an engine; seen from the engine.
 
-    The engine takes an instruction when it is able to start it; `done` pulses for one cycle, in
-    order, once per instruction, when all its effects are visible to every later access. An engine
-    that takes an instruction before the last one is done must itself honour dependencies between
-    the two. An instruction without rows or words is legal and does nothing.
+    The engine takes an instruction when it is able to start it, perhaps while earlier ones are at
+    work: what depends on those was held back by the sequencer. `done` pulses for one cycle, in
+    order, once per instruction, when all its effects are visible to every later access. An
+    instruction without rows or words is legal and does nothing.
 
     Members
     -------

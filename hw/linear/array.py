@@ -1,6 +1,6 @@
 """The array of dot products."""
 
-from amaranth import Module, Mux, Signal, signed
+from amaranth import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -10,9 +10,15 @@ from ..interfaces import READ_LATENCY
 from ..multiply import Multipliers
 from .fill import TileWrite
 
-__all__ = ["DotArray", "Work"]
+__all__ = ["FIELD", "TERMS", "DotArray", "Work"]
 
 _LEVELS = 2  # levels of an adder tree between registers
+
+# Two weights w1, w0 of 4 bits make one operand ``w1 * 2**FIELD + w0`` of 18 bits, and its products
+# with activations can be added, TERMS of them, before the two sums are told apart: that of w0 lies
+# within TERMS * 128 * 7 = 7168 < 2**(FIELD - 1).
+FIELD = 14
+TERMS = 8
 
 
 class Work(data.StructLayout):
@@ -25,11 +31,13 @@ class Work(data.StructLayout):
             "first": 1,  # of an output group: the accumulators start over
             "last": 1,  # of an output group: the results move on
             "address": range(2 * config.row_words),
+            **({"narrow": 1} if config.narrow else {}),
         })
 
 
 class DotArray(wiring.Component):
-    """``tokens * outputs`` accumulated dot products, each `depth` wide, behind the tile memory.
+    """``tokens * outputs`` accumulated dot products, each `depth` wide, behind the tile memory;
+    with narrow weights twice as many: those of the low halves of the bytes, then of the high ones.
 
     One word of `Work` per cycle, without stalls. The sums of an output group are results
     `latency` cycles after their last word and stay until the next group's; `load` announces them
@@ -44,22 +52,27 @@ class DotArray(wiring.Component):
     load : Out(1)
     row : In(range(tokens))
         Which results to show.
-    word : In(range(outputs // lanes))
+    word : In(range(words))
     results : Out(data.ArrayLayout(signed(32), lanes))
         Results ``[row][word * lanes + i]``, one cycle after `row` and `word`.
     """
 
     def __init__(self, config: Config):
         self.config = config
-        stages = -(-(config.depth - 1).bit_length() // _LEVELS)
+        stages = _stages(config.depth)
+        if config.narrow:
+            self.separate_at = READ_LATENCY + Multipliers.LATENCY + _stages(min(TERMS, config.depth))
+            stages = (_stages(min(TERMS, config.depth)) + 1
+                      + _stages(-(-config.depth // TERMS)))
         self.latency = READ_LATENCY + Multipliers.LATENCY + stages + 1
+        words = (config.outputs // config.lanes) << config.narrow
         super().__init__({
             "tile": In(TileWrite(config)),
             "work": In(Work(config)),
             "weights": In(8 * config.outputs * config.depth),
             "load": Out(1),
             "row": In(range(config.tokens)),
-            "word": In(range(config.outputs // config.lanes)),
+            "word": In(range(words)),
             "results": Out(data.ArrayLayout(signed(32), config.lanes)),
         })
 
@@ -68,41 +81,71 @@ class DotArray(wiring.Component):
         config = self.config
         tokens, outputs, depth = config.tokens, config.outputs, config.depth
 
-        m.submodules.multiply = multiply = Multipliers(
-            signed(8), signed(8), tokens * outputs * depth)
+        operand = signed(18 if config.narrow else 8)
+        m.submodules.multiply = multiply = Multipliers(signed(8), operand, tokens * outputs * depth)
         m.d.comb += multiply.advance.eq(1)
-        weights = data.View(data.ArrayLayout(signed(8), outputs * depth), self.weights)
+
+        # `work` now and after 1 to `latency` - 1 cycles, as its words, weights and sums come.
+        flags = [self.work]
+        for _ in range(self.latency - 1):
+            before, after = flags[-1], Signal(self.work.shape(), name="flags")
+            m.d.sync += [after[name].eq(before[name]) for name, _ in self.work.shape()
+                         if name != "address"]
+            flags.append(after)
+        m.d.comb += self.load.eq(flags[-1].enable & flags[-1].last)
+
+        weights = data.View(data.ArrayLayout(8, outputs * depth), self.weights)
+        for i in range(outputs * depth):
+            weight = Signal(operand, name=f"weight_{i}")
+            m.d.comb += weight.eq(weights[i].as_signed())
+            if config.narrow:
+                with m.If(flags[READ_LATENCY].narrow):
+                    m.d.comb += weight.eq(_packed(weights[i]))
+            for token in range(tokens):
+                m.d.comb += multiply.b[token * outputs * depth + i].eq(weight)
         for token in range(tokens):
             row = self._tile_bank(m, token)
+            for i in range(outputs * depth):
+                m.d.comb += multiply.a[token * outputs * depth + i].eq(row[i % depth])
+
+        # Sums by token, within it first those of the low halves, then those of the high ones.
+        halves = 1 + config.narrow
+        drain = Signal(data.ArrayLayout(signed(32), tokens * halves * outputs), reset_less=True)
+        for token in range(tokens):
             for output in range(outputs):
-                for i in range(depth):
-                    at = (token * outputs + output) * depth + i
-                    m.d.comb += [multiply.a[at].eq(row[i]),
-                                 multiply.b[at].eq(weights[output * depth + i])]
+                at = (token * outputs + output) * depth
+                products = [multiply.product[at + i] for i in range(depth)]
+                totals = ([_tree(m, products)] if not config.narrow else
+                          self._separated(m, products, flags[self.separate_at].narrow))
+                for half, total in enumerate(totals):
+                    self._accumulate(m, flags[-1], total,
+                                     drain[(token * halves + half) * outputs + output])
 
-        # `enable`, `first` and `last` as the sums come out of the trees.
-        flags = self.work
-        for _ in range(self.latency - 1):
-            before, flags = flags, Signal(self.work.shape(), name="flags")
-            m.d.sync += [flags.enable.eq(before.enable), flags.first.eq(before.first),
-                         flags.last.eq(before.last)]
-        m.d.comb += self.load.eq(flags.enable & flags.last)
-
-        drain = Signal(data.ArrayLayout(signed(32), tokens * outputs), reset_less=True)
-        for at in range(tokens * outputs):
-            total = _tree(m, [multiply.product[at * depth + i] for i in range(depth)])
-            accumulator = Signal(signed(32), reset_less=True, name=f"accumulator_{at}")
-            after = Signal(signed(32), name=f"after_{at}")
-            m.d.comb += after.eq(Mux(flags.first, 0, accumulator) + total)
-            with m.If(flags.enable):
-                m.d.sync += accumulator.eq(after)
-            with m.If(self.load):
-                m.d.sync += drain[at].eq(after)
-
-        words = data.ArrayLayout(self.results.shape(), outputs // config.lanes)
+        words = data.ArrayLayout(self.results.shape(), halves * outputs // config.lanes)
         rows = data.View(data.ArrayLayout(words, tokens), drain.as_value())
         m.d.sync += self.results.eq(rows[self.row][self.word])
         return m
+
+    def _accumulate(self, m, flags, total, result):
+        accumulator, after = Signal(signed(32), reset_less=True), Signal(signed(32))
+        m.d.comb += after.eq(Mux(flags.first, 0, accumulator) + total)
+        with m.If(flags.enable):
+            m.d.sync += accumulator.eq(after)
+        with m.If(self.load):
+            m.d.sync += result.eq(after)
+
+    def _separated(self, m, products, narrow):
+        """The sums of the low and of the high halves; the first is that of all, if not `narrow`."""
+        size = min(TERMS, len(products))
+        products = products + [Const(0, signed(1))] * (-len(products) % size)
+        sums = []
+        for first in range(0, len(products), size):
+            both = _tree(m, products[first:first + size])
+            low, high = Signal(signed(19), reset_less=True), Signal(signed(FIELD), reset_less=True)
+            m.d.sync += [low.eq(Mux(narrow, both[:FIELD].as_signed(), both)),
+                         high.eq(both[FIELD:].as_signed() + both[FIELD - 1])]
+            sums.append((low, high))
+        return [_tree(m, list(half)) for half in zip(*sums)]
 
     def _tile_bank(self, m, token):
         """One token's bank of the tile memory; its word is `READ_LATENCY` cycles after `work`."""
@@ -119,6 +162,17 @@ class DotArray(wiring.Component):
         ]
         m.d.sync += [address.eq(self.work.address), word.eq(read.data)]
         return word
+
+
+def _packed(byte):
+    """The operand ``w1 * 2**FIELD + w0`` of a byte of two weights, signed(18)."""
+    borrow = byte[3]
+    return Cat(byte[:4], borrow.replicate(FIELD - 4), byte[4:] - borrow)[:18].as_signed()
+
+
+def _stages(terms):
+    """Registers of `_tree`."""
+    return -(-(terms - 1).bit_length() // _LEVELS)
 
 
 def _tree(m, terms):

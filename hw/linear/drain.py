@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..arch.isa import Target
 from .fill import RowTarget, TargetWrite, groups_kept
-from .jobs import job_layout
+from .jobs import job_layout, per_group
 
 __all__ = ["Drain", "Mode", "Place"]
 
@@ -47,7 +47,7 @@ class Drain(wiring.Component):
 
     Members
     -------
-    jobs : In(stream.Signature(job_layout(*JOB)))
+    jobs : In(stream.Signature(job_layout(config, *JOB)))
         In time for the first results.
     target : In(TargetWrite(config))
     load : In(1)
@@ -58,7 +58,7 @@ class Drain(wiring.Component):
     held : Out(1)
         Results are there, but no space.
     row : Out(range(tokens))
-    word : Out(range(outputs // lanes))
+    word : Out(range(words))
         What is picked: row and word of the output group.
     parameter : Out(range(parameters))
         Position of the parameters of what is picked, as in `Parameters`.
@@ -75,19 +75,20 @@ class Drain(wiring.Component):
         The gate weight of their row.
     """
 
-    JOB = ("channels", "target", "tabled", "table", "queued", "gated", "accumulate")
+    JOB = ("channels", "target", "tabled", "table", "queued", "gated", "accumulate", "narrow")
 
     def __init__(self, config: Config, parameters: int):
         self.config = config
+        words = (config.outputs // config.lanes) << config.narrow
         super().__init__({
-            "jobs": In(stream.Signature(job_layout(*self.JOB))),
+            "jobs": In(stream.Signature(job_layout(config, *self.JOB))),
             "target": In(TargetWrite(config)),
             "load": In(1),
             "space": In(1),
             "stepped": Out(1),
             "held": Out(1),
             "row": Out(range(config.tokens)),
-            "word": Out(range(config.outputs // config.lanes)),
+            "word": Out(range(words)),
             "parameter": Out(range(parameters)),
             "release": Out(1),
             "drained": Out(1),
@@ -135,12 +136,13 @@ class Drain(wiring.Component):
             after.part.eq(Mux(word_full, 0, at.part + 1)),
         ]
 
-        busy, word = Signal(), Signal(range(config.outputs // lanes))
+        busy, word = Signal(), Signal.like(self.word)
+        words = per_group(config, held, config.outputs // lanes)
         channels_done, row_done, group_done = Signal(), Signal(), Signal()
         m.d.comb += [
             self.stepped.eq(busy & self.space), self.held.eq(busy & ~self.space),
             channels_done.eq(at.left <= lanes),
-            row_done.eq(channels_done | (word == config.outputs // lanes - 1)),
+            row_done.eq(channels_done | (word == words - 1)),
             group_done.eq(row_done & target.last),
             self.row.eq(row), self.word.eq(word), self.parameter.eq(at.parameter),
             self.release.eq(self.stepped & target.last),

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..arch.isa import Target
 from .array import Work
-from .jobs import job_layout
+from .jobs import job_layout, per_group
 
 __all__ = ["Issue"]
 
@@ -31,14 +31,14 @@ class Issue(wiring.Component):
 
     Members
     -------
-    jobs : In(stream.Signature(job_layout(*JOB)))
+    jobs : In(stream.Signature(job_layout(config, *JOB)))
     filled : In(1)
     counts : In(data.ArrayLayout(range(tokens + 1), 2))
     ends : In(2)
     release : Out(1)
         As in `Fill`.
     ready : In(1)
-    tails : In(stream.Signature(range(outputs // lanes + 1)))
+    tails : In(stream.Signature(range(most + 1)))
         As in `Parameters`.
     space : In(range(capacity + 1))
         Results that the write-back buffer is sure to take.
@@ -51,18 +51,19 @@ class Issue(wiring.Component):
         Weight word of `work`.
     """
 
-    JOB = ("source_words", "weight", "channels", "target")
+    JOB = ("source_words", "weight", "channels", "target", "narrow")
 
     def __init__(self, config: Config, latency: int, capacity: int):
         self.config, self.latency, self.capacity = config, latency, capacity
+        most = (config.outputs // config.lanes) << config.narrow
         super().__init__({
-            "jobs": In(stream.Signature(job_layout(*self.JOB))),
+            "jobs": In(stream.Signature(job_layout(config, *self.JOB))),
             "filled": In(1),
             "counts": In(data.ArrayLayout(range(config.tokens + 1), 2)),
             "ends": In(2),
             "release": Out(1),
             "ready": In(1),
-            "tails": In(stream.Signature(range(config.outputs // config.lanes + 1))),
+            "tails": In(stream.Signature(range(most + 1))),
             "space": In(range(capacity + 1)),
             "stepped": In(1),
             "held": In(1),
@@ -74,7 +75,7 @@ class Issue(wiring.Component):
         m = Module()
         config, job = self.config, self.jobs.payload
         words = config.outputs // config.lanes
-        most_steps = config.tokens * words
+        most_steps = config.tokens * words << config.narrow
 
         half, filled, ready = Signal(), Signal(range(3)), Signal(14)
         word, address, left = Signal(13), Signal(range(2 * config.row_words)), Signal(16)
@@ -87,6 +88,7 @@ class Issue(wiring.Component):
                      self.jobs.ready.eq(~active | finish), self.tails.ready.eq(finish),
                      load.eq(self.jobs.valid & self.jobs.ready)]
         m.d.sync += settled.eq(active & ~finish)
+        outputs = per_group(config, held, config.outputs)
 
         # Steps in which the results of an output group leave, for either half.
         full_steps = [Signal(range(most_steps + 1), name=f"full_steps_{i}") for i in range(2)]
@@ -95,8 +97,10 @@ class Issue(wiring.Component):
             m.d.sync += [full_steps[i].eq(_times(self.counts[i], words)),
                          tail_steps[i].eq(_times(self.counts[i], self.tails.payload))]
         steps = Signal(range(most_steps + 1))
-        m.d.comb += steps.eq(Mux(last_group, Mux(half, tail_steps[1], tail_steps[0]),
-                                 Mux(half, full_steps[1], full_steps[0])))
+        full = Mux(half, full_steps[1], full_steps[0])
+        if config.narrow:
+            full = Mux(held.narrow, full << 1, full)
+        m.d.comb += steps.eq(Mux(last_group, Mux(half, tail_steps[1], tail_steps[0]), full))
 
         busy_for = Signal(range(self.latency + most_steps + 1))
         outstanding = Signal(range(self.latency + most_steps + 1))
@@ -104,7 +108,7 @@ class Issue(wiring.Component):
         m.d.comb += [
             self.work.enable.eq(issue), self.work.first.eq(word == 0),
             self.work.last.eq(word + 1 == held.source_words), self.work.address.eq(address),
-            last_group.eq(left <= config.outputs),
+            last_group.eq(left <= outputs),
             free.eq((ready != 0) & (busy_for <= self.latency) & (outstanding <= self.space)
                     & (settled | ~last_group)
                     & (~alone | (outstanding == 0) & (self.space == self.capacity))),
@@ -128,10 +132,12 @@ class Issue(wiring.Component):
             m.d.sync += [word.eq(word + 1), address.eq(address + 1),
                          self.weight.eq(self.weight + 1)]
             with m.If(self.work.last):
-                m.d.sync += [word.eq(0), address.eq(base), left.eq(left - config.outputs)]
+                m.d.sync += [word.eq(0), address.eq(base), left.eq(left - outputs)]
                 with m.If(last_group):
                     m.d.sync += [half.eq(~half), address.eq(other_base), left.eq(held.channels),
                                  self.weight.eq(held.weight)]
+        if config.narrow:
+            m.d.comb += self.work.narrow.eq(held.narrow)
         with m.If(load):
             m.d.sync += [held.eq(job), active.eq(1), alone.eq(job.target == Target.ROUTER),
                          left.eq(job.channels), self.weight.eq(job.weight)]

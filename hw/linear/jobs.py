@@ -1,22 +1,30 @@
 """What the parts of the linear unit are told of an instruction."""
 
-from amaranth import Module
+from amaranth import Module, Mux
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from ..arch.config import Config
 from ..arch.isa import Opcode
 from ..interfaces import fields_layout
 
-__all__ = ["IN_FLIGHT", "JobQueue", "job_layout"]
+__all__ = ["IN_FLIGHT", "JobQueue", "job_layout", "per_group"]
 
 IN_FLIGHT = 8  # instructions in the unit at most
 
 
-def job_layout(*names: str) -> data.StructLayout:
-    """Some fields of LINEAR. `rows` is the number of rows, whatever it comes from."""
+def job_layout(config: Config, *names: str) -> data.StructLayout:
+    """Some fields of LINEAR. `rows` is the number of rows, whatever it comes from; `narrow` is left
+    out where the configuration has no narrow weights."""
     fields = fields_layout(Opcode.LINEAR)
-    return data.StructLayout({name: fields[name].shape for name in names})
+    return data.StructLayout({name: fields[name].shape for name in names
+                              if name != "narrow" or config.narrow})
+
+
+def per_group(config: Config, job, number: int):
+    """A number of an output group with weights of 8 bits: twice as many if the job is narrow."""
+    return Mux(job.narrow, 2 * number, number) if config.narrow else number
 
 
 class JobQueue(wiring.Component):

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY, ReadPort, parameter_layout
-from .jobs import IN_FLIGHT, job_layout
+from .jobs import IN_FLIGHT, job_layout, per_group
 
 __all__ = ["Channel", "Parameters"]
 
@@ -29,12 +29,12 @@ class Parameters(wiring.Component):
 
     Members
     -------
-    jobs : In(stream.Signature(job_layout(*JOB)))
+    jobs : In(stream.Signature(job_layout(config, *JOB)))
         With at least one row.
     read : Out(ReadPort(parameter_layout(config)))
     ready : Out(1)
         One cycle for each output group: its words are in the buffer.
-    tails : Out(stream.Signature(range(outputs // lanes + 1)))
+    tails : Out(stream.Signature(range(most + 1)))
         Words of the last output group of each instruction; comes at least 3 cycles before that
         group is first `ready`, and is taken when the instruction is left.
     at : In(range(depth))
@@ -45,16 +45,17 @@ class Parameters(wiring.Component):
         The oldest word is not needed any more.
     """
 
-    JOB = ("rows", "channels", "param")
+    JOB = ("rows", "channels", "param", "narrow")
 
     def __init__(self, config: Config):
         self.config = config
-        self.depth = max(32, 2 << (config.outputs // config.lanes - 1).bit_length())
+        most = (config.outputs // config.lanes) << config.narrow  # words of an output group
+        self.depth = max(32, 2 << (most - 1).bit_length())
         super().__init__({
-            "jobs": In(stream.Signature(job_layout(*self.JOB))),
+            "jobs": In(stream.Signature(job_layout(config, *self.JOB))),
             "read": Out(ReadPort(parameter_layout(config))),
             "ready": Out(1),
-            "tails": Out(stream.Signature(range(config.outputs // config.lanes + 1))),
+            "tails": Out(stream.Signature(range(most + 1))),
             "at": In(range(self.depth)),
             "word": Out(data.ArrayLayout(Channel, config.lanes)),
             "release": In(1),
@@ -63,16 +64,16 @@ class Parameters(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, job = self.config, self.jobs.payload
-        words = config.outputs // config.lanes
         m.submodules.tails = tails = SyncFIFO(width=len(self.tails.payload), depth=IN_FLIGHT)
         m.d.comb += [self.tails.payload.eq(tails.r_data), self.tails.valid.eq(tails.r_rdy),
                      tails.r_en.eq(self.tails.ready)]
 
-        rows, left, word = Signal(13), Signal(16), Signal(range(words))
+        rows, left, word = Signal(13), Signal(16), Signal.like(tails.w_data)
         room = Signal(range(self.depth + 1), init=self.depth)
         address = Signal(20)
         taken, pass_done, group_done, finish = Signal(), Signal(), Signal(), Signal()
         held, first = Signal(job.shape()), Signal()  # the job in work, and whether in its first pass
+        words = per_group(config, held, config.outputs // config.lanes)
         m.d.comb += [
             self.read.address.valid.eq((rows != 0) & (room != 0) & tails.w_rdy),
             self.read.address.payload.eq(address),

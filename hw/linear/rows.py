@@ -36,7 +36,7 @@ class RowAddresses(wiring.Component):
 
     Members
     -------
-    jobs : In(stream.Signature(job_layout(*JOB)))
+    jobs : In(stream.Signature(job_layout(config, *JOB)))
         With at least one row.
     index : Out(stream.Signature(QueueIndex, always_ready=True))
         As in `QueuePort`.
@@ -52,10 +52,10 @@ class RowAddresses(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         super().__init__({
-            "jobs": In(stream.Signature(job_layout(*self.JOB))),
+            "jobs": In(stream.Signature(job_layout(config, *self.JOB))),
             "index": Out(stream.Signature(QueueIndex, always_ready=True)),
             "entry": In(stream.Signature(QueueEntry, always_ready=True)),
-            "rows": Out(stream.Signature(Row(self.config))),
+            "rows": Out(stream.Signature(Row(config))),
         })
 
     def elaborate(self, platform):

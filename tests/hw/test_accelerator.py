@@ -309,6 +309,41 @@ def test_tokens_that_never_come(machine, name):
     assert registers[counter(Engine.STORE, "busy")] == 0
 
 
+def narrow(config):
+    """Products with weights of 4 and of 8 bits in turn, from and to places of their own."""
+    assembly = Assembly(config, seed=11)
+    nibbles = assembly.random.integers(-7, 8, (2, 24, config.outputs * config.depth))
+    assembly.load(Memory.WEIGHT, 0, (nibbles[1] * 16 + (nibbles[0] & 15)).astype(np.uint8))
+    assembly.load(Memory.PARAM, 0, assembly.params(16))
+    assembly.load(Memory.TABLE, 0, words=256)
+    assembly.load(Memory.ACTIVATION, 0, words=12)
+    assembly.load(Memory.RESIDUAL, 0, words=40, signal=bit(Engine.LINEAR))
+    for number in range(6):
+        activation = number % 3 == 0
+        channels = int(assembly.random.integers(1, 2 * config.outputs + 3))
+        assembly.add(
+            Opcode.LINEAR, rows=int(assembly.random.integers(1, 4)), narrow=(number + 1) % 2,
+            source=number, source_words=1 + number % 2, source_stride=2, weight=number, param=0,
+            channels=channels, tabled=number % 2, accumulate=number % 2,
+            target=Target.ACTIVATION if activation else Target.RESIDUAL,
+            destination=12 + 5 * number if activation else 12 * (number % 3),
+            destination_stride=-(-channels // (config.depth if activation else config.lanes)),
+            wait=bit(Engine.LOAD) if number == 0 else 0,
+            signal=bit(Engine.STORE) if number == 5 else 0)
+    assembly.store(Memory.ACTIVATION, 12, 48, wait=bit(Engine.LINEAR))
+    assembly.store(Memory.RESIDUAL, 0, 40)
+    return assembly
+
+
+@pytest.mark.parametrize("shape", [{}, {"depth": 12, "outputs": 3, "lanes": 1, "tokens": 1}],
+                         ids=["even", "deep"])
+def test_narrow_weights(shape):
+    subject = config(narrow=1, **shape)
+    assembly = narrow(subject)
+    result, = run(subject, [(assembly.entry, assembly.image())], latency=5, stall=0.1)
+    check(subject, assembly, result)
+
+
 @pytest.mark.parametrize("shape", [
     {"bus_bytes": 2}, {"bus_bytes": 16, "depth": 6, "outputs": 6, "lanes": 3},
     {"bus_bytes": 64, "depth": 5, "outputs": 5, "lanes": 5, "activation_banks": 4}],

@@ -14,6 +14,7 @@ from moeware.hw.arch.isa import FIELDS, Opcode, Target
 from moeware.hw.arch.layout import pack_params
 from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.linear import LinearUnit
+from moeware.hw.linear.array import FIELD, TERMS
 
 from .simulate import simulate
 
@@ -40,6 +41,8 @@ class Machine:
         self.activation = rng.integers(-128, 128, (config.activation_words, config.depth))
         self.residual = rng.integers(-32768, 32768, (config.residual_words, config.lanes))
         self.weight = rng.integers(-128, 128, (config.weight_words, config.outputs, config.depth))
+        if config.narrow:
+            self.weight = halves(rng.integers(-7, 8, (2, *self.weight.shape)))
         channels = config.param_words * config.lanes
         self.bias = rng.integers(-2**31, 2**31, channels) >> rng.integers(13, 31, channels)
         self.bias[5::13] = rng.choice((-2**31, 2**31 - 1), len(self.bias[5::13]))  # sums wrap
@@ -128,10 +131,13 @@ class Machine:
                              for i, (token, _) in enumerate(queue)] for by in ("gather", "scatter"))
         if not queue or not f["channels"] or not f["source_words"]:
             return 0
-        groups = -(-f["channels"] // c.outputs)
+        outputs = c.outputs << f["narrow"]
+        groups = -(-f["channels"] // outputs)
         weight = self.weight[f["weight"]:][:groups * f["source_words"]]
-        weight = weight.reshape(groups, -1, c.outputs, c.depth).swapaxes(1, 2)
-        weight = weight.reshape(groups * c.outputs, -1)[:f["channels"]]
+        if f["narrow"]:
+            weight = np.concatenate([_signed(weight, 4), weight >> 4], 1)
+        weight = weight.reshape(groups, -1, outputs, c.depth).swapaxes(1, 2)
+        weight = weight.reshape(groups * outputs, -1)[:f["channels"]]
         rows = [self.activation[f["source"] + row * f["source_stride"]:][:f["source_words"]].ravel()
                 for row in sources]
         channels = slice(f["param"] * c.lanes, f["param"] * c.lanes + f["channels"])
@@ -140,9 +146,9 @@ class Machine:
 
         if f["target"] == Target.ROUTER:
             for first in range(0, len(rows), c.tokens):
-                for base in range(0, f["channels"], c.outputs):
+                for base in range(0, f["channels"], outputs):
                     for row in range(first, min(first + c.tokens, len(rows))):
-                        for channel in range(base, min(base + c.outputs, f["channels"]), c.lanes):
+                        for channel in range(base, min(base + outputs, f["channels"]), c.lanes):
                             self.logits.append((row, channel, *values[row, channel:][
                                 :min(c.lanes, f["channels"] - channel)].tolist()))
             return 0
@@ -162,12 +168,17 @@ class Machine:
         return len(rows) * -(-f["channels"] // c.lanes)
 
 
+def halves(weights):
+    """Bytes, as signed numbers, of the weights [low or high, ...] of 4 bits."""
+    return weights[1] * 16 + (weights[0] & 15)
+
+
 def _pack(values, bits):
     return sum((int(value) & (1 << bits) - 1) << bits * i for i, value in enumerate(values))
 
 
 def _signed(value, bits):
-    value &= (1 << bits) - 1
+    value = value & (1 << bits) - 1
     return value - (value >> bits - 1 << bits)
 
 
@@ -241,14 +252,16 @@ def touched(config, f, queues):
                    for row in range(targets) for word in range(-(-f["channels"] // width))}
 
 
-def run_stream(config, instructions, seed=1, refuse=0.0, interval=3):
-    """Execute instructions as a sequencer gives them, each once what it depends on is done, one
+def run_stream(config, instructions, seed=1, refuse=0.0, interval=3, prepare=lambda machine: None):
+    """After `prepare`, execute instructions as a sequencer gives them, each once what it depends on is done, one
     every `interval` cycles at best, and compare all their effects, and `done` with their writes.
 
     Returns the cycles from taking the first to the last `done`, and `overhead`.
     """
     machine, model = Machine(config, seed, refuse), Machine(config, seed)
     instructions = [EVERY | fields for fields in instructions]
+    prepare(machine)
+    prepare(model)
     unit, written, needs, took = LinearUnit(config), [0], [], []
     done, effects = [], [touched(config, fields, model.queues) for fields in instructions]
     for number, fields in enumerate(instructions):
@@ -366,6 +379,7 @@ def mixed(config, seed, count):
                                        else (RESIDUAL, 180, 350)),
             "destination_stride": -(-channels // width) + draw.randint(0, 1),
             "tabled": draw.randint(0, 1), "table": TABLE, "accumulate": draw.randint(0, 1),
+            "narrow": draw.randint(0, 1) * config.narrow,
             **({"queued": target != Target.ROUTER, "expert": draw.randrange(5),
                 "gather": draw.randint(0, 1), "scatter": draw.randint(0, 1),
                 "gated": draw.randint(0, 1)} if draw.random() < 0.5 else {})}
@@ -375,6 +389,44 @@ def mixed(config, seed, count):
 @pytest.mark.parametrize("refuse", [0.0, 0.3], ids=("steady", "stalling"))
 def test_streams_match_numerics(shape, refuse):
     run_stream(config(*shape), list(mixed(config(*shape), sum(shape), 60)), refuse=refuse)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 1), (1, 1, 1, 1), (2, 4, 8, 2), (1, 2, 18, 2)], ids=str)
+@pytest.mark.parametrize("refuse", [0.0, 0.3], ids=("steady", "stalling"))
+def test_narrow_streams_match_numerics(shape, refuse):
+    """Weights of 4 and of 8 bits in turn."""
+    sizes = config(*shape, narrow=1)
+    run_stream(sizes, list(mixed(sizes, sum(shape), 60)), refuse=refuse)
+
+
+def test_packed_products_are_exact():
+    """Every activation with every pair of weights, and the largest sums that stay together."""
+    activation, low, high = np.ogrid[-128:128, -7:8, -7:8]
+    for terms in (1, TERMS):
+        both = terms * activation * ((high << FIELD) + low)
+        assert (_signed(both, FIELD) == terms * activation * low).all()
+        assert (((both >> FIELD) + (both >> FIELD - 1 & 1)) == terms * activation * high).all()
+        assert abs(both).max() < 1 << 2 * FIELD - 1
+    operand = (high << FIELD) + low
+    assert -(1 << 17) <= operand.min() and operand.max() < 1 << 17
+
+
+@pytest.mark.parametrize("depth", [5, 8, 20])
+def test_packed_sums_at_their_limits(depth):
+    """In every sum all products have the same sign, and the largest size."""
+    sizes = config(2, 4, depth, 1, narrow=1, row_words=4)
+
+    def extreme(machine):
+        rng = np.random.default_rng(depth)
+        machine.activation[:] = rng.choice((-128, 127), (len(machine.activation), 1))
+        limits = rng.choice((-7, 7), (2, 1, sizes.outputs, 1))
+        machine.weight[:] = halves(np.broadcast_to(limits, (2, *machine.weight.shape)))
+        machine.weight[40:] = rng.choice((-128, 127), (len(machine.weight) - 40, 4, 1))
+
+    run_stream(sizes, [{
+        "target": Target.ROUTER, "rows": 7, "source_words": words, "source_stride": 4,
+        "channels": 16, "weight": 0 if narrow else 40, "narrow": narrow}
+        for words in (1, 4) for narrow in (1, 0)], prepare=extreme)
 
 
 MODES = {  # fields, and the cycles that they add
