@@ -6,7 +6,7 @@ from amaranth.lib import data
 from moeware.hw.arch.isa import Engine
 from moeware.hw.events import EngineEvents, Events
 
-__all__ = ["STRETCH", "WORKING", "engine_event", "runs"]
+__all__ = ["STRETCH", "WORKING", "engine_event", "event", "runs"]
 
 # A stretch of cycles from `cycle` to the next one's. `events` are those of its first cycle, and of
 # all the others but for what is counted; a stretch with a pulse is one cycle long.

@@ -13,7 +13,7 @@ from moeware.hw.arch.work import Work, works
 from moeware.runtime.chosen import chosen_experts
 from moeware.runtime.device import Progress
 
-from .events import WORKING, engine_event
+from .events import WORKING, engine_event, event
 from .rtl import RtlDevice
 
 __all__ = ["Profile", "ProfilingDevice", "profile"]
@@ -119,7 +119,8 @@ def _idle(log: np.ndarray, lengths: np.ndarray) -> dict[str, int]:
     """Cycles in which neither array works, by what the engines do."""
     # Of a stretch in which an array stalls now and then: as many cycles as neither works.
     cycles = np.minimum(log["working"][:, [0, 4]].sum(1).astype(np.int64), lengths)
-    states = np.stack([_states(log, engine) for engine in Engine])
+    states = np.stack([*(_states(log, engine) for engine in Engine),
+                       event(log, "blocked").astype(np.int64)])
     kinds, which = np.unique(states, axis=1, return_inverse=True)
     totals = np.bincount(which.ravel(), weights=cycles, minlength=kinds.shape[1]).astype(int)
     idle: dict[str, int] = {}
@@ -149,6 +150,8 @@ def _sentence(states: np.ndarray) -> str:
     others = [engine.name.lower() for engine in (Engine.LOAD, Engine.NORM, Engine.STORE)
               if states[engine] == WORKS]
     parts.append(f"busy: {', '.join(others)}" if others else "nobody busy")
+    if states[-1] and IDLE in states[:-1]:
+        parts.append("a full queue holds up dispatch")
     return "; ".join(parts)
 
 

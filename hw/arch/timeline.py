@@ -110,12 +110,13 @@ class Timeline:
                              for name, (x, y) in self.roofline().items()}}
 
     def layer_cycles(self) -> dict[str, int]:
-        """By how many cycles each layer moves the end of the run: from the last done of all
-        instructions before its own to its own last done. They add up to the run, but for its end."""
+        """By how many cycles each layer moves the end of the run: from the last done of everything
+        before its instructions to its own last done. They add up to the run, but for its end. Loads
+        run ahead and do not count: a layer that waits for them has the cycles of the wait."""
         cycles: dict[str, int] = {}
         reached = 0
         for n, work in enumerate(self.works):
-            gain = max(0, int(self.done[n]) - reached)
+            gain = max(0, int(self.done[n]) - reached) if work.engine != Engine.LOAD else 0
             cycles[work.layer] = cycles.get(work.layer, 0) + gain
             reached += gain
         return cycles

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from moeware.hw.arch.config import Config, ConfigError
-from moeware.hw.arch.program import Program
+from moeware.hw.arch.program import DeviceStep, Program
+from moeware.hw.arch.timeline import Timeline
 from moeware.runtime import session
 
-__all__ = ["Config", "Program", "Session", "compile", "find_board", "find_config", "profile"]
+__all__ = ["Config", "Program", "Session", "compile", "estimate", "find_board", "find_config",
+           "profile"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 
@@ -80,6 +82,38 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     if isinstance(calibration, (str, os.PathLike)):
         calibration = load_samples(calibration, model_ports(fuse(load(Path(model))))[0])
     return compile_model(model, find_config(config), dict(calibration or {}), **options)
+
+
+def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, dram=None,
+             feeds: Mapping[str, np.ndarray] | None = None) -> list[Timeline]:
+    """Cycles of a program, estimated without its gateware.
+
+    Parameters
+    ----------
+    program : a program, or a program's file.
+    clock_hz, dram : clock of the accelerator, and its memory, a `moeware.sim.dram.DramTiming`
+        (default: `SDRAM_16BIT`).
+    feeds : inputs [frames, ...] by name, whose tokens choose the experts; without them every expert
+        gets the same share.
+
+    Returns
+    -------
+    A `moeware.hw.arch.timeline.Timeline` for each device step, and within it for each frame.
+    """
+    from moeware.compiler.estimate import DramCycles
+    from moeware.compiler.estimate import estimate as of_step
+    from moeware.sim.dram import SDRAM_16BIT
+    if not isinstance(program, Program):
+        program = Program.load(program)
+    cycles = (dram or SDRAM_16BIT).cycles(program.config.bus_bytes, clock_hz)
+    memory = DramCycles(**{name: getattr(cycles, name) for name, _ in cycles._fields_})
+    if feeds is None:
+        steps = [step for step in program.steps if isinstance(step, DeviceStep)]
+        return [of_step(program, step, memory) for step in steps]
+    from moeware.runtime.chosen import Chooser
+    chooser = Chooser()
+    session.Session(program, chooser).run(None, feeds)
+    return [of_step(program, step, memory, choices) for step, choices in chooser.choices]
 
 
 def profile(program: Program | str | os.PathLike, feeds: Mapping[str, np.ndarray], **options):

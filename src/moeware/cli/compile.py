@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from moeware.cli.memory import add_memory_options, find_dram
+
 HELP = "compile an ONNX model to a program"
 
 
@@ -24,6 +26,7 @@ def configure(parser) -> None:
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
     parser.add_argument("--stop", default="emit", help="last stage")
+    add_memory_options(parser, "the estimate of cycles")
 
 
 def _bits(text: str) -> tuple[str, int]:
@@ -49,17 +52,30 @@ def run(arguments) -> dict:
             "placement": program.placement, "config_digest": f"{program.config.digest:#010x}",
             "image_bytes": len(program.image), "dram_bytes": program.dram_bytes,
             "macs_per_frame": sum(getattr(step, "macs", 0) for step in program.steps),
-            "metadata": program.metadata}
+            "estimate": _estimate(program, arguments), "metadata": program.metadata}
+
+
+def _estimate(program, arguments) -> dict:
+    """Cycles of a frame, with as many tokens for each expert, and what they were counted for."""
+    import moeware
+    clock_hz = arguments.clock_mhz * 1e6
+    timelines = moeware.estimate(program, clock_hz=clock_hz, dram=find_dram(arguments.dram))
+    cycles = sum(timeline.cycles for timeline in timelines)
+    return {"dram": arguments.dram, "clock_hz": clock_hz, "cycles": cycles,
+            "seconds": cycles / clock_hz,
+            "steps": [timeline.to_dict() for timeline in timelines]}
 
 
 def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
+    from moeware.cli.tables import estimate_table
     lines = [facts["placement"],
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     lines += sorted(set(facts["metadata"]["plans"]))
+    lines.append(estimate_table(facts["estimate"]))
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
         lines.append(f"hardly calibrated experts: {', '.join(starved)}")

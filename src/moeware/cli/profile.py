@@ -7,6 +7,8 @@ https://ui.perfetto.dev) and roofline.png. On a board only its counters can be h
 import json
 from pathlib import Path
 
+from moeware.cli.memory import add_memory_options, find_dram
+
 HELP = "show where the cycles of a run go"
 
 
@@ -20,10 +22,7 @@ def configure(parser) -> None:
     parser.add_argument("--device", default="rtl", choices=["rtl", "board"],
                         help="board: counters only (default: rtl)")
     parser.add_argument("--port", help="serial port of the board")
-    parser.add_argument("--dram", default="sdram", choices=["ideal", "sdram", "ddr"],
-                        help="memory behind simulated gateware (default: sdram)")
-    parser.add_argument("--clock-mhz", type=float, default=100.0, metavar="MHZ",
-                        help="clock of simulated gateware (default: 100)")
+    add_memory_options(parser, "simulated gateware")
 
 
 def run(arguments) -> dict:
@@ -57,16 +56,17 @@ def _board(program, feeds: dict, port: str | None) -> dict:
 
 def _simulated(program, feeds: dict, out: Path, dram: str, clock_hz: float) -> dict:
     import moeware
-    from moeware.sim import dram as timings
     from moeware.sim.profile_plot import roofline
     from moeware.sim.profile_trace import trace
-    timing = {"ideal": timings.IDEAL, "sdram": timings.SDRAM_16BIT, "ddr": timings.DDR}[dram]
+    timing = find_dram(dram)
     profiles = moeware.profile(program, feeds, dram=timing, clock_hz=clock_hz)
     timelines = [profile.timeline for profile in profiles]
     _write(out / "trace.json", trace(timelines))
     roofline(out / "roofline.png", timelines, timing, clock_hz)
     return {"placement": program.placement, "dram": dram, "clock_hz": clock_hz,
             "trace": str(out / "trace.json"), "roofline": str(out / "roofline.png"),
+            "estimated_cycles": [timeline.cycles for timeline in moeware.estimate(
+                program, clock_hz=clock_hz, dram=timing, feeds=feeds)],
             "steps": [profile.to_dict() for profile in profiles]}
 
 
@@ -79,9 +79,9 @@ def text(facts: dict) -> str:
     lines = [facts["placement"]]
     if "counters" in facts:
         lines.append(counter_table(facts["counters"]))
-    for step in facts.get("steps", []):
+    for step, estimated in zip(facts.get("steps", []), facts.get("estimated_cycles", [])):
         lines += [layer_table(step), counter_table(step["counters"]), working_line(step),
-                  idle_table(step)]
+                  idle_table(step), f"the estimate without gateware says {estimated:,} cycles"]
     lines += [f"{what}: {facts[what]}" for what in ("profile", "trace", "roofline")
               if what in facts]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["counter_table", "idle_table", "layer_table", "table", "working_line"]
+__all__ = ["counter_table", "estimate_table", "idle_table", "layer_table", "table", "working_line"]
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
@@ -65,3 +65,25 @@ def idle_table(step: dict, most: int = 10) -> str:
         rows.append([f"{rest / cycles:.1%}", f"{len(idle) - most} other cases"])
     total = sum(value for _, value in idle)
     return "\n".join([f"neither array works in {total / cycles:.1%}:", table(rows, right=(0,))])
+
+
+def estimate_table(estimate: dict, least: float = 0.01) -> str:
+    """Estimated cycles of each layer that takes the share `least` of them or more."""
+    cycles = estimate["cycles"]
+    rows: list[list[str]] = [["layer", "MACs", "bytes", "cycles", "share"]]
+    left, count = 0, 0
+    for step in estimate["steps"]:
+        for layer, taken in step["layer_cycles"].items():
+            own = [row for row in step["table"] if row["layer"] == layer]
+            if taken < least * cycles:
+                left, count = left + taken, count + 1
+                continue
+            rows.append([layer, *(f"{sum(row[what] for row in own):,}"
+                                  for what in ("macs", "bytes")), f"{taken:,}",
+                         f"{taken / cycles:.1%}"])
+    if count:
+        rows.append([f"{count} others", "", "", f"{left:,}", f"{left / max(1, cycles):.1%}"])
+    return "\n".join([
+        f"estimate: {cycles:,} cycles a frame, {1e3 * estimate['seconds']:.3g} ms at "
+        f"{estimate['clock_hz'] / 1e6:g} MHz with {estimate['dram']} memory, experts with equal shares",
+        table(rows, right=(1, 2, 3, 4))])
