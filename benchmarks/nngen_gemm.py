@@ -57,7 +57,8 @@ def simulate(top, image, bus_bits: int, c, wanted_at: int, spare_at: int, m: int
              n: int) -> tuple[int, int]:
     """Cycles from start to done, and how many of the elements that were looked at are wrong."""
     bench = vg.Module("bench")
-    parameters, ports = bench.copy_params(top), bench.copy_sim_ports(top)
+    bench.copy_params(top)
+    ports = bench.copy_sim_ports(top)
     clock, reset_n = ports["CLK"], ports["RESETN"]
     reset = bench.Wire("RST")
     reset.assign(vg.Not(reset_n))

@@ -37,6 +37,8 @@ class Board:
     programmer : the board's name for openFPGALoader.
     clock_hz : system clock unless the build asks for another.
     config : the accelerator unless the build asks for another.
+    fabric : units whose products are made of look-up tables, as of `Accelerator`, where the DSP
+        blocks do not suffice for all.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Board:
     baud: int
     sdram: SDRAMTiming
     config: Config
+    fabric: tuple[str, ...] = ()
     pins: PinTiming = PinTiming()
 
     @property

@@ -26,7 +26,7 @@ class BoardTop(Elaboratable):
         self.board = board
         self.plan = plan_clocks(board.oscillator_hz, clock_hz or board.clock_hz, board.pins)
         self._system = System(
-            accelerator or Accelerator(config), config.bus_bytes, clock_hz=self.plan.clock_hz,
+            accelerator or Accelerator(config, fabric=board.fabric), config.bus_bytes, clock_hz=self.plan.clock_hz,
             baud=board.baud, timing=board.sdram, capture_cycles=self.plan.capture_cycles)
 
     def elaborate(self, platform):

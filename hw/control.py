@@ -57,7 +57,9 @@ class ControlUnit(wiring.Component):
         m = Module()
         request, response = self.registers.request, self.registers.response
         running, done, failed = Signal(), Signal(), Signal()
-        begin = Signal()
+        # START clears much, far away: it takes effect from a register, before the next access.
+        asked, begin = Signal(), Signal()
+        m.d.sync += begin.eq(asked)
 
         m.d.comb += request.ready.eq(~response.valid)
         accessed = request.valid & request.ready
@@ -68,7 +70,7 @@ class ControlUnit(wiring.Component):
         with m.If(accessed & request.p.write):
             with m.Switch(request.p.index):
                 with m.Case(Register.CONTROL):
-                    m.d.comb += begin.eq((request.p.data & Control.START).any() & ~running)
+                    m.d.comb += asked.eq((request.p.data & Control.START).any() & ~running)
                 with m.Case(Register.PROGRAM):
                     m.d.sync += self.program.eq(request.p.data)
 

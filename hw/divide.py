@@ -47,6 +47,7 @@ class Divide(wiring.Component):
         # Numerator bits leave at the top while quotient bits enter at the bottom.
         digits = Signal(bits)
         left = Signal(range(bits + 1))
+        busy, last = Signal(), Signal()  # left is not 0; is 1
 
         shifted = Cat(digits[-1], remainder)
         difference = Signal(self.denominator_bits + 2)
@@ -56,23 +57,23 @@ class Divide(wiring.Component):
         leaves = self.quotients.valid & self.quotients.ready
         m.d.comb += [
             self.quotients.payload.eq(digits),
-            self.operands.ready.eq((left == 0) & (~self.quotients.valid | leaves)),
+            self.operands.ready.eq(~busy & (~self.quotients.valid | leaves)),
         ]
         with m.If(leaves):
             m.d.sync += self.quotients.valid.eq(0)
-        with m.If(left != 0):
+        with m.If(busy):
             m.d.sync += [
                 remainder.eq(Mux(fits, difference, shifted)),
                 digits.eq(Cat(fits, digits)),
-                left.eq(left - 1),
-                self.quotients.valid.eq(left == 1),
+                left.eq(left - 1), last.eq(left == 2), busy.eq(~last),
+                self.quotients.valid.eq(last),
             ]
         with m.If(self.operands.valid & self.operands.ready):
             m.d.sync += [
                 remainder.eq(self.operands.p.numerator[bits:]),
                 digits.eq(self.operands.p.numerator[:bits]),
                 denominator.eq(self.operands.p.denominator),
-                left.eq(bits),
+                left.eq(bits), last.eq(bits == 1), busy.eq(1),
             ]
         return m
 

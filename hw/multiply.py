@@ -4,13 +4,22 @@ from amaranth import ClockSignal, Const, Instance, Module, Shape, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from .dsp48e2 import DSP48E2
+from .fabric import FabricMultiplier
+
 __all__ = ["Multipliers", "primitive_for"]
+
+PRIMITIVES = ("ecp5", "dsp48e2", "generic", "fabric")
 
 
 def primitive_for(platform) -> str:
-    """The multiplier primitive of a platform: "ecp5", or "generic" where inference does."""
-    device = getattr(platform, "device", None) or ""
-    return "ecp5" if device.upper().startswith("LFE5") else "generic"
+    """The multiplier primitive of a platform: "ecp5", "dsp48e2" of UltraScale+, or "generic" where
+    inference does."""
+    device = (getattr(platform, "device", None) or "").upper()
+    if device.startswith("LFE5"):
+        return "ecp5"
+    # Zynq, Kintex and Virtex UltraScale+; Alveo cards carry the last.
+    return "dsp48e2" if device.startswith(("XCZU", "XCK26", "XCKU", "XCVU", "XCU")) else "generic"
 
 
 class Multipliers(wiring.Component):
@@ -20,14 +29,16 @@ class Multipliers(wiring.Component):
     input, inside and at the output. Nothing moves while `advance` is low, and such a cycle does
     not count. Contents are undefined until `LATENCY` operands went in.
 
-    On ECP5 each is one MULT18X18D with its own registers, which synthesis would not use by itself;
-    elsewhere they are described by their behaviour, with the same latency.
+    On ECP5 each is one MULT18X18D, on UltraScale+ one DSP48E2, with its own registers, which
+    synthesis would not use by itself; elsewhere they are described by their behaviour, with the
+    same latency. With "fabric" they are
+    made of look-up tables, whatever the device: see `FabricMultiplier`.
 
     Parameters
     ----------
     a, b : shape of the operands, at most 18 bits signed or 17 bits unsigned
     count : multipliers
-    primitive : "ecp5" or "generic"; by default what the platform has
+    primitive : "ecp5", "dsp48e2", "generic" or "fabric"; by default what the platform has
 
     Members
     -------
@@ -45,8 +56,8 @@ class Multipliers(wiring.Component):
             if shape.width + (not shape.signed) > 18:
                 raise ValueError(f"Multipliers.{name} must be at most 18 bits with its sign, "
                                  f"not {shape!r}; split wider operands")
-        if primitive not in (None, "ecp5", "generic"):
-            raise ValueError("Multipliers.primitive must be 'ecp5' or 'generic', "
+        if primitive not in (None, *PRIMITIVES):
+            raise ValueError(f"Multipliers.primitive must be one of {PRIMITIVES}, "
                              f"not {primitive!r}")
         self.count, self.primitive = count, primitive
         self.product_shape = Shape(a.width + b.width, a.signed or b.signed)
@@ -63,6 +74,16 @@ class Multipliers(wiring.Component):
         for i in range(self.count):
             if primitive == "ecp5":
                 m.submodules[f"multiplier_{i}"] = self._mult18x18d(i)
+            elif primitive == "dsp48e2":
+                m.submodules[f"multiplier_{i}"] = block = DSP48E2(
+                    instance=primitive_for(platform) == "dsp48e2")
+                m.d.comb += [block.advance.eq(self.advance), block.a.eq(self.a[i]),
+                             block.b.eq(self.b[i]), self.product[i].eq(block.p)]
+            elif primitive == "fabric":
+                m.submodules[f"multiplier_{i}"] = multiplier = FabricMultiplier(
+                    self.a[i].shape(), self.b[i].shape(), chain=primitive_for(platform) == "ecp5")
+                m.d.comb += [multiplier.advance.eq(self.advance), multiplier.a.eq(self.a[i]),
+                             multiplier.b.eq(self.b[i]), self.product[i].eq(multiplier.product)]
             else:
                 a = Signal(self.a[i].shape(), reset_less=True, name=f"a_{i}")
                 b = Signal(self.b[i].shape(), reset_less=True, name=f"b_{i}")

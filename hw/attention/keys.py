@@ -1,13 +1,14 @@
 """First stage, front: which query and key words to read."""
 
 from amaranth import Cat, Module, Mux, Signal, signed
-from amaranth.lib import stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import HEAD_WORDS, Opcode
 from ..interfaces import READ_LATENCY, fields_layout
-from .shapes import Arrival, Group, Span, delayed
+from ..slices import RegisterSlice
+from .shapes import Arrival, Group, delayed
 
 __all__ = ["KeyReader"]
 
@@ -17,9 +18,8 @@ class KeyReader(wiring.Component):
     query words by row and then its key words by key.
 
     One word a cycle, plus one cycle between groups. The next instruction is taken as soon as the
-    last word of the one before was read, but at most two are in flight; words that the older one
-    may still write are not read before it is done. The keys of a group wait until one of the two
-    score buffers is free. A word refused by `address` holds everything.
+    last word of the one before was read, but at most two are in flight. The keys of a group wait
+    until one of the two score buffers is free. A word refused by `address` holds everything.
 
     Members
     -------
@@ -38,10 +38,6 @@ class KeyReader(wiring.Component):
     nothing : Out(1)
         The only instruction in flight is done because it has no rows, keys or words.
     in_flight : Out(2)
-    parity : Out(1)
-        `Group.parity` of the newest instruction.
-    unwritten : Out(Span)
-        Covers all that the older of two instructions in flight writes.
     """
 
     def __init__(self, config: Config):
@@ -52,7 +48,7 @@ class KeyReader(wiring.Component):
             "arrives": Out(1), "arrival": Out(Arrival(config)),
             "groups": Out(stream.Signature(Group(config))),
             "released": In(1), "retired": In(1), "nothing": Out(1),
-            "in_flight": Out(2), "parity": Out(1), "unwritten": Out(Span),
+            "in_flight": Out(2),
         })
 
     def elaborate(self, platform):
@@ -66,8 +62,7 @@ class KeyReader(wiring.Component):
         rows = Signal(range(queries + 1))
         last_key = Signal(13)
         over = Signal(signed(15))
-        query_row, key_row, result_row, last_result_row = (Signal(20) for _ in range(4))
-        destination = Signal(20)
+        query_row, key_row, result_row, destination = (Signal(20) for _ in range(4))
 
         # The next word to read.
         cursor = Signal(20)
@@ -87,7 +82,7 @@ class KeyReader(wiring.Component):
             tag.first.eq(word == 0), tag.last.eq(word_ends), tag.end.eq(key == last_key),
             tag.hidden.eq(Cat(fields.causal & (key_over > r) for r in range(queries))),
         ]
-        waits, free = self._issue(m, cursor, tag, emit)
+        free = self._issue(m, cursor, tag, emit)
         m.d.sync += self.in_flight.eq(self.in_flight + take - (self.retired | self.nothing))
 
         after_row, after_key = Signal(20), Signal(20)
@@ -98,7 +93,7 @@ class KeyReader(wiring.Component):
         m.d.comb += [
             self.groups.p.rows.eq(rows), self.groups.p.last_key.eq(last_key),
             self.groups.p.over.eq(over), self.groups.p.final.eq(remaining == rows),
-            self.groups.p.parity.eq(self.parity), self.groups.p.destination.eq(destination),
+            self.groups.p.destination.eq(destination),
         ]
         for name in ("causal", "words", "value", "stride", "destination_stride", "multiplier",
                      "shift", "out_multiplier", "out_shift"):
@@ -106,10 +101,8 @@ class KeyReader(wiring.Component):
 
         with m.FSM():
             with m.State("IDLE"):
-                # An address that still waits is the last instruction's. Beside a newer one it would
-                # be taken for that one's, and could be held for ever.
                 m.d.comb += [
-                    self.instruction.ready.eq(~waits & (self.in_flight != 2)),
+                    self.instruction.ready.eq(self.in_flight != 2),
                     take.eq(self.instruction.valid & self.instruction.ready),
                 ]
                 with m.If(take):
@@ -120,9 +113,6 @@ class KeyReader(wiring.Component):
                         last_word.eq(self.instruction.p.words - 1),
                         query_row.eq(self.instruction.p.query),
                         result_row.eq(self.instruction.p.destination),
-                        self.parity.eq(~self.parity),
-                        self.unwritten.low.eq(fields.destination),
-                        self.unwritten.high.eq(last_result_row + fields.words),
                     ]
                     m.next = "GROUP"
 
@@ -155,7 +145,6 @@ class KeyReader(wiring.Component):
                         m.d.sync += [
                             word.eq(0), row.eq(row + 1), cursor.eq(after_row),
                             query_row.eq(after_row),
-                            last_result_row.eq(result_row),
                             result_row.eq(result_row + fields.destination_stride),
                         ]
                         with m.If(row == rows - 1):
@@ -185,25 +174,17 @@ class KeyReader(wiring.Component):
         return m
 
     def _issue(self, m, cursor, tag, emit):
-        """Sends the address `cursor` with its tag when `emit`; returns whether an address waits,
-        and whether the next one can be taken."""
-        waits, unsafe = Signal(), Signal()
-        sent = Signal(Arrival(self.config), reset_less=True)
-        accepted, free = Signal(), Signal()
+        """Sends the address `cursor` with its tag when `emit`; returns whether one can be taken."""
+        layout = data.StructLayout({"address": 20, "tag": Arrival(self.config)})
+        m.submodules.sent = sent = RegisterSlice(layout)
+        accepted = Signal()
         m.d.comb += [
-            self.address.valid.eq(waits & ~(unsafe & (self.in_flight == 2))),
+            sent.input.valid.eq(emit),
+            sent.input.p.address.eq(cursor), sent.input.p.tag.eq(tag),
+            self.address.valid.eq(sent.output.valid), sent.output.ready.eq(self.address.ready),
+            self.address.payload.eq(sent.output.p.address),
             accepted.eq(self.address.valid & self.address.ready),
-            free.eq(~waits | accepted),
-        ]
-        with m.If(free):
-            m.d.sync += waits.eq(emit)
-            with m.If(emit):
-                m.d.sync += [
-                    self.address.payload.eq(cursor), sent.eq(tag),
-                    unsafe.eq((cursor >= self.unwritten.low) & (cursor < self.unwritten.high)),
-                ]
-        m.d.comb += [
             self.arrives.eq(delayed(m, accepted, READ_LATENCY, name="arrives", reset_less=False)),
-            self.arrival.eq(delayed(m, sent, READ_LATENCY, name="arrival")),
+            self.arrival.eq(delayed(m, sent.output.p.tag, READ_LATENCY, name="arrival")),
         ]
-        return waits, free
+        return sent.input.ready

@@ -7,7 +7,8 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..exp2 import Exp2, Octaves
 from ..interfaces import READ_LATENCY
-from .shapes import Group, Pass, Span, Weights, delayed, difference_bits, score_shape
+from ..slices import RegisterSlice
+from .shapes import Group, Pass, Weights, delayed, difference_bits, score_shape
 
 __all__ = ["PassReader"]
 
@@ -33,10 +34,6 @@ class PassReader(wiring.Component):
     released : Out(1)
         All scores of the group have been read.
     address : Out(stream.Signature(20))
-    unwritten : In(Span)
-        Addresses that must not be read by instructions of parity `newest` while `guarded`.
-    guarded : In(1)
-    newest : In(1)
     arrives : Out(1)
         A value word arrives in this cycle, `READ_LATENCY` cycles after its address was accepted.
     weights : Out(Weights(config))
@@ -58,7 +55,6 @@ class PassReader(wiring.Component):
             "score_address": Out(range(config.max_rows)), "score_advance": Out(1),
             "scores": In(scores), "released": Out(1),
             "address": Out(stream.Signature(20)),
-            "unwritten": In(Span), "guarded": In(1), "newest": In(1),
             "arrives": Out(1), "weights": Out(Weights(config)),
             "passes": Out(stream.Signature(Pass(config))),
             "sums_free": In(1), "sums_claimed": Out(1),
@@ -72,7 +68,7 @@ class PassReader(wiring.Component):
 
         # What travels beside a score until its value word is read.
         place_layout = data.StructLayout({
-            "first": 1, "last": 1, "counted": 1, "parity": 1, "address": 20, "hidden": queries})
+            "first": 1, "last": 1, "counted": 1, "address": 20, "hidden": queries})
         emit, place = Signal(), Signal(place_layout)
         group, maxima = self._walk(m, advance, emit, place)
 
@@ -121,7 +117,7 @@ class PassReader(wiring.Component):
             leaves.eq(emit & advance & last_key),
             self.score_address.eq(key),
             place.first.eq(key == 0), place.last.eq(last_key), place.counted.eq(word == 0),
-            place.parity.eq(group.parity), place.address.eq(cursor),
+            place.address.eq(cursor),
             place.hidden.eq(Cat(group.causal & (over > row) for row in range(self.config.queries))),
         ]
 
@@ -169,26 +165,23 @@ class PassReader(wiring.Component):
 
     def _issue(self, m, advance, valid, place, probabilities):
         """Sends value addresses; what was accepted comes out with its word."""
-        waits, unsafe, parity = Signal(), Signal(), Signal()
-        sent = Signal(Weights(self.config), reset_less=True)
-        accepted = Signal()
-        held = (sent.last & ~self.sums_free) | (unsafe & self.guarded & (parity == self.newest))
+        layout = data.StructLayout({"address": 20, "weights": Weights(self.config)})
+        m.submodules.sent = sent = RegisterSlice(layout)
+        after, weights, accepted, held = sent.input.p, sent.output.p.weights, Signal(), Signal()
         m.d.comb += [
-            self.address.valid.eq(waits & ~held),
+            advance.eq(sent.input.ready), sent.input.valid.eq(valid),
+            after.address.eq(place.address),
+            after.weights.first.eq(place.first), after.weights.last.eq(place.last),
+            after.weights.counted.eq(place.counted),
+            *(after.weights.probability[row].eq(probability)
+              for row, probability in enumerate(probabilities)),
+
+            held.eq(weights.last & ~self.sums_free),
+            self.address.valid.eq(sent.output.valid & ~held),
+            self.address.payload.eq(sent.output.p.address),
+            sent.output.ready.eq(self.address.ready & ~held),
             accepted.eq(self.address.valid & self.address.ready),
-            advance.eq(~waits | accepted),
-            self.sums_claimed.eq(accepted & sent.last),
+            self.sums_claimed.eq(accepted & weights.last),
             self.arrives.eq(delayed(m, accepted, READ_LATENCY, name="arrives", reset_less=False)),
-            self.weights.eq(delayed(m, sent, READ_LATENCY, name="weights")),
+            self.weights.eq(delayed(m, weights, READ_LATENCY, name="weights")),
         ]
-        with m.If(advance):
-            m.d.sync += [
-                waits.eq(valid),
-                self.address.payload.eq(place.address), parity.eq(place.parity),
-                unsafe.eq((place.address >= self.unwritten.low)
-                          & (place.address < self.unwritten.high)),
-                sent.first.eq(place.first), sent.last.eq(place.last),
-                sent.counted.eq(place.counted),
-            ]
-            m.d.sync += [sent.probability[row].eq(probability)
-                         for row, probability in enumerate(probabilities)]

@@ -9,6 +9,7 @@ from ..divide import Reciprocal
 from ..interfaces import Masked
 from ..multiply import Multipliers
 from ..requantise import Requantise
+from ..slices import RegisterSlice
 from .shapes import Pass, accumulator_shape, delayed, total_bits
 
 __all__ = ["ResultWriter"]
@@ -127,15 +128,25 @@ class ResultWriter(wiring.Component):
         valid = delayed(m, valid, Requantise.LATENCY, enable=advance, name="valid",
                         reset_less=False)
         place = delayed(m, place, Requantise.LATENCY, enable=advance, name="place")
-        m.d.comb += [
-            advance.eq(~self.write.valid | self.write.ready),
-            self.write.valid.eq(valid),
-            self.write.p.address.eq(place.address),
-            self.write.p.data.eq(Cat(results).replicate(chunks)),
-            self.write.p.mask.eq(((1 << lanes) - 1) << (place.chunk * lanes)),
-        ]
-        m.d.sync += self.done.eq(valid & self.write.ready & place.last & place.final)
+        self._write(m, advance, valid, place, results)
         return m
+
+    def _write(self, m, advance, valid, place, results):
+        """Writes from a register: `advance` enables all that is above, far spread, and must not
+        wait for the arbiters behind the port."""
+        layout = data.StructLayout({"place": place.shape(), "results": 8 * len(results)})
+        m.submodules.writes = writes = RegisterSlice(layout)
+        lanes, sent = len(results), writes.output.p
+        m.d.comb += [
+            advance.eq(writes.input.ready), writes.input.valid.eq(valid),
+            writes.input.p.place.eq(place), writes.input.p.results.eq(Cat(results)),
+            self.write.valid.eq(writes.output.valid), writes.output.ready.eq(self.write.ready),
+            self.write.p.address.eq(sent.place.address),
+            self.write.p.data.eq(sent.results.replicate(self.config.depth // lanes)),
+            self.write.p.mask.eq(((1 << lanes) - 1) << (sent.place.chunk * lanes)),
+        ]
+        m.d.sync += self.done.eq(self.write.valid & self.write.ready
+                                 & sent.place.last & sent.place.final)
 
     def _reciprocals(self, m):
         """The reciprocals of the rows, and whether they are those of the newest totals."""

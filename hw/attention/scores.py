@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import HEAD_WORDS
-from ..multiply import Multipliers
+from ..shared_multiply import SharedMultipliers
 from .shapes import Arrival, delayed, score_shape
 
 __all__ = ["ScoreLanes"]
@@ -36,7 +36,7 @@ class ScoreLanes(wiring.Component):
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
-        self.latency = 3 + Multipliers.LATENCY + (config.depth - 1).bit_length()
+        self.latency = 3 + SharedMultipliers.LATENCY + (config.depth - 1).bit_length()
         scores = data.ArrayLayout(score_shape(config), config.queries)
         super().__init__({
             "arrives": In(1), "arrival": In(Arrival(config)), "word": In(8 * config.depth),
@@ -51,9 +51,10 @@ class ScoreLanes(wiring.Component):
         # The query words are read when a key word arrives, so that a key word can follow the last
         # query word directly, and meet it after the register behind their memory.
         key = delayed(m, data.View(bytes_, self.word), 2, name="key")
-        m.submodules.multipliers = multipliers = Multipliers(
-            signed(8), signed(8), queries * depth, primitive=self.primitive)
+        m.submodules.multipliers = multipliers = SharedMultipliers(
+            signed(8), signed(8), queries, depth, primitive=self.primitive)
         m.d.comb += multipliers.advance.eq(1)
+        m.d.comb += [multipliers.b[column].eq(key[column]) for column in range(depth)]
 
         # Steps from an arrival to the sum over its word, and on to the score.
         to_sum = self.latency - 1
@@ -86,10 +87,8 @@ class ScoreLanes(wiring.Component):
                 write.en.eq(self.arrives & self.arrival.query & (self.arrival.row == row)),
                 read.addr.eq(self.arrival.word), read.en.eq(1),
             ]
-            lane = range(row * depth, (row + 1) * depth)
-            for i, column in enumerate(lane):
-                m.d.comb += [multipliers.a[column].eq(query[i]), multipliers.b[column].eq(key[i])]
-            total = self._sum(m, [multipliers.product[column] for column in lane], row)
+            m.d.comb += [multipliers.a[column][row].eq(query[column]) for column in range(depth)]
+            total = self._sum(m, [products[row] for products in multipliers.product], row)
 
             score, maximum = self.scores[row], self.maxima[row]
             with m.If(summed & place.first):

@@ -11,7 +11,6 @@ __all__ = [
     "Arrival",
     "Group",
     "Pass",
-    "Span",
     "Weights",
     "accumulator_shape",
     "delayed",
@@ -52,7 +51,6 @@ class Group(data.StructLayout):
         super().__init__({
             "rows": range(config.queries + 1), "last_key": 13, "over": signed(15), "causal": 1,
             "final": 1,  # the instruction's last group
-            "parity": 1,  # differs between consecutive instructions
             "words": 8, "value": 20, "stride": 13,
             "destination": 20,  # of row 0
             "destination_stride": 13,
@@ -94,13 +92,6 @@ class Pass(data.StructLayout):
             "counted": 1,  # the group's first pass: its reciprocals are to be computed
             "final": 1,  # nothing of the instruction comes after it
         })
-
-
-class Span(data.Struct):
-    """Addresses low <= a < high."""
-
-    low: 20
-    high: 21
 
 
 def delayed(m, value, cycles: int, *, enable=1, name: str, reset_less: bool = True):

@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.numerics import PROBABILITY_BITS
-from ..multiply import Multipliers
+from ..shared_multiply import SharedMultipliers
 from .shapes import Weights, accumulator_shape, delayed, total_bits
 
 __all__ = ["WeightedSums"]
@@ -34,7 +34,7 @@ class WeightedSums(wiring.Component):
         By row, then by byte of the word.
     """
 
-    LATENCY = Multipliers.LATENCY + 1
+    LATENCY = SharedMultipliers.LATENCY + 2
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
@@ -49,30 +49,32 @@ class WeightedSums(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         queries, depth = self.config.queries, self.config.depth
-        word = data.View(data.ArrayLayout(signed(8), depth), self.word)
+        # Words come from many banks of memory and go to many multipliers: a register between.
+        arrives = delayed(m, self.arrives, 1, name="arrives", reset_less=False)
+        weights = delayed(m, self.weights, 1, name="weights")
+        word = delayed(m, data.View(data.ArrayLayout(signed(8), depth), self.word), 1, name="word")
 
-        m.submodules.multipliers = multipliers = Multipliers(
-            unsigned(PROBABILITY_BITS), signed(8), queries * depth, primitive=self.primitive)
+        m.submodules.multipliers = multipliers = SharedMultipliers(
+            signed(8), unsigned(PROBABILITY_BITS), depth, queries, primitive=self.primitive)
         m.d.comb += multipliers.advance.eq(1)
         place = Signal(data.StructLayout({"first": 1, "last": 1}))
-        m.d.comb += [place.first.eq(self.weights.first), place.last.eq(self.weights.last)]
-        place = delayed(m, place, Multipliers.LATENCY, name="place")
-        multiplied = delayed(m, self.arrives, Multipliers.LATENCY, name="multiplied",
+        m.d.comb += [place.first.eq(weights.first), place.last.eq(weights.last)]
+        place = delayed(m, place, SharedMultipliers.LATENCY, name="place")
+        multiplied = delayed(m, arrives, SharedMultipliers.LATENCY, name="multiplied",
                              reset_less=False)
 
-        m.d.sync += self.totalled.eq(self.arrives & self.weights.last & self.weights.counted)
+        m.d.sync += self.totalled.eq(arrives & weights.last & weights.counted)
         m.d.sync += self.summed.eq(multiplied & place.last)
         for row in range(queries):
-            probability, total = self.weights.probability[row], self.totals[row]
-            with m.If(self.arrives & self.weights.first):
+            probability, total = weights.probability[row], self.totals[row]
+            with m.If(arrives & weights.first):
                 m.d.sync += total.eq(probability)
-            with m.Elif(self.arrives):
+            with m.Elif(arrives):
                 m.d.sync += total.eq(total + probability)
+            m.d.comb += multipliers.b[row].eq(probability)
             for i in range(depth):
-                column = row * depth + i
-                m.d.comb += [multipliers.a[column].eq(probability),
-                             multipliers.b[column].eq(word[i])]
-                product, accumulated = multipliers.product[column], self.sums[column]
+                m.d.comb += multipliers.a[row][i].eq(word[i])
+                product, accumulated = multipliers.product[row][i], self.sums[row * depth + i]
                 with m.If(multiplied & place.first):
                     m.d.sync += accumulated.eq(product)
                 with m.Elif(multiplied):

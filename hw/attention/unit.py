@@ -37,11 +37,10 @@ class AttentionUnit(wiring.Component):
 
     A group of r rows takes ``keys * words + max(r * words + 1, 10)`` cycles, where `keys` are those
     that any of its rows sees, and an instruction 6 more, as long as write-back keeps up: it needs
-    ``r * depth / lanes + 12`` of the `keys` cycles of a value word, and for the first word of a
+    ``r * depth / lanes + 13`` of the `keys` cycles of a value word, and for the first word of a
     group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
 
-    The next instruction is taken while the second stage still works on the one before; what it
-    reads of the results of that one waits for them.
+    The next instruction is taken while the second stage still works on the one before.
 
     Parameters
     ----------
@@ -90,8 +89,6 @@ class AttentionUnit(wiring.Component):
             results.claimed.eq(passes.sums_claimed), passes.sums_free.eq(results.free),
 
             keys.retired.eq(results.done), keys.released.eq(passes.released),
-            passes.unwritten.eq(keys.unwritten), passes.newest.eq(keys.parity),
-            passes.guarded.eq(keys.in_flight == 2),
         ]
         self._hand_over(m, keys, scores, passes)
 

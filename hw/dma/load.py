@@ -9,11 +9,13 @@ from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
 from ..interfaces import EngineSignature, TableWrite, WritePort
 from ..ports import Burst
+from ..slices import RegisterSlice
 from .bursts import BurstSplitter
 from .geometry import geometries
 
 __all__ = ["LoadEngine"]
 
+SHARED = (Memory.ACTIVATION, Memory.RESIDUAL)  # memories with other writers
 JOBS = 4  # instructions whose bursts are requested while earlier ones still arrive
 
 
@@ -31,7 +33,8 @@ class LoadEngine(wiring.Component):
     Takes one bus word per cycle where a bus word is at most one memory word, else one memory word
     per cycle, as long as the memory accepts its writes; a refused write holds the bus words back.
     Requests of up to `JOBS` further instructions are sent meanwhile, so that the bus never idles
-    between two. `done` comes one cycle after the last write.
+    between two. `done` comes one cycle after the last write; the next instruction's words follow at
+    once, or two cycles later where the memory has other writers and writes go through a register.
 
     Members
     -------
@@ -78,26 +81,35 @@ class LoadEngine(wiring.Component):
 
         job = Signal(Job)
         active = Signal()
-        with m.If(~active):
+        ending = Signal()  # the last words of the job before are in a register
+        with m.If(~active & ~ending):
             m.d.comb += jobs.r_en.eq(1)
             m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy)]
-        wrote, used = self._repack(m, job, active)
+        streams, waits = self._streams(m)
+        wrote, used = self._repack(m, job, active, streams)
         with m.If(wrote):
             m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1)]
         finished = active & ((job.words == 0) | (wrote & (job.words == 1)))
+        shared = Cat(job.memory == memory for memory in SHARED).any()
+        m.d.sync += self.engine.done.eq((finished & ~shared) | (ending & ~waits))
         with m.If(finished):
-            m.d.sync += active.eq(0)
-        m.d.sync += self.engine.done.eq(finished)
+            m.d.sync += [active.eq(0), ending.eq(shared)]
+        with m.Elif(~waits):
+            m.d.sync += ending.eq(0)
 
-        busy = active | jobs.r_rdy
+        busy = active | ending | jobs.r_rdy
         m.d.comb += [self.engine.busy.eq(busy | self.engine.done),
                      self.engine.stalled.eq(active & ~finished & ~used)]
         return m
 
-    def _repack(self, m, job, active):
+    def _repack(self, m, job, active, streams):
         """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
+        # What becomes of a word must not be known on the far side of the bus in the same cycle.
+        m.submodules.arriving = arriving = RegisterSlice(bus_bits)
+        wiring.connect(m, wiring.flipped(self.read_data), arriving.input)
+        arriving = arriving.output
         beat = Signal(bus_bits)
         beat_valid = Signal()
         part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
@@ -108,12 +120,12 @@ class LoadEngine(wiring.Component):
         wrote, used, pop = Signal(), Signal(), Signal()
         with m.Switch(job.memory):
             for memory, geometry in table.items():
-                valid, ready, address, word = self._destination(m, memory)
-                m.d.comb += address.eq(job.local)
+                out = streams[memory]
+                m.d.comb += out.p.address.eq(job.local)
                 last_part = part == geometry.parts - 1
                 with m.Case(memory):
                     m.d.comb += [
-                        used.eq(active & beat_valid & (job.words != 0) & ready),
+                        used.eq(active & beat_valid & (job.words != 0) & out.ready),
                         wrote.eq(used),
                         pop.eq(used),
                     ]
@@ -125,25 +137,36 @@ class LoadEngine(wiring.Component):
                         with m.If(used):
                             m.d.sync += beat.eq(beat >> geometry.word_bits)
                     may_write = last_part if geometry.spread else 1
-                    m.d.comb += valid.eq(active & beat_valid & (job.words != 0) & may_write)
+                    m.d.comb += out.valid.eq(active & beat_valid & (job.words != 0) & may_write)
                 whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
-                m.d.comb += word.eq(whole[:geometry.word_bits])
+                m.d.comb += out.p.data.eq(whole[:geometry.word_bits])
 
         with m.If(used):
             m.d.sync += part.eq(Mux(wrote & pop, 0, part + 1))
         with m.If(pop):
             m.d.sync += [beat_valid.eq(0), earlier.eq(Cat(earlier, beat)[bus_bits:])]
-        m.d.comb += self.read_data.ready.eq(~beat_valid | pop)
-        with m.If(self.read_data.valid & self.read_data.ready):
-            m.d.sync += [beat.eq(self.read_data.payload), beat_valid.eq(1)]
+        m.d.comb += arriving.ready.eq(~beat_valid | pop)
+        with m.If(arriving.valid & arriving.ready):
+            m.d.sync += [beat.eq(arriving.payload), beat_valid.eq(1)]
         return wrote, used
 
-    def _destination(self, m, memory):
-        """Valid, ready, address and data of the port that writes `memory`."""
-        if memory == Memory.TABLE:
-            port = self.table_write
-            return port.valid, port.ready, port.p.address, port.p.data
-        port = {Memory.ACTIVATION: self.activation_write, Memory.RESIDUAL: self.residual_write,
-                Memory.WEIGHT: self.weight_write, Memory.PARAM: self.param_write}[memory].write
-        m.d.comb += port.p.mask.eq(~0)
-        return port.valid, port.ready, port.p.address, port.p.data
+    def _streams(self, m):
+        """Where words for each memory go, and whether a register holds one that was not accepted.
+        Memories with other writers have arbiters, which nothing here should wait for."""
+        ports = {Memory.ACTIVATION: self.activation_write, Memory.RESIDUAL: self.residual_write,
+                 Memory.WEIGHT: self.weight_write, Memory.PARAM: self.param_write}
+        streams = {Memory.TABLE: self.table_write} | {
+            memory: port.write for memory, port in ports.items()}
+        m.d.comb += [port.write.p.mask.eq(~0) for port in ports.values()]
+        waits = []
+        for memory in SHARED:
+            port = streams[memory]
+            layout = data.StructLayout({"address": 20, "data": len(port.p.data)})
+            m.submodules[f"{memory.name.lower()}_slice"] = held = RegisterSlice(layout)
+            m.d.comb += [
+                port.valid.eq(held.output.valid), held.output.ready.eq(port.ready),
+                port.p.address.eq(held.output.p.address), port.p.data.eq(held.output.p.data),
+            ]
+            streams[memory] = held.input
+            waits.append(held.output.valid)
+        return streams, Cat(waits).any()

@@ -9,6 +9,7 @@ from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
 from ..interfaces import EngineSignature, ReadPort
 from ..ports import Burst
+from ..slices import RegisterSlice
 from .bursts import BurstSplitter
 from .geometry import geometries
 
@@ -92,7 +93,7 @@ class StoreEngine(wiring.Component):
         return m
 
     def _read(self, m, job, wanted):
-        """Reads words into a queue. Returns: a read is accepted; the oldest word, whether there is
+        """Reads words into a queue. Returns: a read is on its way; the oldest word, whether there is
         one, and a signal that takes it."""
         ports = {Memory.ACTIVATION: self.activation_read, Memory.RESIDUAL: self.residual_read}
         width = max(8 * self.config.depth, 16 * self.config.lanes)
@@ -100,11 +101,13 @@ class StoreEngine(wiring.Component):
         held = Signal(range(WORDS_HELD + 1))  # in the queue or on their way
         read = Signal()
         for memory, port in ports.items():
+            m.submodules[f"{memory.name.lower()}_address"] = address = RegisterSlice(20)
+            wiring.connect(m, address.output, wiring.flipped(port.address))
             m.d.comb += [
-                port.address.payload.eq(job.local),
-                port.address.valid.eq(wanted & (job.memory == memory) & (held != WORDS_HELD)),
+                address.input.payload.eq(job.local),
+                address.input.valid.eq(wanted & (job.memory == memory) & (held != WORDS_HELD)),
             ]
-            with m.If(port.address.valid & port.address.ready):
+            with m.If(address.input.valid & address.input.ready):
                 m.d.comb += read.eq(1)
             with m.If(port.data.valid):
                 m.d.comb += [words.w_en.eq(1), words.w_data.eq(port.data.payload)]
@@ -114,15 +117,13 @@ class StoreEngine(wiring.Component):
     def _pack(self, m, job, word, word_valid, word_taken):
         """Packs words into `write_data`. Returns: a word is packed; a bus word is taken."""
         bus_bits = 8 * self.config.bus_bytes
-        out = self.write_data
+        m.submodules.leaving = leaving = RegisterSlice(bus_bits)
+        wiring.connect(m, leaving.output, wiring.flipped(self.write_data))
+        out = leaving.input
         table = geometries(self.config, MEMORIES)
         part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
         beat = Signal(bus_bits)  # words of the present bus word so far
-        free = ~out.valid | out.ready
         packed, moved = Signal(), Signal()
-
-        with m.If(out.ready):
-            m.d.sync += out.valid.eq(0)
         with m.Switch(job.memory):
             for memory, geometry in table.items():
                 last_part = part == geometry.parts - 1
@@ -132,18 +133,18 @@ class StoreEngine(wiring.Component):
                         # A word stays in the queue until its last bus word is made.
                         padded = word[:bits]
                         slices = [padded[i:i + bus_bits] for i in range(0, bits, bus_bits)]
-                        m.d.comb += [moved.eq(word_valid & free), packed.eq(moved & last_part)]
+                        m.d.comb += [moved.eq(word_valid & out.ready), packed.eq(moved & last_part)]
+                        m.d.comb += [out.payload.eq(Array(slices)[part]), out.valid.eq(word_valid)]
                         with m.If(moved):
-                            m.d.sync += [out.payload.eq(Array(slices)[part]), out.valid.eq(1),
-                                         part.eq(Mux(last_part, 0, part + 1))]
+                            m.d.sync += part.eq(Mux(last_part, 0, part + 1))
                     else:
                         full = last_part | (job.words == 1)
                         joined = beat | (word[:bits] << (part * bits))[:bus_bits]
-                        m.d.comb += [moved.eq(word_valid & (free | ~full)), packed.eq(moved)]
+                        m.d.comb += [moved.eq(word_valid & (out.ready | ~full)), packed.eq(moved)]
+                        m.d.comb += [out.payload.eq(joined), out.valid.eq(word_valid & full)]
                         with m.If(moved):
                             m.d.sync += [beat.eq(joined), part.eq(part + 1)]
                             with m.If(full):
-                                m.d.sync += [out.payload.eq(joined), out.valid.eq(1),
-                                             beat.eq(0), part.eq(0)]
+                                m.d.sync += [beat.eq(0), part.eq(0)]
         m.d.comb += word_taken.eq(packed)
-        return packed, out.valid & out.ready
+        return packed, self.write_data.valid & self.write_data.ready

@@ -8,6 +8,7 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from ..interfaces import READ_LATENCY, ReadPort
+from ..slices import RegisterSlice
 
 __all__ = ["RowReader", "Rows", "Word"]
 
@@ -32,10 +33,10 @@ class Word(data.StructLayout):
 class RowReader(wiring.Component):
     """Reads the words of rows of `channels` values, `lanes` to a word.
 
-    One word a cycle where the port and the consumer allow it; the first word 4 cycles after its
+    One word a cycle where the port and the consumer allow it; the first word 5 cycles after its
     rows were taken. At most `DEPTH` words are on the way or waiting, so that a consumer that stops
-    loses none. Rows are taken when all addresses of the rows before were accepted; no rows, or
-    rows of no channels, read nothing.
+    loses none. Rows are taken when all addresses of the rows before are on their way; no rows,
+    or rows of no channels, read nothing.
 
     Members
     -------
@@ -64,13 +65,22 @@ class RowReader(wiring.Component):
         left = Signal(16)  # channels of the row that were not asked for
         free = Signal(range(self.DEPTH + 1), init=self.DEPTH)
 
-        accepted = self.port.address.valid & self.port.address.ready
+        # What is known of a word travels beside its address and its read.
+        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1, "measured": 1})
+        m.submodules.sent = sent = RegisterSlice(data.StructLayout({"address": 20, "tag": tag}))
+        asked = sent.input.valid & sent.input.ready
         last = left <= lanes
         next_base = (job.base + job.stride)[:20]
         m.d.comb += [
             self.rows.ready.eq(~active),
-            self.port.address.payload.eq(address),
-            self.port.address.valid.eq(active & (free != 0)),
+            sent.input.valid.eq(active & (free != 0)),
+            sent.input.p.address.eq(address),
+            sent.input.p.tag.valid.eq(1), sent.input.p.tag.last.eq(last),
+            sent.input.p.tag.count.eq(Mux(last, left, lanes)),
+            sent.input.p.tag.measured.eq(job.measured),
+            self.port.address.payload.eq(sent.output.p.address),
+            self.port.address.valid.eq(sent.output.valid),
+            sent.output.ready.eq(self.port.address.ready),
         ]
         with m.If(~active):
             m.d.sync += [
@@ -80,7 +90,7 @@ class RowReader(wiring.Component):
                 active.eq(self.rows.valid & (self.rows.p.rows != 0)
                           & (self.rows.p.channels != 0)),
             ]
-        with m.Elif(accepted):
+        with m.Elif(asked):
             with m.If(last):
                 m.d.sync += [
                     job.base.eq(next_base), address.eq(next_base), left.eq(job.channels),
@@ -89,11 +99,11 @@ class RowReader(wiring.Component):
             with m.Else():
                 m.d.sync += [address.eq(address + 1), left.eq(left - lanes)]
 
-        # What is known of a word travels beside its read.
-        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1, "measured": 1})
         tags = [Signal(tag, name=f"tag_{i}") for i in range(READ_LATENCY + 1)]
-        m.d.comb += [tags[0].valid.eq(accepted), tags[0].last.eq(last),
-                     tags[0].count.eq(Mux(last, left, lanes)), tags[0].measured.eq(job.measured)]
+        m.d.comb += [
+            tags[0].eq(sent.output.p.tag),
+            tags[0].valid.eq(self.port.address.valid & self.port.address.ready),
+        ]
         m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
 
         m.submodules.queue = queue = SyncFIFO(width=self.word.size, depth=self.DEPTH)
@@ -106,5 +116,5 @@ class RowReader(wiring.Component):
             queue.r_en.eq(self.words.ready),
         ]
         taken = self.words.valid & self.words.ready
-        m.d.sync += free.eq(free - accepted + taken)
+        m.d.sync += free.eq(free - asked + taken)
         return m

@@ -2,8 +2,9 @@
 
 from itertools import pairwise
 
-from amaranth import Cat, Module, Mux, Signal, signed
-from amaranth.lib import data, wiring
+from amaranth import Cat, Module, Mux, Signal, Value, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
@@ -19,6 +20,8 @@ from .variance import Variance
 from .writer import RowWriter
 
 __all__ = ["NormUnit"]
+
+RESULTS = 4  # words that wait for the writer
 
 
 class NormUnit(wiring.Component):
@@ -91,9 +94,24 @@ class NormUnit(wiring.Component):
         wiring.connect(m, variance.moments, inverse_root.moments)
 
         self._distribute(m, residual_reader, param_reader, variance, writer)
-        self._apply(m, queue.leaving, param_reader.words, inverse_root.scales, writer.words)
+        results = self._decoupled(m, writer.words)
+        self._apply(m, queue.leaving, param_reader.words, inverse_root.scales, results)
         self._report(m, writer.done)
         return m
+
+    def _decoupled(self, m, taken):
+        """A stream that feeds `taken`, through a queue: `advance` enables a whole pipeline, far
+        spread, and must not wait for the arbiters behind the write port."""
+        results = stream.Signature(taken.payload.shape()).create()
+        m.submodules.results = fifo = SyncFIFO(
+            width=len(Value.cast(taken.payload)), depth=RESULTS)
+        m.d.comb += [
+            fifo.w_data.eq(results.payload), fifo.w_en.eq(results.valid),
+            results.ready.eq(fifo.w_rdy),
+            taken.payload.eq(fifo.r_data), taken.valid.eq(fifo.r_rdy),
+            fifo.r_en.eq(taken.ready),
+        ]
+        return results
 
     def _distribute(self, m, residual_reader, param_reader, variance, writer):
         """One instruction is held until each part has taken what it needs of it."""

@@ -5,6 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..interfaces import WritePort
+from ..slices import RegisterSlice
 from .reader import Rows, Word
 
 __all__ = ["RowWriter"]
@@ -14,8 +15,8 @@ class RowWriter(wiring.Component):
     """Collects the `lanes` values of each word into activation words of `depth` values.
 
     Takes a word a cycle, and writes where an activation word or a row is complete: all lanes of
-    the word, zeros past the end of the row. While a write is refused the next one is collected;
-    words wait only where that is complete, too.
+    the word, zeros past the end of the row. While writes are refused, two wait and the next one is
+    collected; words wait only where that is complete, too.
 
     Members
     -------
@@ -46,7 +47,8 @@ class RowWriter(wiring.Component):
         collected = Signal(data.ArrayLayout(8 * self.lanes, groups))
         merged = Signal.like(collected)
         current = Signal(data.ArrayLayout(8, self.lanes))
-        write = self.port.write
+        layout = data.StructLayout({"address": 20, "data": 8 * self.depth})
+        m.submodules.writes = writes = RegisterSlice(layout)
 
         for lane in range(self.lanes):
             with m.If(self.words.p.count > lane):
@@ -62,25 +64,25 @@ class RowWriter(wiring.Component):
         next_base = (job.base + job.stride)[:20]
         m.d.comb += [
             self.rows.ready.eq(~active & ~finished),
-            self.words.ready.eq(active & (~complete | ~write.valid | write.ready)),
-            write.p.mask.eq(-1),
+            self.words.ready.eq(active & (~complete | writes.input.ready)),
+            writes.input.valid.eq(active & self.words.valid & complete),
+            writes.input.p.address.eq(address), writes.input.p.data.eq(merged),
+            self.port.write.valid.eq(writes.output.valid),
+            self.port.write.p.address.eq(writes.output.p.address),
+            self.port.write.p.data.eq(writes.output.p.data), self.port.write.p.mask.eq(-1),
+            writes.output.ready.eq(self.port.write.ready),
         ]
-        with m.If(write.ready):
-            m.d.sync += write.valid.eq(0)
         with m.If(taken):
             m.d.sync += [collected.eq(merged), position.eq(position + 1)]
             with m.If(complete):
-                m.d.sync += [
-                    position.eq(0), address.eq(address + 1),
-                    write.p.address.eq(address), write.p.data.eq(merged), write.valid.eq(1),
-                ]
+                m.d.sync += [position.eq(0), address.eq(address + 1)]
             with m.If(self.words.p.last):
                 m.d.sync += [
                     job.base.eq(next_base), address.eq(next_base), job.rows.eq(job.rows - 1),
                     active.eq(job.rows != 1), finished.eq(job.rows == 1),
                 ]
         m.d.sync += self.done.eq(0)
-        with m.If(finished & (~write.valid | write.ready)):
+        with m.If(finished & ~writes.output.valid):
             m.d.sync += [finished.eq(0), self.done.eq(1)]
         with m.If(self.rows.valid & self.rows.ready):
             some = (self.rows.p.rows != 0) & (self.rows.p.channels != 0)

@@ -19,13 +19,14 @@ def limits(shape):
             else (0, (1 << shape.width) - 1))
 
 
+@pytest.mark.parametrize("primitive", ["generic", "dsp48e2", "fabric"])
 @pytest.mark.parametrize("idle", [(0,), (1, 0, 0, 1)], ids=("steady", "stalling"))
 @pytest.mark.parametrize(("a", "b"), [
     (signed(8), signed(8)), (signed(18), unsigned(16)), (unsigned(13), unsigned(13)),
     (signed(18), signed(18)), (unsigned(17), signed(2))])
-def test_products(a, b, idle):
+def test_products(a, b, idle, primitive):
     draw = random.Random(1)
-    dut = Multipliers(a, b, 3)
+    dut = Multipliers(a, b, 3, primitive=primitive)
     pairs = list(itertools.product(limits(a), limits(b)))
     pairs += [(draw.randint(*limits(a)), draw.randint(*limits(b))) for _ in range(60)]
     sent = [draw.sample(pairs, dut.count) for _ in range(60)]
@@ -62,10 +63,14 @@ def test_platform_selects_the_primitive():
     class Ecp5:
         device = "LFE5U-85F"
 
-    class Other:
+    class UltraScale:
         device = "xczu9eg"
 
-    assert [primitive_for(p) for p in (None, Ecp5(), Other())] == ["generic", "ecp5", "generic"]
+    class Other:
+        device = "iCE40UP5K"
+
+    assert [primitive_for(p) for p in (None, Ecp5(), UltraScale(), Other())] == [
+        "generic", "ecp5", "dsp48e2", "generic"]
     assert "MULT18X18D" in rtlil.convert(Multipliers(signed(8), signed(8)), platform=Ecp5())
     assert "MULT18X18D" not in rtlil.convert(Multipliers(signed(8), signed(8)))
 
