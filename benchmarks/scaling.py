@@ -94,13 +94,13 @@ def knees(runs: dict[int, Run], what: str) -> list[str]:
         share = shares(run)
         busiest = max(share, key=share.get)
         if before is None:
-            sentences.append(f"With {count} {what} the busiest is {busiest} ({share[busiest]:.0%} of "
+            sentences.append(f"With {count} {what} the busiest is the {busiest} ({share[busiest]:.0%} of "
                              "the cycles).")
         elif busiest != before[1]:
             slope = _slope(before[0], count, runs)
             sentences.append(
-                f"Knee between {before[0]} and {count} {what}: the busiest was {before[1]} "
-                f"({shares(runs[before[0]])[before[1]]:.0%}) and becomes {busiest} "
+                f"Knee between {before[0]} and {count} {what}: the busiest was the {before[1]} "
+                f"({shares(runs[before[0]])[before[1]]:.0%}) and becomes the {busiest} "
                 f"({share[busiest]:.0%}); cycles grow with the power {slope:.2f} of the {what} there.")
         before = count, busiest
     counts = list(runs)
