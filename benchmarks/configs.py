@@ -1,6 +1,7 @@
 """The accelerators that benchmarks measure, each with its memory and clock: defined here alone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from moeware.hw.arch.config import Config
 from moeware.sim.dram import DDR, IDEAL, SDRAM_16BIT, DramTiming
@@ -12,7 +13,8 @@ __all__ = ["TARGETS", "Target", "gemm_target"]
 class Target:
     """An accelerator in its surroundings.
 
-    clock_hz : assumed where the text says so; text : conditions, for beside every figure.
+    clock_hz : assumed where the text says so; text : conditions, for beside every figure; bits : of
+    weights, as the compiler takes them.
     """
 
     name: str
@@ -20,9 +22,16 @@ class Target:
     dram: DramTiming
     clock_hz: float
     text: str
+    bits: Mapping[str, int] = field(default_factory=dict)
 
 
-TARGETS = {target.name: target for target in (
+def _with_narrow_experts(target: Target) -> Target:
+    """The same with a linear unit that takes two 4-bit weights to a multiplier, and such experts."""
+    return replace(target, name=f"{target.name}-int4", text=f"{target.text}; experts of 4 bits",
+                   config=replace(target.config, narrow=1), bits={"experts": 4})
+
+
+_INT8 = (
     Target(
         name="ecp5-85f", clock_hz=100e6, dram=SDRAM_16BIT,
         text="ECP5-85F size: 16-bit SDRAM at 133 MHz",
@@ -31,8 +40,8 @@ TARGETS = {target.name: target for target in (
                       weight_words=1024, param_words=512, tables=4, row_words=96, max_rows=256,
                       max_experts=16, max_chosen=2, queue=8)),
     # 22 query rows take the 129 rows of the reference model in 6 groups with 3 places to spare, and
-    # balance attention against QKV and projection. Memories, packed into 36 Kbit blocks of 512 x 72,
-    # take about half of the ZCU102's 912.
+    # balance attention against QKV and projection. The memories named here fit into 230 of the ZCU102's
+    # 912 block RAMs (of 512 x 72 bits).
     Target(
         name="zcu102", clock_hz=200e6, dram=DDR,
         text="ZCU102 size, not synthesised: DDR4 with 19.2 GB/s",
@@ -40,7 +49,9 @@ TARGETS = {target.name: target for target in (
                       activation_banks=4, activation_words=4096, residual_words=4096,
                       weight_words=1024, param_words=512, tables=4, row_words=96, max_rows=256,
                       max_experts=16, max_chosen=2, queue=16)),
-)}
+)
+TARGETS = {target.name: target for plain in _INT8
+           for target in (plain, _with_narrow_experts(plain))}
 
 
 def gemm_target(multipliers: int, bus_bits: int) -> Target:

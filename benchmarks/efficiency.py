@@ -57,7 +57,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
     """
     found = _split(operations)
     place = {op.name: block for block in found for op in block.operations}
-    narrow = set()
+    narrow: set[tuple[str, int | None]] = set()  # operations, or with an expert, on 4-bit weights
     for instr in instructions:
         name = _operation(instr.layer, place)
         if name:
@@ -68,7 +68,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
             raise ValueError(f"Instruction of layer {instr.layer!r} must belong to one of {list(place)}")
         fields = instr.fields
         if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
-            narrow.add(name)
+            narrow.add((name, fields.get("expert")))
         if instr.opcode in (Opcode.LOAD, Opcode.STORE):
             if fields.get("conditional") and not _queue(block, tokens)[fields["expert"]]:
                 continue
@@ -77,7 +77,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
     sizes = dict(shapes)
     for block in found:
         for op in block.operations:
-            _count(op, block, sizes, tokens, op.name in narrow, frames)
+            _count(op, block, sizes, tokens, narrow, frames)
     return found
 
 
@@ -132,9 +132,9 @@ def _queue(block: Block, tokens: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
-           tokens: dict[str, np.ndarray], narrow: bool, frames: int) -> None:
+           tokens: dict[str, np.ndarray], narrow: set[tuple[str, int | None]], frames: int) -> None:
     """Add the products of an operation; note the shape of its output."""
-    linear = attention = 0
+    linear = attention = halved = 0
     match op:
         case q.Constant():
             sizes[op.output] = op.value.shape
@@ -143,6 +143,7 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
             residual = getattr(op, "residual", None)
             sizes[op.output] = sizes[residual] if residual else (rows, len(op.weight))
             linear = frames * rows * op.weight.size
+            halved = linear if (op.name, None) in narrow else 0
         case q.Norm():
             sizes[op.output] = op.rows, sizes[op.source][1]
         case q.Attention():
@@ -152,7 +153,10 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
             attention = frames * 2 * rows * keys * channels
         case q.Experts():
             sizes[op.output] = sizes[op.residual]
-            linear = int(tokens[op.route].sum()) * (op.up[0].size + op.down[0].size)
+            macs = tokens[op.route] * (op.up[0].size + op.down[0].size)
+            linear = int(macs.sum())
+            halved = int(sum(macs[expert] for expert in range(len(macs))
+                             if (op.name, expert) in narrow))
     block.linear_macs += linear
-    block.narrow_macs += linear if narrow else 0
+    block.narrow_macs += halved
     block.attention_macs += attention

@@ -24,8 +24,8 @@ from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import Port, Region
 from moeware.sim.rtl import RtlDevice
 
-# Rows, depth, outputs; multipliers; bus bits; NNgen's depth x outputs x rows in parallel: of all such
-# shapes with as many multipliers the one that takes the fewest cycles.
+# Rows, depth, outputs; multipliers; bus bits; NNgen's depth x outputs x rows in parallel: of the shapes
+# with as many multipliers that were tried (8 x 2, 16 x 1, 2 x 8, 1 x 16; 16 x 4) the fastest.
 CASES = {"128 x 128 x 128, 16 multipliers": ((128, 128, 128), 16, 64, (4, 4, 1)),
          "128 x 128 x 128, 64 multipliers": ((128, 128, 128), 64, 128, (8, 8, 1)),
          "1 x 128 x 128, 16 multipliers": ((1, 128, 128), 16, 64, (4, 4, 1))}
@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> None:
            "cycle without latency, and an attention unit of one query row that stands still; the "
            "product is lowered as a quantised graph, with a bias and a scale for each output. NNgen "
            "under Icarus with veriloggen's AXI memory model, no delays and no pauses, without bias "
-           f"and scales; its shape is the fastest of those with as many multipliers.{without}",
+           f"and scales, its multipliers in a square.{without}",
            figures, tables={"Cycles, and shares of their ideal": table}, cases=cases)
 
 

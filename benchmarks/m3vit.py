@@ -33,8 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
         record(f"m3vit-{name}{suffix}", f"M3ViT-tiny, {name} configuration",
                f"Cycle-accurate simulation of the whole accelerator's RTL; {target.text}; clock "
                f"assumed, {target.clock_hz / 1e6:g} MHz. One real street scene, which also calibrated "
-               f"the number grids. {EXPERTS_NOTE} Int8 throughout" +
-               (", experts int4." if any(b.narrow_macs for b in first.blocks) else "."),
+               f"the number grids. {EXPERTS_NOTE} Int8 but for what is said otherwise.",
                {f"{label}: {figure}": value for label, each in runs.items()
                 for figure, value in each.figures().items()},
                tables={"Blocks of the first run: work, least cycles of each resource":

@@ -57,7 +57,7 @@ class Model:
 
     def __init__(self, path: Path, samples: dict[str, np.ndarray]):
         self.name = path.stem
-        self._state = State(path, None, samples)
+        self._state = State(path, None, samples)  # the target comes with `compile`
         self._names = list(STAGES)
         self._shared = self._names.index("quantise")
         for name in self._names[:self._shared]:
@@ -72,7 +72,8 @@ class Model:
         ValueError
             A part of the model is left to the host.
         """
-        state = dataclasses.replace(self._state, config=target.config, trace=trace, **options)
+        state = dataclasses.replace(self._state, config=target.config, bits=target.bits, trace=trace,
+                                    **options)
         for name in self._names[self._shared:]:
             say(f"{self.name} for {target.name}{', traced' if trace else ''}: {name}")
             STAGES[name](state)

@@ -1,11 +1,12 @@
-"""Writes docs/figures.md, and in README.md what the demo prints, from benchmarks/results/*.json;
-`--check` only compares."""
+"""Writes docs/figures.md and docs/comparison.md, and in README.md what the demo prints, from
+benchmarks/results/*.json; `--check` only compares."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
+import comparison
 from record import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "figures.md"
@@ -28,6 +29,11 @@ def _section(result: dict, path: Path) -> str:
         head, *body = table
         lines.append(f"**{title}**\n\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n"
                      + "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in body) + "\n")
+    lines += [f"- {sentence}" for sentence in result.get("notes", [])]
+    if result.get("notes"):
+        lines.append("")
+    if "plot" in result:
+        lines.append(f"![{result['title']}]({result['plot']})\n")
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines.append(f"`{result['command']}`, {result['date']}, commit {result['commit']}, Python "
                  f"{result['python']}, {result['cores']} cores {result['cpu']}; {versions}. "
@@ -48,7 +54,7 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    for path, text in ((PAGE, page()), (README, readme())):
+    for path, text in ((PAGE, page()), (comparison.PAGE, comparison.page()), (README, readme())):
         if "--check" not in sys.argv:
             path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")

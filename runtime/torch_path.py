@@ -129,7 +129,7 @@ def _edges(frames: int, most: int) -> list[int]:
     and at least one for each thread where each is then at least half as large: threads in smaller
     operations spend more on passing on the interpreter's lock than they gain."""
     most = max(1, most)
-    chunks = max(-(-frames // most), min(2 * frames // most, torch.get_num_threads()))
+    chunks = max(-(-frames // most), min(2 * frames // most, frames, torch.get_num_threads()))
     return [frames * number // chunks for number in range(chunks + 1)]
 
 

@@ -291,6 +291,14 @@ def test_frames_in_chunks_agree(monkeypatch):
     assert list(found) == ["addlinear16"] and whole["addlinear16"].shape == (7, 1, 7)
 
 
+@pytest.mark.parametrize("frames, most, edges", [
+    (1, 0, [0, 1]), (1, 1, [0, 1]), (2, 1, [0, 1, 2]), (3, 2, [0, 1, 3]), (8, 8, [0, 4, 8]),
+    (8, 64, [0, 8])])
+def test_every_chunk_has_a_frame(frames, most, edges, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch_path._edges(frames, most) == edges
+
+
 def test_prepared_steps_are_forgotten_with_their_program():
     device = TorchDevice()
     for seed in range(3):
