@@ -103,17 +103,13 @@ def place_blocks(steps: list[Lowered]) -> tuple[list[int], int, int]:
     address, entries = 0, []
     for step in steps:
         entries.append(address)
-        address += _aligned((len(step.instructions) + 1) * isa.BYTES)
+        address += layout.aligned((len(step.instructions) + 1) * isa.BYTES)
     blocks = [block for step in steps for block in step.blocks]
     for block in [b for b in blocks if b.data is not None]:
         block.address = address
-        address += _aligned(block.bytes)
+        address += layout.aligned(block.bytes)
     constants = address
     for block in [b for b in blocks if b.data is None]:
         block.address = address
-        address += _aligned(block.bytes)
+        address += layout.aligned(block.bytes)
     return entries, constants, address
-
-
-def _aligned(size: int) -> int:
-    return -(-size // layout.ALIGNMENT) * layout.ALIGNMENT

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import numpy as np
+
 from moeware.compiler.allocate import place_blocks
-from moeware.compiler.lowered import Block, Instr, Lowered, Span
+from moeware.compiler.lowered import Block, Instr, Lowered, Part, Span
 from moeware.compiler.synchronise import synchronise
 from moeware.compiler.verify import verify_tokens
 from moeware.hw.arch import isa
@@ -28,8 +30,12 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
         for block in lowered.blocks:
             if block.data is not None:
                 image[block.address:block.address + block.bytes] = block.data
+        layers: dict[str, int] = {}
+        layer_of = [layers.setdefault(instr.layer, len(layers))
+                    for instr in lowered.instructions]
         result.append(DeviceStep(
-            entry=entry, macs=lowered.macs, operations=lowered.operations,
+            entry=entry, macs=lowered.macs, frames=lowered.frames, operations=lowered.operations,
+            layers=list(layers), layer_of=np.array(layer_of, np.uint16),
             inputs=[_placed(port, block) for port, block in lowered.inputs],
             outputs=[_placed(port, block) for port, block in lowered.outputs],
             probes=[_placed(probe, block) for probe, block in lowered.probes]))
@@ -37,7 +43,7 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
 
 
 def _resolve(instr: Instr, wait: int, signal: int) -> isa.Instruction:
-    fields = {name: value.address if isinstance(value, (Span, Block)) else int(value)
+    fields = {name: value.address if isinstance(value, (Span, Part)) else int(value)
               for name, value in instr.fields.items()}
     return isa.Instruction(instr.opcode, fields | {"wait": wait, "signal": signal})
 

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from moeware.hw.arch.isa import Engine, Memory, Opcode
 from moeware.hw.arch.program import Port, Probe
 from moeware.hw.arch.quantised import Operation
 
-__all__ = ["Block", "Buffer", "Instr", "Lowered", "Span"]
+__all__ = ["Block", "Buffer", "Instr", "Lowered", "Part", "Span"]
 
 
 @dataclass(eq=False)
@@ -26,17 +28,41 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """A part of a buffer; stands for the address of its first word in an instruction's fields."""
+    """`rows` runs of `words` words of a buffer, `stride` words apart; stands for the address of its
+    first word in an instruction's fields."""
 
     buffer: Buffer
     start: int
     words: int
+    rows: int = 1
+    stride: int = 0
 
     @property
     def address(self) -> int:
         if self.buffer.address is None:
             raise AssertionError(f"buffer {self.buffer.name} has no address yet")
         return self.buffer.address + self.start
+
+    @property
+    def end(self) -> int:
+        """Word of the buffer after the last one."""
+        return self.start + (self.rows - 1) * self.stride + self.words
+
+    def part(self, first: int, last: int) -> "Span":
+        """Runs [first, last)."""
+        return Span(self.buffer, self.start + first * self.stride, self.words, last - first,
+                    self.stride)
+
+    def columns(self, first: int, words: int) -> "Span":
+        """Words [first, first + words) of every run."""
+        return Span(self.buffer, self.start + first, words, self.rows, self.stride)
+
+    def places(self, origin: int = 0) -> slice | np.ndarray:
+        """Index of its words, counted from `origin` words before the buffer."""
+        start = origin + self.start
+        if self.rows == 1 or self.words == self.stride:
+            return slice(start, origin + self.end)
+        return (start + np.arange(self.rows)[:, None] * self.stride + np.arange(self.words)).ravel()
 
 
 @dataclass(eq=False)
@@ -48,10 +74,27 @@ class Block:
     data: bytes | None = None
     address: int | None = None
 
+    def __getitem__(self, offset: int) -> "Part":
+        return Part(self, offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A block from byte `offset` on; stands for its address in an instruction's fields."""
+
+    block: Block
+    offset: int
+
+    @property
+    def address(self) -> int:
+        if self.block.address is None:
+            raise AssertionError(f"block {self.block.name} has no address yet")
+        return self.block.address + self.offset
+
 
 @dataclass(eq=False)
 class Instr:
-    """An instruction before encoding. fields : integers, or a Span or Block for an address.
+    """An instruction before encoding. fields : integers, or a Span or Part for an address.
 
     reads, writes : what it touches on chip; queue_read, queue_write : the same for the router's
     queues. layer : for reports.
@@ -74,7 +117,8 @@ class Instr:
 class Lowered:
     """One device step as instructions.
 
-    ports, probes : with the block that holds each, in place of an address.
+    ports, probes : with the block that holds each, in place of an address. frames : that a run
+    works on; macs : of one.
     """
 
     instructions: list[Instr]
@@ -83,6 +127,7 @@ class Lowered:
     probes: list[tuple[Probe, Block]]
     operations: list[Operation]
     macs: int
+    frames: int = 1
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -98,7 +143,7 @@ class Lowered:
         """Every block once, in the order of first use."""
         seen = {}
         for instr in self.instructions:
-            block = instr.fields.get("address")
-            if isinstance(block, Block):
-                seen.setdefault(id(block), block)
+            part = instr.fields.get("address")
+            if isinstance(part, Part):
+                seen.setdefault(id(part.block), part.block)
         return list(seen.values())

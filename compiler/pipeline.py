@@ -7,7 +7,7 @@ Partition stands before calibrate because grids are chosen for what runs on the 
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
 from moeware.compiler.schedule import schedule
-from moeware.compiler.tile import tile
+from moeware.compiler.tile import PLANS, tile
 from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import HostStep, Program
@@ -48,6 +49,8 @@ class State:
     config: Config
     samples: dict[str, np.ndarray]
     trace: bool = False
+    frames: int = 1
+    bits: Mapping[str, int] = field(default_factory=dict)
     model: ir.Model | None = None
     inputs: Ports = field(default_factory=list)
     outputs: Ports = field(default_factory=list)
@@ -56,6 +59,7 @@ class State:
     calibration: Calibration | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)  # by device step
     program: Program | None = None
 
 
@@ -83,18 +87,21 @@ def _calibrate(state: State) -> None:
 
 def _quantise(state: State) -> None:
     state.quantised = []
+    precision = Precision(state.bits)
     for part in partition(state.model).steps:
         if part.kind == "host":
             step = HostStep(model=part.model, inputs=list(part.inputs), outputs=list(part.outputs),
                             reasons=part.reasons)
         else:
-            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration)
+            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision)
             verify_quantised(step)
         state.quantised.append(step)
+    precision.check()
 
 
 def _tile(state: State) -> None:
-    state.lowered = [tile(step, state.config, trace=state.trace) for step in _device(state)]
+    state.lowered = [tile(step, state.config, trace=state.trace, frames=state.frames)
+                     for step in _device(state)]
     for lowered in state.lowered:
         verify_order(lowered)
 
@@ -106,9 +113,20 @@ def _schedule(state: State) -> None:
 
 
 def _allocate(state: State) -> None:
-    for lowered in state.lowered:
-        allocate(lowered, state.config)
-        verify_addresses(lowered, state.config)
+    state.plans = []
+    for number, step in enumerate(_device(state)):
+        for plan, leaner in zip(PLANS, [*PLANS[1:], None]):
+            try:
+                allocate(state.lowered[number], state.config)
+                break
+            except CompileError:
+                if leaner is None:
+                    raise
+                state.lowered[number] = schedule(
+                    tile(step, state.config, trace=state.trace, frames=state.frames, plan=leaner),
+                    state.config)
+        state.plans.append(str(plan))
+        verify_addresses(state.lowered[number], state.config)
 
 
 def _emit(state: State) -> None:
@@ -120,7 +138,7 @@ def _emit(state: State) -> None:
         inputs=state.inputs, outputs=state.outputs,
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
-                  "starved_experts": state.calibration.starved})
+                  "starved_experts": state.calibration.starved, "plans": state.plans})
 
 
 def _device(state: State) -> list[QuantisedStep]:
@@ -135,7 +153,8 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
-                  trace: bool = False, dump: str | os.PathLike | None = None,
+                  trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
+                  dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -146,6 +165,10 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     config : the accelerator that the program is for.
     samples : real inputs [frames, ...] by input name (see `calibrate.load_samples`).
     trace : the program stores every layer's result, so that devices can be compared.
+    frames : that a run works on at once: weights cross the bus once for all of them, and attention
+        of one is at work beside the products of another. Its latency is that of all.
+    bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
+        ``{"experts": 4}`` halves what experts weigh.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
         before is read from `dump`.
@@ -167,7 +190,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace)
+    state = State(Path(path), config, samples, trace, frames, bits or {})
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -222,4 +245,5 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
+    state.frames, state.bits = wanted.frames, wanted.bits
     return state

@@ -1,7 +1,7 @@
 """Float canonical nodes to the quantised graph.
 
-Weights are int8 per output channel (experts: per expert and channel), activations int8 per tensor,
-the residual stream int16 on one grid. Three exact identities are used before anything is rounded:
+Weights are int8, or narrower where `Precision` says so, per output channel (experts: per expert and
+channel), activations int8 per tensor, the residual stream int16 on one grid. Three exact identities are used before anything is rounded:
 
 - a key's bias adds one number to all scores of a row, which softmax does not see: it is dropped;
 - a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
@@ -22,7 +22,15 @@ import onnx_ir as ir
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
-from moeware.compiler.scales import FUNCTION, encode_scale, encode_scales, function_table, grid
+from moeware.compiler.precision import WEIGHT_BITS, Precision
+from moeware.compiler.scales import (
+    FUNCTION,
+    encode_scale,
+    encode_scales,
+    function_table,
+    grid,
+    shifted_grid,
+)
 from moeware.compiler.weights import Tensor, quantise_weights, scaled_weights, smoothed_norm
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
@@ -53,7 +61,7 @@ class Embedding:
 
 
 def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
-             calibration: Calibration) -> QuantisedStep:
+             calibration: Calibration, precision: Precision | None = None) -> QuantisedStep:
     """Quantise the nodes of one device step.
 
     nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
@@ -64,7 +72,7 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
     CompileError
         A tensor without calibration samples, or nodes in an order that no device step may have.
     """
-    return _Quantiser(nodes, inputs, outputs, calibration).run()
+    return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision()).run()
 
 
 def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -74,11 +82,11 @@ def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 class _Quantiser:
-    def __init__(self, nodes, inputs, outputs, calibration: Calibration):
+    def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision):
         named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
         self.nodes = nodes
         self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
-        self.calibration = calibration
+        self.calibration, self.precision = calibration, precision
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
         self.pending: dict[str, ir.Node] = {}  # Linear or Experts that its consumer will emit
@@ -134,18 +142,23 @@ class _Quantiser:
             split = (a["channels"], rows, a["ph"], columns, a["pw"])
             order = (1, 3, 0, 2, 4)
             channels = a["channels"] * a["ph"] * a["pw"]
-            step = float(np.abs(self.calibration.rows(value.name)).max() / 127) or 1.0
+            samples = self.calibration.rows(value.name)
+            low, high = float(samples.min(initial=0)), float(samples.max(initial=0))
+            step = (high - low) / 255 or 1.0
+            offset, mean = low + 128 * step, float(samples.mean())
             region = Region(memory=Memory.ACTIVATION, rows=rows * columns, channels=channels,
                             address=0)
         else:
             if len(dims) != 3:
                 raise CompileError(f"Input {value.name!r} of a device step must be an image or a "
                                    f"residual stream, not of shape {dims}")
-            split, order, step = dims[1:], (0, 1), self.stream_step
+            split, order, step, offset = dims[1:], (0, 1), self.stream_step, 0.0
+            mean = 0.0
             region = Region(memory=Memory.RESIDUAL, rows=dims[1], channels=dims[2], address=0)
-        self.values[value.name] = Tensor(value.name, step, rows=region.rows)
+        self.values[value.name] = Tensor(value.name, step, offset=offset, mean=mean, rows=region.rows)
         self.result.inputs.append(Port(name=value.name, tensor=value.name, shape=dims[1:],
-                                       scale=step, split=split, order=order, region=region))
+                                       scale=step, offset=offset, split=split, order=order,
+                                       region=region))
 
     def _output(self, value: ir.Value) -> None:
         dims = shape(value)
@@ -163,10 +176,17 @@ class _Quantiser:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        weight, affine = scaled_weights(*self._constants(node), source, step, 16)
-        self._add(q.AddLinear(name=node.name, output=value.name, source=source.tensor,
-                              residual=None, first_row=0, weight=weight, affine=affine))
+        self._add_linear(node, value.name, source, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
+
+    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+                    residual: str | None, first_row: int = 0) -> None:
+        bits = self.precision.of(node.name, "linear")
+        weight, affine = scaled_weights(*self._constants(node), source, step, 16,
+                                        limit=WEIGHT_BITS[bits])
+        self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
+                              residual=residual, first_row=first_row, weight=weight, affine=affine,
+                              bits=bits))
 
     @staticmethod
     def _constants(node: ir.Node, first: int = 1) -> list[np.ndarray]:
@@ -200,10 +220,8 @@ class _Quantiser:
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        weight, affine = scaled_weights(*self._constants(node), image, self.stream_step, 16)
-        self._add(q.AddLinear(name=node.name, output=name, source=image.tensor,
-                              residual=f"{name}/constant", first_row=start.first_row,
-                              weight=weight, affine=affine))
+        self._add_linear(node, name, image, self.stream_step, residual=f"{name}/constant",
+                         first_row=start.first_row)
         tensor = Tensor(name, self.stream_step, rows=len(start.constant))
         self.values[name] = tensor
         return tensor
@@ -217,11 +235,7 @@ class _Quantiser:
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
             source = self._tensor(source_node.inputs[0])
-            weight, affine = scaled_weights(*self._constants(source_node), source,
-                                          self.stream_step, 16)
-            self._add(q.AddLinear(name=source_node.name, output=name, source=source.tensor,
-                                  residual=stream.tensor, first_row=0, weight=weight,
-                                  affine=affine))
+            self._add_linear(source_node, name, source, self.stream_step, residual=stream.tensor)
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
@@ -301,27 +315,50 @@ class _Quantiser:
             if a["heads"] != a["kv_heads"]:
                 heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
                 order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
-                weight, bias = weight[order], bias[order]
+                weight, bias, samples = weight[order], bias[order], samples[..., order]
                 shift = None if shift is None else shift[order]
-        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift)
+        gain = None
+        if len(users) == len(consumers) == 1 and roles == {2}:
+            gain = self._value_gain(users[0], samples, shift)
+            samples, weight, bias = samples / gain, weight / gain[:, None], bias / gain
+        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift, gain=gain)
 
-    def _emit_linear(self, node, value, weight, bias, step, *, table=None, table_step=None,
-                     shift=None) -> None:
+    def _value_gain(self, attention: ir.Node, samples: np.ndarray, shift) -> np.ndarray:
+        """Factors that the channels of a value are divided by, and those of the weighted means with
+        them: the values' and the means' largest magnitudes share the difference (SmoothQuant,
+        section 4, alpha = 1/2)."""
+        means = self.calibration.rows(attention.outputs[0].name)
+        means = np.abs(means if shift is None else _without(means, shift)).max(0)
+        values = np.abs(samples).max(0)
+        usable = (values > 0) & (means > 0)
+        gain = np.ones(len(values))
+        gain[usable] = np.sqrt(values[usable] * means[usable])
+        return gain / gain.max()
+
+    def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
+                     shift=None, gain=None, mean=0.0) -> None:
         source = self._tensor(node.inputs[0])
-        integer, affine = scaled_weights(weight, bias, source, step)
+        bits = self.precision.of(node.name, "linear")
+        integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
-                           affine=affine, table=table))
-        self.values[value.name] = Tensor(value.name, table_step or step, shift=shift,
-                                         rows=source.rows)
+                           affine=affine, table=table, bits=bits))
+        step, offset = after or (step, 0.0)
+        self.values[value.name] = Tensor(value.name, step, shift=shift, gain=gain, offset=offset,
+                                         mean=mean, rows=source.rows)
 
     def _Pointwise(self, node, function):
         linear = self.pending.pop(node.inputs[0].name, None)
         if linear is None:
             raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
-        before = grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
-        after = grid(self.calibration.rows(node.outputs[0].name))
-        self._emit_linear(linear, node.outputs[0], *self._constants(linear), before,
-                          table=function_table(function, before, after), table_step=after)
+        before = shifted_grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
+        samples = self.calibration.rows(node.outputs[0].name)
+        weight, bias = self._constants(linear)
+        # Only what multiplies by weights can take an offset along.
+        plain = all(user.op_type == "Linear" for user in self._consumers(node.outputs[0]))
+        after = shifted_grid(samples) if plain else (grid(samples), 0.0)
+        self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
+                          table=function_table(function, before, after), after=after,
+                          mean=samples.mean(0))
 
     def _Attention(self, node, heads, scale, causal, **_):
         query, key, value = (self._tensor(v) for v in node.inputs)
@@ -330,7 +367,9 @@ class _Quantiser:
         if value.shift is not None:
             shift = value.shift
             samples = _without(samples, shift)
-        self._attention(node, query, key, value, output, grid(samples), shift=shift,
+        if value.gain is not None:
+            samples = samples / value.gain
+        self._attention(node, query, key, value, output, grid(samples), shift=shift, gain=value.gain,
                         heads=heads, causal=bool(causal), per_step=scale * query.step * key.step)
 
     def _attention(self, node, query, key, value, output, step, *, per_step, shift, gain=None,
@@ -377,15 +416,20 @@ class _Quantiser:
         function = attributes(node)["function"]
         source = self._tensor(node.inputs[0])
         w1, b1, w2, b2 = self._constants(node, 3)
-        before = grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
-        after = grid(self._expert_samples(node, "activation"))
-        up, up_affine = scaled_weights(w1, b1, source, before)
-        down, down_affine = scaled_weights(w2, b2, Tensor("", after), self.stream_step, 16)
+        before = shifted_grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
+        after = shifted_grid(self._expert_samples(node, "activation"))
+        bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
+                         for e in range(len(w1))], np.uint8)
+        limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
+        up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
+        mean = self._expert_samples(node, "activation").mean(0)
+        hidden = Tensor("", after[0], offset=after[1], mean=mean)
+        down, down_affine = scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,
             up_affine=up_affine, table=function_table(function, before, after), down=down,
-            down_affine=down_affine))
+            down_affine=down_affine, bits=bits))
 
     def _expert_samples(self, node: ir.Node, stage: str) -> np.ndarray:
         names = [f"{node.name}/expert{e}/{stage}" for e in range(shape(node.inputs[3])[0])]

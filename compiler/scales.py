@@ -7,7 +7,7 @@ import numpy as np
 
 from moeware.compiler.errors import CompileError
 
-__all__ = ["FUNCTION", "coarsened", "encode_scale", "encode_scales", "function_table", "grid"]
+__all__ = ["FUNCTION", "coarsened", "encode_scale", "encode_scales", "function_table", "grid", "shifted_grid"]
 
 LONGEST_SHIFT = 47
 FEWEST_STEPS = 8  # of a float32's grid in a scale, so that rounding it up adds an eighth at most
@@ -82,6 +82,31 @@ def grid(samples: np.ndarray, bits: int = 8, of: Callable | None = None) -> floa
     return float(step * room)
 
 
+def shifted_grid(samples: np.ndarray, of: Callable | None = None) -> tuple[float, float]:
+    """``(step, offset)`` of the int8 grid ``step * integer + offset`` with the least mean squared error
+    over the samples; arguments as of `grid`. For values that lie on one side, as behind a GELU."""
+    room = 1 + 1 / math.sqrt(max(len(samples), 1))
+    samples = np.ravel(samples).astype(np.float64)
+    low, high = samples.min(initial=0.0), samples.max(initial=0.0)
+    if low == high:
+        return 1.0, 0.0
+    # Bins far finer than a step, so that every sample counts: clipping is about the rare ones.
+    counts, edges = np.histogram(samples, bins=1 << 13, range=(low, high))
+    samples, counts = ((edges[1:] + edges[:-1]) / 2)[counts > 0], counts[counts > 0]
+    follow = of or (lambda values: values)
+    exact = follow(samples)
+    best, found = math.inf, (1.0, 0.0)
+    for low_share in np.linspace(0.1, 1.0, 19) if low else [1.0]:
+        for high_share in np.linspace(0.4, 1.0, 13) if high else [1.0]:
+            step = (high_share * high - low_share * low) / 255
+            offset = low_share * low + 128 * step
+            rounded = np.clip(np.rint((samples - offset) / step), -128, 127) * step + offset
+            error = (counts * np.square(follow(rounded) - exact)).sum()
+            if error < best:
+                best, found = error, (float(step * room), float(offset))
+    return found
+
+
 def _erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(math.erf, otypes=[np.float64])(x)
 
@@ -104,8 +129,10 @@ FUNCTION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def function_table(function: str, source_step: float, target_step: float) -> np.ndarray:
-    """int8 [256]: the function on the grid `source_step`, on the grid `target_step`, indexed by the
-    argument as an unsigned byte."""
-    argument = np.arange(256).astype(np.uint8).view(np.int8) * source_step
-    return np.clip(np.rint(FUNCTION[function](argument) / target_step), -128, 127).astype(np.int8)
+def function_table(function: str, source: tuple[float, float],
+                   target: tuple[float, float]) -> np.ndarray:
+    """int8 [256]: the function on the grid `source`, on the grid `target`, (step, offset) each, indexed
+    by the argument as an unsigned byte."""
+    argument = np.arange(256).astype(np.uint8).view(np.int8) * source[0] + source[1]
+    integers = np.rint((FUNCTION[function](argument) - target[1]) / target[0])
+    return np.clip(integers, -128, 127).astype(np.int8)

@@ -8,37 +8,43 @@ from moeware.hw.arch.isa import Memory, Opcode
 
 __all__ = ["STREAMED", "schedule"]
 
-STREAMED = (Memory.WEIGHT, Memory.PARAM)
+STREAMED = (Memory.WEIGHT, Memory.PARAM, Memory.TABLE)
 
 
 def schedule(lowered: Lowered, config: Config) -> Lowered:
     """The same instructions with streamed loads moved forward.
 
     A load moves before everything but the last user of the words it overwrites (the memories are
-    rings, see `allocate.rings`), the router's decision that it depends on, and earlier streamed
-    loads; and it runs ahead by no more loads than the engine's queue holds, as a full queue holds up
+    rings, see `allocate.rings`), the router's decision that it depends on, and earlier loads; and it runs ahead by no more loads than the engine's queue holds, as a full queue holds up
     dispatch. Results do not depend on it.
     """
     rings(lowered, config)
     loads: list[tuple[Instr, int]] = []  # with the number of other instructions that come before
     others: list[Instr] = []
-    users: dict[int, int] = {}  # id of a streamed buffer -> its user's place among the others
+    # id of a streamed buffer -> places of its first and last user among the others
+    needed: dict[int, int] = {}
+    users: dict[int, int] = {}
     homes: list[int] = []
     router = 0
     for instr in lowered.instructions:
-        if instr.opcode is Opcode.LOAD and instr.writes[0].buffer.memory in STREAMED:
-            loads.append((instr, router if instr.queue_read else 0))
+        if instr.opcode is Opcode.LOAD:
+            streamed = instr.writes[0].buffer.memory in STREAMED
+            loads.append((instr, (router if instr.queue_read else 0) if streamed else len(others)))
             homes.append(len(others))
             continue
         others.append(instr)
         for span in instr.reads:
             if span.buffer.memory in STREAMED:
+                needed.setdefault(id(span.buffer), len(others) - 1)
                 users[id(span.buffer)] = len(others)
         if instr.queue_write:
             router = len(others)
     earliest: list[int] = []
     for number, (instr, floor) in enumerate(loads):
         target = instr.writes[0].buffer
+        if target.memory not in STREAMED:
+            earliest.append(max(floor, earliest[-1] if earliest else 0))
+            continue
         for earlier, _ in reversed(loads[:number]):
             buffer = earlier.writes[0].buffer
             if (buffer.memory is target.memory and buffer.address < target.address + target.words
@@ -47,7 +53,7 @@ def schedule(lowered: Lowered, config: Config) -> Lowered:
                 break  # earlier loads have earlier users
         if number >= config.queue:
             ahead = loads[number - config.queue][0].writes[0].buffer
-            floor = max(floor, users[id(ahead)] - 1)
+            floor = max(floor, needed.get(id(ahead), 0))
         earliest.append(max(floor, earliest[-1] if earliest else 0))
     ordered: list[Instr] = []
     pending = list(zip(loads, earliest, homes))

@@ -59,7 +59,7 @@ def verify_order(lowered: Lowered) -> None:
     for number, instr in enumerate(lowered.instructions):
         what = f"Instruction {number} ({instr.opcode.name} of {instr.layer})"
         for span in instr.reads + instr.writes:
-            _require(0 <= span.start and span.start + span.words <= span.buffer.words, what,
+            _require(0 <= span.start and span.end <= span.buffer.words, what,
                      f"its span lies in {span.buffer.name!r}")
         _require(routed or not instr.queue_read, what, "a router decided before")
         routed |= instr.queue_write
@@ -85,18 +85,18 @@ def verify_addresses(lowered: Lowered, config: Config) -> None:
         what = f"Instruction {place} ({instr.opcode.name} of {instr.layer})"
         for span in instr.reads + instr.writes:
             words = owner[span.buffer.memory]
-            _require(0 <= span.address and span.address + span.words <= len(words), what,
+            _require(0 <= span.address and span.buffer.address + span.end <= len(words), what,
                      f"{span.buffer.name!r} lies in its memory")
         for span in instr.reads:
             number = numbers[id(span.buffer)]
             if number in started:
-                held = owner[span.buffer.memory][span.address:span.address + span.words]
+                held = owner[span.buffer.memory][span.places(span.buffer.address)]
                 _require(bool((held == number).all()), what,
                          f"{span.buffer.name!r} still holds what was written to it")
         for span in instr.writes:
             number = numbers[id(span.buffer)]
             started.add(number)
-            owner[span.buffer.memory][span.address:span.address + span.words] = number
+            owner[span.buffer.memory][span.places(span.buffer.address)] = number
 
 
 def verify_tokens(masks: list[tuple[int, int]], engines: list[Engine], config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Float weights to int8, and the normalised tensors that they meet, on grids that fit both."""
+"""Float weights to integers, and the normalised tensors that they meet, on grids that fit both."""
 
 from dataclasses import dataclass
 
@@ -15,53 +15,66 @@ LARGEST_BIAS = 1 << 30  # in accumulator steps, of the 2**31 that an accumulator
 
 @dataclass(frozen=True)
 class Tensor:
-    """What became of a canonical value: ``real = gain * step * integer + shift`` for each channel.
+    """What became of a canonical value: ``real = gain * step * integer + shift + offset`` for each
+    channel.
 
-    tensor : name in the quantised graph; first_row, rows : the part of it that the value is.
+    tensor : name in the quantised graph; first_row, rows : the part of it that the value is. shift is
+    what a channel has in common over the rows; offset belongs to the grid, and integers are far from
+    0 where the value is 0. mean : of the value less its shift, by channel, where gain is None: what
+    weights lose to rounding is made up for at this value (bias correction, Nagel et al. 2019,
+    section 4.2).
     """
 
     tensor: str
     step: float
     gain: np.ndarray | None = None
     shift: np.ndarray | None = None
+    offset: float = 0.0
+    mean: np.ndarray | float = 0.0
     first_row: int = 0
     rows: int = 0
 
 
 def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
                      per_tensor: bool = False, target: float | None = None,
-                     bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                     bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
 
     The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
-    target : step of the result, of so many bits, if the ratio of steps may be `coarsened`.
+    target : step of the result, of so many bits, if the ratio of steps may be `coarsened`. limit :
+    the largest weight, for all or [...] for each of a stack.
     """
     weight, bias = weight.astype(np.float64), bias.astype(np.float64)
     if source.shift is not None:
         bias = bias + weight @ source.shift
     if source.gain is not None:
         weight = weight * source.gain
+    far = np.abs(bias) + abs(source.offset) * np.abs(weight).sum(-1)
     largest = np.abs(weight).max(None if per_tensor else -1)
+    limit = np.asarray(limit)[..., None]  # beside the channels
     # A channel of tiny weights and a large bias would overflow the accumulator's bias.
-    step = np.maximum(largest / 127, np.abs(bias) / (source.step * LARGEST_BIAS))
+    step = np.maximum(largest / limit, far / (source.step * LARGEST_BIAS))
     step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
     if target is not None:
         # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
         unit, rounding = source.step / target, 9 / 16 * step
         reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
-        most = np.minimum(1 << (bits - 1), reach) + np.abs(bias) / target + unit * rounding + 0.5
+        most = np.minimum(1 << (bits - 1), reach) + far / target + unit * rounding + 0.5
         step = coarsened(step * unit, most) / unit
     divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
-    integer = np.clip(np.rint(weight / divisor[..., None]), -127, 127).astype(np.int8)
+    limit = limit[..., None]
+    integer = np.clip(np.rint(weight / divisor[..., None]), -limit, limit).astype(np.int8)
+    rounded = integer * step[..., None]
+    bias = bias + source.offset * rounded.sum(-1) + ((weight - rounded) * source.mean).sum(-1)
     integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
     return integer, integer_bias, step * source.step
 
 
 def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
-                   bits: int = 8) -> tuple[np.ndarray, Affine]:
-    """int8 weight, and the scale to the grid `step`."""
+                   bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, Affine]:
+    """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
     integer, integer_bias, accumulator = quantise_weights(weight, bias, source, target=step,
-                                                         bits=bits)
+                                                         bits=bits, limit=limit)
     multiplier, shift = encode_scales(accumulator / step)
     return integer, Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
 

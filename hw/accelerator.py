@@ -11,6 +11,7 @@ from .arch.isa import Engine, Opcode
 from .attention.unit import AttentionUnit
 from .control import ControlUnit
 from .dma import LoadEngine, ReadShare, StoreEngine
+from .events import Events
 from .fetch import Fetch
 from .interfaces import parameter_layout
 from .linear.unit import LinearUnit
@@ -44,6 +45,8 @@ class Accelerator(wiring.Component):
     -------
     memory : Out(MemoryPort(config.bus_bytes))
     registers : In(RegisterPort())
+    events : Out(Events)
+        For simulations; costs nothing where it is not connected.
     """
 
     def __init__(self, config: Config, *, fabric: Collection[str] = ()):
@@ -54,6 +57,7 @@ class Accelerator(wiring.Component):
         super().__init__({
             "memory": Out(MemoryPort(config.bus_bytes)),
             "registers": In(RegisterPort()),
+            "events": Out(Events),
         })
 
     def elaborate(self, platform):
@@ -156,6 +160,7 @@ class Accelerator(wiring.Component):
                 control.stalled[engine].eq(unit.engine.stalled),
                 control.waiting[engine].eq(sequencer.waiting),
             ]
+            self._watch(m, self.events.engines[engine], sequencer, unit.engine)
 
         idle = Cat(sequencer.idle for sequencer in sequencers)
         waiting = Cat(sequencer.waiting for sequencer in sequencers)
@@ -171,4 +176,16 @@ class Accelerator(wiring.Component):
             control.dispatched.eq(fetch.dispatched),
             control.read_beat.eq(memory.read_data.valid & memory.read_data.ready),
             control.write_beat.eq(memory.write_data.valid & memory.write_data.ready),
+            self.events.start.eq(control.start), self.events.blocked.eq(fetch.blocked),
+            self.events.read.eq(control.read_beat), self.events.write.eq(control.write_beat),
+        ]
+
+    def _watch(self, m, events, sequencer, engine):
+        """The events of one engine."""
+        instruction = engine.instruction
+        m.d.comb += [
+            events.started.eq(instruction.valid & instruction.ready),
+            events.skipped.eq(sequencer.skipped), events.done.eq(engine.done),
+            events.busy.eq(engine.busy), events.stalled.eq(engine.stalled),
+            events.waiting.eq(sequencer.waiting), events.lacking.eq(sequencer.lacking),
         ]

@@ -13,6 +13,7 @@ __all__ = [
     "Logits",
     "Masked",
     "QueueEntry",
+    "QueueIndex",
     "QueuePort",
     "ReadPort",
     "RouteSetup",
@@ -109,16 +110,22 @@ class QueueEntry(data.Struct):
     weight: 16  # gate weight, 65535 is one
 
 
+class QueueIndex(data.Struct):
+    """Which entry of which queue to read."""
+
+    expert: 8
+    index: 13
+
+
 class QueuePort(wiring.Signature):
     """The router's queues, seen from the linear unit.
 
     Members
     -------
     expert : Out(8)
-        The queue in question; hold it for two cycles before using `length`, and while reading.
+        Whose `length` is asked for; hold it for two cycles before using that.
     length : In(13)
-    index : Out(stream.Signature(13, always_ready=True))
-        Entry to read.
+    index : Out(stream.Signature(QueueIndex, always_ready=True))
     entry : In(stream.Signature(QueueEntry, always_ready=True))
         `READ_LATENCY` cycles after its index.
     """
@@ -126,7 +133,7 @@ class QueuePort(wiring.Signature):
     def __init__(self):
         super().__init__({
             "expert": Out(8), "length": In(13),
-            "index": Out(stream.Signature(13, always_ready=True)),
+            "index": Out(stream.Signature(QueueIndex, always_ready=True)),
             "entry": In(stream.Signature(QueueEntry, always_ready=True)),
         })
 

@@ -12,7 +12,7 @@ from .interfaces import EngineSignature
 
 __all__ = ["Sequencer", "Tokens"]
 
-IN_FLIGHT = 4  # instructions that an engine may have taken and not done
+IN_FLIGHT = 8  # instructions that an engine may have taken and not done
 
 
 class Tokens(wiring.Component):
@@ -79,6 +79,10 @@ class Sequencer(wiring.Component):
         The next instruction lacks a token, and no other is executing.
     idle : Out(1)
         No instruction is waiting, starting or executing.
+    lacking : Out(5)
+        Engines whose token the next instruction lacks.
+    skipped : Out(1)
+        Pulses for each instruction that is passed over.
     """
 
     def __init__(self, config: Config, opcode: Opcode):
@@ -88,7 +92,7 @@ class Sequencer(wiring.Component):
             "engine": In(EngineSignature(opcode)),
             "available": In(len(Engine)), "take": Out(len(Engine)), "give": Out(len(Engine)),
             "empty": In(config.max_experts), "clear": In(1),
-            "waiting": Out(1), "idle": Out(1),
+            "waiting": Out(1), "idle": Out(1), "lacking": Out(len(Engine)), "skipped": Out(1),
         })
 
     def elaborate(self, platform):
@@ -112,6 +116,7 @@ class Sequencer(wiring.Component):
                     m.d.sync += head.eq(queue.r_data)
                     m.next = "TOKENS"
             with m.State("TOKENS"):
+                m.d.comb += self.lacking.eq(lacking)
                 with m.If(lacking == 0):
                     m.d.comb += self.take.eq(head.wait)
                     m.next = "START"
@@ -122,7 +127,8 @@ class Sequencer(wiring.Component):
                 m.next = "START"
             with m.State("START"):
                 m.d.comb += [self.engine.instruction.valid.eq(started_room & ~skip),
-                             started.eq(started_room & (skip | self.engine.instruction.ready))]
+                             started.eq(started_room & (skip | self.engine.instruction.ready)),
+                             self.skipped.eq(started_room & skip)]
                 with m.If(started):
                     m.d.sync += skip.eq(0)
                     m.next = "EMPTY"

@@ -14,7 +14,7 @@ from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import DeviceStep, Program
 
 __all__ = ["Device", "DeviceError", "DeviceLost", "Progress", "check_digest", "check_inputs",
-           "device_names", "open_device", "register"]
+           "device_names", "open_device", "register", "runs"]
 
 Progress = Callable[[int, int], None]  # called with (frames done, frames in all) as frames complete
 
@@ -31,8 +31,8 @@ class Device(Protocol):
     """Runs device steps.
 
     name : as a placement line says it; config : what the device was built for, or None where it
-    runs programs of any configuration; counters : of the last run, one dictionary for each frame
-    (see `drive.counter_names`), empty where the device has none.
+    runs programs of any configuration; counters : of the last call, one dictionary for each run
+    of the hardware, which takes `DeviceStep.frames` frames (see `drive.counter_names`), empty where the device has none.
     """
 
     name: str
@@ -99,6 +99,12 @@ def check_digest(device: str, found: int, config: Config | None, wanted: Config)
             f"Configuration of {device} must have the digest {wanted.digest:#010x} that the "
             f"program was compiled for ({wanted.to_dict()}), not {found:#010x}{of_device}: compile "
             "the model for this device, or build and deploy the program's configuration")
+
+
+def runs(frames: int, per_run: int) -> list[list[int]]:
+    """Frames of each run; the last run is filled up with its last frame again."""
+    return [[min(first + i, frames - 1) for i in range(per_run)]
+            for first in range(0, frames, per_run)]
 
 
 def check_inputs(step: DeviceStep, inputs: dict[str, np.ndarray]) -> int:

@@ -16,7 +16,7 @@ from moeware.hw.arch.layout import ALIGNMENT
 from moeware.hw.arch.program import DeviceStep, Program
 from moeware.hw.arch.registers import ENGINE_COUNTERS, MAGIC, Control, Register, Status, counter
 
-from .device import DeviceError, Progress, check_digest, check_inputs
+from .device import DeviceError, Progress, check_digest, check_inputs, runs
 
 __all__ = ["Driver", "Target", "counter_names", "read_counters"]
 
@@ -90,19 +90,19 @@ class Driver:
     def run(self, program: Program, step: DeviceStep, inputs: dict[str, np.ndarray], *,
             probes: bool = False, progress: Progress | None = None,
             ) -> tuple[dict[str, np.ndarray], list[dict[str, int]]]:
-        """As `Device.run`; returns the tensors and the counters of each frame."""
+        """As `Device.run`; returns the tensors and the counters of each run."""
         frames = check_inputs(step, inputs)
         self.load(program)
         results, counters = [], []
-        for frame in range(frames):
-            result, counted = self.run_frame(
-                program, step, {name: values[frame] for name, values in inputs.items()},
+        for batch in runs(frames, step.frames):
+            result, counted = self.run_once(
+                program, step, {name: values[batch] for name, values in inputs.items()},
                 probes=probes)
             results.append(result)
             counters.append(counted)
             if progress is not None:
-                progress(frame + 1, frames)
-        return {tensor: np.stack([result[tensor] for result in results])
+                progress(batch[-1] + 1, frames)
+        return {tensor: np.concatenate([result[tensor] for result in results])[:frames]
                 for tensor in results[0]}, counters
 
     def load(self, program: Program) -> None:
@@ -132,12 +132,12 @@ class Driver:
         return all(self.target.read_memory(start, ALIGNMENT)[:len(image) - start]
                    == image[start:start + ALIGNMENT] for start in {0, last})
 
-    def run_frame(self, program: Program, step: DeviceStep, inputs: dict[str, np.ndarray], *,
-                  probes: bool = False) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """One frame of a program that `load` has written.
+    def run_once(self, program: Program, step: DeviceStep, inputs: dict[str, np.ndarray], *,
+                 probes: bool = False) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """One run of a program that `load` has written.
 
-        inputs : integers [rows, channels] under `Port.tensor`. Returns int64 [rows, channels] under
-        `Port.tensor` (and `Probe.tensor`), and the counters.
+        inputs : integers [step.frames, rows, channels] under `Port.tensor`. Returns int64 of such
+        shapes under `Port.tensor` (and `Probe.tensor`), and the counters.
 
         Raises
         ------
@@ -146,13 +146,18 @@ class Driver:
         """
         target, config = self.target, program.config
         for port in step.inputs:
-            target.write_memory(port.region.address, port.region.pack(config, inputs[port.tensor]))
+            for frame, values in enumerate(inputs[port.tensor]):
+                region = port.region.of_frame(config, frame)
+                target.write_memory(region.address, region.pack(config, values))
         target.write_register(Register.PROGRAM, step.entry)
         target.write_register(Register.CONTROL, Control.START)
         self._wait()
-        results = {part.tensor: part.region.unpack(
-                       config, target.read_memory(part.region.address, part.region.bytes(config)))
-                   for part in [*step.outputs, *(step.probes if probes else [])]}
+        results = {}
+        for part in [*step.outputs, *(step.probes if probes else [])]:
+            regions = [part.region.of_frame(config, frame) for frame in range(step.frames)]
+            results[part.tensor] = np.stack([
+                region.unpack(config, target.read_memory(region.address, region.bytes(config)))
+                for region in regions])
         return results, read_counters(target)
 
     def _wait(self) -> None:

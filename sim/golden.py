@@ -10,6 +10,7 @@ from moeware.hw.arch import isa, layout, numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
 from moeware.hw.arch.program import DeviceStep, Program
+from moeware.runtime.device import runs
 
 __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
@@ -265,14 +266,18 @@ class GoldenDevice:
                   for place in [*step.outputs, *(step.probes if probes else ())]}
         results: dict[str, list[np.ndarray]] = {tensor: [] for tensor in places}
         self.counters = []
-        for frame in range(frames):
+        for batch in runs(frames, step.frames):
             for port in step.inputs:
-                raw = port.region.pack(config, inputs[port.tensor][frame])
-                machine.dram[port.region.address:][:len(raw)] = np.frombuffer(raw, np.uint8)
+                for place, frame in enumerate(batch):
+                    region = port.region.of_frame(config, place)
+                    raw = region.pack(config, inputs[port.tensor][frame])
+                    machine.dram[region.address:][:len(raw)] = np.frombuffer(raw, np.uint8)
             self.counters.append({"instructions": machine.run(step.entry)})
-            for tensor, region in places.items():
-                raw = machine.dram[region.address:][:region.bytes(config)].tobytes()
-                results[tensor].append(region.unpack(config, raw))
+            for tensor, first in places.items():
+                for place in range(step.frames):
+                    region = first.of_frame(config, place)
+                    raw = machine.dram[region.address:][:region.bytes(config)].tobytes()
+                    results[tensor].append(region.unpack(config, raw))
             if progress:
-                progress(frame + 1, frames)
-        return {tensor: np.stack(values) for tensor, values in results.items()}
+                progress(batch[-1] + 1, frames)
+        return {tensor: np.stack(values[:frames]) for tensor, values in results.items()}

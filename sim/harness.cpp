@@ -41,6 +41,31 @@ constexpr uint32_t STATUS = 3, BUSY = 1, DONE = 2, ERROR = 4;
 constexpr uint32_t ANSWER_CYCLES = 10000;  // longest wait for a register
 constexpr uint32_t POLL_CYCLES = 64;
 
+// Bits of the port `events` (hw/events.py): four of the whole, then as many of each engine.
+constexpr unsigned ENGINES = 5, ENGINE_BITS = 11, FIRST_ENGINE = 4, LINEAR = 1, ATTENTION = 2;
+constexpr uint64_t START = 1, READ = 2, WRITE = 4;
+constexpr uint64_t engine_bit(unsigned engine, unsigned bit) {
+    return uint64_t(1) << (FIRST_ENGINE + ENGINE_BITS * engine + bit);
+}
+constexpr uint64_t each_engine(unsigned bit) {
+    uint64_t bits = 0;
+    for (unsigned engine = 0; engine < ENGINES; engine++)
+        bits |= engine_bit(engine, bit);
+    return bits;
+}
+enum { STARTED, SKIPPED, ENGINE_DONE, ENGINE_BUSY, STALLED };
+constexpr uint64_t PULSES = START | each_engine(STARTED) | each_engine(SKIPPED) | each_engine(ENGINE_DONE);
+constexpr uint64_t COUNTED = READ | WRITE | each_engine(STALLED);
+
+// A stretch of cycles in which no event changed but those that are counted; one cycle if a pulse
+// came. sim/events.py has the same.
+struct Stretch {
+    uint64_t cycle, events;  // its first
+    uint32_t stalled[ENGINES];
+    // Cycles by what works: 1 the linear unit, 2 the attention unit, 4 the bus, and their sums.
+    uint32_t working[8];
+};
+
 // Withholds a channel at random, in phases that differ in how often.
 class Stalls {
 public:
@@ -89,6 +114,8 @@ public:
     std::string error;
     uint64_t cycles = 0;
     Dram dram;
+    bool logs = false;
+    std::vector<Stretch> log;
 
     Simulation(const DramTiming &timing, uint64_t stall_seed, uint32_t reset_seed)
         : dram(timing), bus_bytes(timing.bus_bytes) {
@@ -195,6 +222,23 @@ private:
         return error.empty();
     }
 
+    void note(uint64_t events) {
+        const uint64_t state = events & ~COUNTED;
+        if (log.empty() || state & PULSES || state != (log.back().events & ~COUNTED)) {
+            log.emplace_back();
+            log.back().cycle = cycles;
+            log.back().events = events;
+        }
+        Stretch &stretch = log.back();
+        unsigned working = events & (READ | WRITE) ? 4 : 0;
+        for (unsigned engine = 0; engine < ENGINES; engine++)
+            stretch.stalled[engine] += (events & engine_bit(engine, STALLED)) != 0;
+        for (unsigned engine : {LINEAR, ATTENTION})
+            if (events & engine_bit(engine, ENGINE_BUSY) && !(events & engine_bit(engine, STALLED)))
+                working += engine;
+        stretch.working[working]++;
+    }
+
     template <typename W, typename P>
     void watch(W &watched, bool valid, bool ready, const P &payload) {
         if (const char *fault = watched.step(valid, ready, payload))
@@ -227,6 +271,8 @@ private:
         watch(answers, t.registers__response__valid, t.registers__response__ready,
               uint32_t(t.registers__response__payload));
 
+        if (logs)
+            note(t.events);
         const bool read_taken = t.memory__read_data__valid && t.memory__read_data__ready;
         const bool request_taken = t.registers__request__valid && t.registers__request__ready;
         if (t.memory__read_command__valid && t.memory__read_command__ready
@@ -278,3 +324,9 @@ EXPORT int simulation_access(Simulation *simulation, int write, uint32_t index, 
     return simulation->access(write, index, data, answer);
 }
 EXPORT int simulation_run(Simulation *simulation, uint64_t limit) { return simulation->run(limit); }
+EXPORT void simulation_log(Simulation *simulation, int logs) { simulation->logs = logs; }
+EXPORT uint64_t simulation_log_length(Simulation *simulation) { return simulation->log.size(); }
+EXPORT void simulation_take_log(Simulation *simulation, Stretch *target) {
+    std::copy(simulation->log.begin(), simulation->log.end(), target);
+    simulation->log.clear();
+}

@@ -18,6 +18,7 @@ from moeware.hw.arch.registers import Register, Status
 from moeware.runtime.device import DeviceError, Progress
 from moeware.runtime.drive import Driver, read_counters
 
+from . import events
 from .dram import SDRAM_16BIT, DramCycles, DramTiming
 from .verilate import VerilateError, verilate
 from .verilog import to_verilog
@@ -72,7 +73,10 @@ def _library(path: Path) -> ctypes.CDLL:
             ("resize", None, (handle, long)),
             ("memory", ctypes.c_void_p, (handle,)),
             ("access", ctypes.c_int, (handle, ctypes.c_int, word, word, ctypes.POINTER(word))),
-            ("run", ctypes.c_int, (handle, long))):
+            ("run", ctypes.c_int, (handle, long)),
+            ("log", None, (handle, ctypes.c_int)),
+            ("log_length", long, (handle,)),
+            ("take_log", None, (handle, ctypes.c_void_p))):
         function = getattr(library, f"simulation_{name}")
         function.restype, function.argtypes = result, arguments
     return library
@@ -117,6 +121,16 @@ class RtlTarget:
     def cycles(self) -> int:
         """Cycles simulated so far, of runs and between them."""
         return self._library.simulation_cycles(self._handle)
+
+    def log_events(self, on: bool = True) -> None:
+        """Log what happens from now on, or no more."""
+        self._library.simulation_log(self._handle, on)
+
+    def take_log(self) -> np.ndarray:
+        """What was logged since the last call: `events.STRETCH` [stretches]."""
+        log = np.zeros(self._library.simulation_log_length(self._handle), events.STRETCH)
+        self._library.simulation_take_log(self._handle, log.ctypes.data)
+        return log
 
     def reserve(self, size: int) -> None:
         """Make the DRAM at least `size` bytes long; new bytes are 0."""
@@ -208,6 +222,7 @@ class RtlDevice:
     ----------
     dram, clock_hz, stall_seed, stall_cycles : as of `RtlTarget`.
     verilog, fast, notify : as of `build`.
+    log_events : keep the log of each frame of a run in `logs` (see `moeware.sim.events`).
 
     Raises
     ------
@@ -220,15 +235,17 @@ class RtlDevice:
     def __init__(self, config: Config, *, dram: DramTiming = SDRAM_16BIT, clock_hz: float = 100e6,
                  stall_seed: int | None = None, stall_cycles: int = STALL_CYCLES,
                  verilog: str | None = None, fast: bool = True,
-                 notify: Callable[[str], None] = report):
+                 notify: Callable[[str], None] = report, log_events: bool = False):
         self.config = config
         self.counters: list[dict[str, int]] = []
+        self.logs: list[np.ndarray] = []
         try:
             library = build(config, verilog, fast=fast, notify=notify)
         except VerilateError as error:
             raise DeviceError(f"The RTL device cannot be built: {error}") from error
         self.target = RtlTarget(library, bus_bytes=config.bus_bytes, dram=dram, clock_hz=clock_hz,
                                 stall_seed=stall_seed, stall_cycles=stall_cycles)
+        self.target.log_events(log_events)
         # The target's own watchdog ends a run that hangs; a long one may take its time.
         self._driver = Driver(self.target, name=self.name, config=config, timeout_s=float("inf"))
 
@@ -238,4 +255,5 @@ class RtlDevice:
         self.target.reserve(program.dram_bytes + ALIGNMENT)
         results, self.counters = self._driver.run(program, step, inputs, probes=probes,
                                                   progress=progress)
+        self.logs = events.runs(self.target.take_log())
         return results

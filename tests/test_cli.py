@@ -14,7 +14,9 @@ from moeware.cli import doctor, tables
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import Program
 from moeware.runtime import board_device, device
+from moeware.runtime.drive import counter_names
 from moeware.runtime.session import Session
+from moeware.runtime.torch_path import TorchDevice
 from moeware.sim.golden import GoldenDevice
 
 from .runtime.reference import Graph
@@ -94,6 +96,13 @@ def test_compile_simulate_and_demo(moe, folder, monkeypatch):
                        "--device", "golden", "--device", "torch"))
     assert result["comparison"]["equal"] and result["comparison"]["values"] > 50000
     assert result["devices"]["golden"]["counters"]["instructions"] > 50
+    result = facts(moe("profile", "digits.moe", *images, "--frame", "1", "-o", "profile", "--json"))
+    assert {"trace", "roofline"} <= set(result) and len(result["steps"]) == 1
+    assert json.loads((folder / "profile" / "profile.json").read_text()) == result
+    assert json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+    assert (folder / "profile" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    out = moe("profile", "digits.moe", *images, "-o", "profile")[1]
+    assert "Experts_0/expert0" in out and "neither array works in" in out
     status, out, _ = moe("simulate", "digits.moe", *images, "--device", "golden", "--device",
                          "torch", "--compare")
     assert status == 0 and "golden = PyTorch" in out and "0 differences" in out
@@ -105,6 +114,20 @@ def test_compile_simulate_and_demo(moe, folder, monkeypatch):
     assert 0.8 < min(result["expert_agreement"].values()) <= 1
     assert json.loads((folder / "report" / "report.json").read_text())["rtl"] == result["rtl"]
     assert (folder / "report" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_of_a_board_is_its_counters(moe, folder, monkeypatch):
+    class Board(TorchDevice):
+        name = "a board"
+
+        def run(self, *arguments, **options):
+            results = super().run(*arguments, **options)
+            self.counters = [dict.fromkeys(counter_names(), 12)]
+            return results
+    monkeypatch.setitem(device._factories, "board", lambda config, **options: Board())
+    status, out, _ = moe("profile", "layer.moe", "layer.npz", "--device", "board", "-o", "counters")
+    assert status == 0 and "12 instructions" in out and "executed by a board" in out
+    assert [path.name for path in (folder / "counters").iterdir()] == ["profile.json"]
 
 
 def test_a_comparison_that_fails_ends_with_status_1(moe, folder, monkeypatch):

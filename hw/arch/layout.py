@@ -9,10 +9,15 @@ import numpy as np
 from .config import Config
 from .isa import Memory
 
-__all__ = ["ALIGNMENT", "PARAM", "beats", "pack", "pack_params", "unpack", "word_bytes"]
+__all__ = ["ALIGNMENT", "PARAM", "aligned", "beats", "pack", "pack_params", "unpack", "word_bytes"]
 
 PARAM = np.dtype([("bias", "<i4"), ("multiplier", "<u2"), ("shift", "u1"), ("pad", "u1")])
 ALIGNMENT = 128  # bytes; every region that an instruction names starts at a multiple of it
+
+
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def word_bytes(config: Config, memory: Memory) -> int:

@@ -31,7 +31,8 @@ class Region:
 
     memory : ACTIVATION (int8) or RESIDUAL (int16); a row has `groups` equal groups of channels (the
     heads of attention, else 1), and each group starts at a new word. What fills up a group's last
-    word is arbitrary. address : byte address, a multiple of `layout.ALIGNMENT`.
+    word is arbitrary. split : the rows of one group lie together, then those of the next, each from
+    a multiple of `layout.ALIGNMENT` on. address : byte address, such a multiple, too.
     """
 
     memory: Memory
@@ -39,6 +40,7 @@ class Region:
     channels: int
     address: int
     groups: int = 1
+    split: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -48,10 +50,25 @@ class Region:
         group_bytes = self.channels // self.groups * self.dtype.itemsize
         return self.groups * -(-group_bytes // layout.word_bytes(config, self.memory))
 
+    @property
+    def parts(self) -> int:
+        """Pieces that are packed each for itself."""
+        return self.groups if self.split else 1
+
+    def part_bytes(self, config: Config) -> int:
+        """Bytes in DRAM from one part to the next."""
+        words = self.rows * self.words_per_row(config) // self.parts
+        size = layout.beats(config, self.memory, words) * config.bus_bytes
+        return size if self.parts == 1 else layout.aligned(size)
+
     def bytes(self, config: Config) -> int:
         """Bytes in DRAM."""
-        words = self.rows * self.words_per_row(config)
-        return layout.beats(config, self.memory, words) * config.bus_bytes
+        return self.parts * self.part_bytes(config)
+
+    def of_frame(self, config: Config, frame: int) -> "Region":
+        """The same of a later frame of a run: frames lie one after another."""
+        return dataclasses.replace(
+            self, address=self.address + frame * layout.aligned(self.bytes(config)))
 
     def pack(self, config: Config, values: np.ndarray) -> bytes:
         """DRAM image of integers [rows, channels]."""
@@ -59,12 +76,22 @@ class Region:
         padded = np.zeros((self.rows, self.groups, words // self.groups // self.dtype.itemsize),
                           self.dtype)
         padded[:, :, :self.channels // self.groups] = values.reshape(self.rows, self.groups, -1)
-        return layout.pack(config, self.memory, padded.view(np.uint8))
+        if self.split:
+            padded = np.ascontiguousarray(padded.swapaxes(0, 1))
+        pieces = padded.view(np.uint8).reshape(self.parts, -1)
+        size = self.part_bytes(config)
+        return b"".join(layout.pack(config, self.memory, piece).ljust(size, b"\0")
+                        for piece in pieces)
 
     def unpack(self, config: Config, image: bytes) -> np.ndarray:
         """Inverse of `pack`: int64 [rows, channels]."""
-        words = layout.unpack(config, self.memory, image, self.rows * self.words_per_row(config))
-        padded = words.reshape(self.rows, self.groups, -1).view(self.dtype)
+        size, words = self.part_bytes(config), self.rows * self.words_per_row(config) // self.parts
+        pieces = [layout.unpack(config, self.memory, image[size * part:], words)
+                  for part in range(self.parts)]
+        shape = (self.groups, self.rows, -1) if self.split else (self.rows, self.groups, -1)
+        padded = np.stack(pieces).reshape(shape).view(self.dtype)
+        if self.split:
+            padded = padded.swapaxes(0, 1)
         values = padded[:, :, :self.channels // self.groups].astype(np.int64)
         return values.reshape(self.rows, self.channels)
 
@@ -74,7 +101,7 @@ class Port:
     """A tensor that enters or leaves a device step.
 
     name : in the model; tensor : in the quantised graph; shape : of the float tensor without its
-    batch axis; scale : real value of one integer step; split, order : how the float tensor becomes rows
+    batch axis; scale, offset : an integer stands for ``scale * integer + offset``; split, order : how the float tensor becomes rows
     and channels: reshape to `split`, transpose by `order`, reshape to [rows, channels].
     """
 
@@ -85,6 +112,7 @@ class Port:
     split: tuple[int, ...]
     order: tuple[int, ...]
     region: Region
+    offset: float = 0.0
 
     def quantise(self, values: np.ndarray) -> np.ndarray:
         """Integers [frames, rows, channels] of float [frames, *shape]: nearest, ties to even.
@@ -103,13 +131,13 @@ class Port:
         if not np.isfinite(rows).all():
             raise ValueError(f"Tensor {self.name!r} must be finite where it enters the accelerator, "
                              "but it holds NaN or infinity: look at what computes it")
-        steps = np.rint(rows.astype(np.float64) / self.scale)
+        steps = np.rint((rows.astype(np.float64) - self.offset) / self.scale)
         return np.clip(steps, info.min, info.max).astype(region.dtype)
 
     def dequantise(self, integers: np.ndarray) -> np.ndarray:
         """Float32 [frames, *shape] of integers [frames, rows, channels]."""
         frames = len(integers)
-        real = (np.asarray(integers, np.float64) * self.scale).astype(np.float32)
+        real = (np.asarray(integers, np.float64) * self.scale + self.offset).astype(np.float32)
         real = real.reshape(frames, *(self.split[axis] for axis in self.order))
         back = np.argsort(self.order)
         return real.transpose(0, *(1 + back)).reshape(frames, *self.shape)
@@ -128,8 +156,11 @@ class Probe:
 class DeviceStep:
     """A part of the model that the accelerator runs.
 
-    entry : byte address of its first instruction; operations : the same in the quantised graph;
-    macs : multiply-accumulates of a frame, experts counted as often as they are chosen.
+    frames : that a run works on, each with its own region of every port and probe (see
+    `Region.of_frame`); entry : byte address of its first instruction; operations : the same in the
+    quantised graph; macs : multiply-accumulates of a frame, experts counted as often as they are
+    chosen; layers : names, as reports give them; layer_of : uint16 [instructions but END], the
+    number of the layer that an instruction is of.
     """
 
     entry: int
@@ -138,6 +169,9 @@ class DeviceStep:
     operations: list[quantised.Operation]
     probes: list[Probe] = field(default_factory=list)
     macs: int = 0
+    frames: int = 1
+    layers: list[str] = field(default_factory=list)
+    layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
 
 
 @dataclass(kw_only=True)
@@ -180,8 +214,11 @@ class Program:
                 steps.append({"kind": "host", "model": f"host{len(steps)}", "inputs": step.inputs,
                               "outputs": step.outputs, "reasons": step.reasons})
             else:
+                arrays[f"layers{len(steps)}"] = step.layer_of
                 steps.append({
                     "kind": "device", "entry": step.entry, "macs": step.macs,
+                    "frames": step.frames,
+                    "layers": step.layers, "layer_of": f"layers{len(steps)}",
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
@@ -245,7 +282,8 @@ class Program:
                                       outputs=entry["outputs"], reasons=entry["reasons"]))
             else:
                 steps.append(DeviceStep(
-                    entry=entry["entry"], macs=entry["macs"],
+                    entry=entry["entry"], macs=entry["macs"], frames=entry["frames"],
+                    layers=entry["layers"], layer_of=arrays[entry["layer_of"]],
                     inputs=[_port(port) for port in entry["inputs"]],
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})

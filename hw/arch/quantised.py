@@ -65,14 +65,15 @@ class Constant(Operation):
 class Linear(Operation):
     """Activation ``table[source @ weight.T scaled by affine]``.
 
-    weight : int8 [channels, depth]; table : int8 [256], indexed by the result as an unsigned byte,
-    or None.
+    weight : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and 7;
+    table : int8 [256], indexed by the result as an unsigned byte, or None.
     """
 
     source: str
     weight: np.ndarray
     affine: Affine
     table: np.ndarray | None
+    bits: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class AddLinear(Operation):
     first_row: int
     weight: np.ndarray
     affine: Affine
+    bits: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,8 @@ class Experts(Operation):
     saturating at each expert.
 
     up : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have the
-    experts as first axis; table : int8 [256] or None.
+    experts as first axis; table : int8 [256] or None; bits : of each expert's weights, uint8
+    [experts], or None where all are 8.
     """
 
     source: str
@@ -160,6 +163,7 @@ class Experts(Operation):
     table: np.ndarray | None
     down: np.ndarray
     down_affine: Affine
+    bits: np.ndarray | None = None
 
 
 OPERATIONS = {kind.__name__: kind

@@ -1,16 +1,25 @@
 """The walk over the results of the array, on their way to write-back."""
 
 from amaranth import Cat, Module, Mux, Signal
-from amaranth.lib import data, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.isa import Opcode, Target
-from ..interfaces import fields_layout
+from ..arch.isa import Target
 from .fill import RowTarget, TargetWrite, groups_kept
+from .jobs import job_layout
 
-__all__ = ["Drain", "Place"]
+__all__ = ["Drain", "Mode", "Place"]
+
+
+class Mode(data.Struct):
+    """What is done to results on their way."""
+
+    target: Target
+    look_up: 1  # in table `table`
+    table: 4
+    gate: 1  # multiply by the gate weight
 
 
 class Place(data.StructLayout):
@@ -18,6 +27,9 @@ class Place(data.StructLayout):
 
     def __init__(self, config: Config):
         super().__init__({
+            "target": Target,
+            "accumulate": 1,
+            "end": 1,  # these are the last of their instruction
             "address": 20,  # word in the target memory
             "part": range(config.depth // config.lanes),  # which `lanes` bytes of that word
             "mask": config.lanes,  # which results exist
@@ -27,16 +39,16 @@ class Place(data.StructLayout):
 
 
 class Drain(wiring.Component):
-    """Picks `lanes` results per cycle from the drain registers of the array: by token group, within
-    it by output group, within it by row, within it by channel, and only rows and words that exist.
+    """Picks `lanes` results per cycle from the drain registers of the array: by instruction, within
+    it by token group, within it by output group, within it by row, within it by channel, and only
+    rows and words that exist.
 
     A step happens in every cycle in which results are there and `space` is given.
 
     Members
     -------
-    start : In(1)
-        One cycle; `fields` are held until `finished`.
-    fields : In(fields_layout(Opcode.LINEAR))
+    jobs : In(stream.Signature(job_layout(*JOB)))
+        In time for the first results.
     target : In(TargetWrite(config))
     load : In(1)
         The results of the next output group are there in the next cycle.
@@ -58,17 +70,17 @@ class Drain(wiring.Component):
         Results were picked one cycle ago.
     place : Out(Place(config))
         Where the results picked one cycle ago go.
+    mode : Out(Mode)
     weight : Out(16)
         The gate weight of their row.
-    finished : Out(1)
-        Everything since `start` was picked.
     """
+
+    JOB = ("channels", "target", "tabled", "table", "queued", "gated", "accumulate")
 
     def __init__(self, config: Config, parameters: int):
         self.config = config
         super().__init__({
-            "start": In(1),
-            "fields": In(fields_layout(Opcode.LINEAR)),
+            "jobs": In(stream.Signature(job_layout(*self.JOB))),
             "target": In(TargetWrite(config)),
             "load": In(1),
             "space": In(1),
@@ -81,13 +93,13 @@ class Drain(wiring.Component):
             "drained": Out(1),
             "valid": Out(1),
             "place": Out(Place(config)),
+            "mode": Out(Mode),
             "weight": Out(16),
-            "finished": Out(1),
         })
 
     def elaborate(self, platform):
         m = Module()
-        config, fields = self.config, self.fields
+        config, job = self.config, self.jobs.payload
         lanes = config.lanes
         parts = config.depth // lanes
 
@@ -102,6 +114,9 @@ class Drain(wiring.Component):
             read.addr.eq(Cat(row, group)),
         ]
 
+        held, active, finish = Signal(job.shape()), Signal(), Signal()  # the instruction in work
+        m.d.comb += self.jobs.ready.eq(~active | finish)
+
         # Where in the row the walk is, and where every row of the output group starts.
         position = data.StructLayout({
             "parameter": self.parameter.shape(),
@@ -112,9 +127,9 @@ class Drain(wiring.Component):
         })
         at, after, begin, origin = (Signal(position, name=name)
                                     for name in ("at", "after", "begin", "origin"))
-        word_full = Mux(fields.target == Target.ACTIVATION, at.part == parts - 1, 1)
+        word_full = Mux(held.target == Target.ACTIVATION, at.part == parts - 1, 1)
         m.d.comb += [
-            origin.parameter.eq(after.parameter), origin.left.eq(fields.channels),
+            origin.parameter.eq(after.parameter), origin.left.eq(held.channels),
             after.parameter.eq(at.parameter + 1), after.channel.eq(at.channel + lanes),
             after.left.eq(at.left - lanes), after.offset.eq(at.offset + word_full),
             after.part.eq(Mux(word_full, 0, at.part + 1)),
@@ -130,6 +145,7 @@ class Drain(wiring.Component):
             self.row.eq(row), self.word.eq(word), self.parameter.eq(at.parameter),
             self.release.eq(self.stepped & target.last),
             self.drained.eq(self.stepped & group_done & channels_done),
+            finish.eq(self.drained & target.end),
         ]
         with m.If(self.stepped):
             m.d.sync += [at.eq(after), word.eq(word + 1)]
@@ -138,18 +154,23 @@ class Drain(wiring.Component):
             with m.If(group_done):
                 m.d.sync += [busy.eq(0), row.eq(0), at.eq(after), begin.eq(after)]
                 with m.If(channels_done):
-                    m.d.sync += [at.eq(origin), begin.eq(origin), group.eq(group + 1),
-                                 self.finished.eq(target.end)]
+                    m.d.sync += [at.eq(origin), begin.eq(origin), group.eq(group + 1)]
         with m.If(self.load):
             m.d.sync += busy.eq(1)
-        with m.If(self.start):
-            for where in (at, begin):
-                m.d.sync += [where.eq(origin), where.parameter.eq(at.parameter)]
-            m.d.sync += [group.eq(0), self.finished.eq(0)]
+        with m.If(self.jobs.valid & self.jobs.ready):
+            m.d.sync += [held.eq(job), active.eq(1), at.left.eq(job.channels),
+                         begin.left.eq(job.channels)]
+        with m.Elif(finish):
+            m.d.sync += active.eq(0)
 
         m.d.sync += [
             self.valid.eq(self.stepped),
             self.weight.eq(target.weight),
+            self.mode.target.eq(held.target), self.mode.table.eq(held.table),
+            self.mode.look_up.eq((held.target == Target.ACTIVATION) & held.tabled),
+            self.mode.gate.eq((held.target == Target.RESIDUAL) & held.queued & held.gated),
+            self.place.target.eq(held.target), self.place.accumulate.eq(held.accumulate),
+            self.place.end.eq(finish),
             self.place.address.eq(target.destination + at.offset),
             self.place.part.eq(at.part),
             self.place.mask.eq(Cat(at.left > lane for lane in range(lanes))),

@@ -5,8 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.isa import Opcode
-from ..interfaces import READ_LATENCY, ReadPort, fields_layout
+from ..interfaces import READ_LATENCY, ReadPort
 from .rows import Row
 
 __all__ = ["Fill", "RowTarget", "TargetWrite", "TileWrite", "groups_kept"]
@@ -32,7 +31,7 @@ class RowTarget(data.Struct):
     destination: 20
     weight: 16
     last: 1  # last row of its token group
-    end: 1  # last row of the instruction
+    end: 1  # last row of its instruction
 
 
 class TargetWrite(data.StructLayout):
@@ -48,14 +47,11 @@ class Fill(wiring.Component):
 
     One word per cycle, while a half and a place for row targets are free and `read` accepts
     addresses. A group is `filled` when its last word is written; nothing is written for the rows
-    that a ragged last group lacks.
+    that a ragged last group lacks. The first row after the last of an instruction begins a group.
 
     Members
     -------
-    start : In(1)
-        One cycle before the first row; `fields` are held until the last group is filled.
-    fields : In(fields_layout(Opcode.LINEAR))
-    rows : In(stream.Signature(Row))
+    rows : In(stream.Signature(Row(config)))
     read : Out(ReadPort(8 * depth))
     tile : Out(TileWrite(config))
     target : Out(TargetWrite(config))
@@ -64,6 +60,8 @@ class Fill(wiring.Component):
         One cycle for each group; the half may be read from the next cycle on.
     counts : Out(data.ArrayLayout(range(tokens + 1), 2))
         Rows in each half, valid one cycle before `filled`.
+    ends : Out(2)
+        Likewise, whether the half is the last of its instruction.
     release : In(1)
         One cycle for each group: it was read for the last time.
     drained : In(1)
@@ -73,14 +71,13 @@ class Fill(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         super().__init__({
-            "start": In(1),
-            "fields": In(fields_layout(Opcode.LINEAR)),
-            "rows": In(stream.Signature(Row)),
+            "rows": In(stream.Signature(Row(config))),
             "read": Out(ReadPort(8 * config.depth)),
             "tile": Out(TileWrite(config)),
             "target": Out(TargetWrite(config)),
             "filled": Out(1),
             "counts": Out(data.ArrayLayout(range(config.tokens + 1), 2)),
+            "ends": Out(2),
             "release": In(1),
             "drained": In(1),
         })
@@ -99,7 +96,7 @@ class Fill(wiring.Component):
                 self.rows.valid & (occupied != 2) & (kept != groups)),
             self.read.address.payload.eq(row.source + word),
             taken.eq(self.read.address.valid & self.read.address.ready),
-            row_done.eq(taken & (word + 1 == self.fields.source_words)),
+            row_done.eq(taken & (word + 1 == row.source_words)),
             group_done.eq(row_done & ((bank == config.tokens - 1) | row.end)),
             self.rows.ready.eq(row_done),
         ]
@@ -111,9 +108,8 @@ class Fill(wiring.Component):
             m.d.sync += [word.eq(0), bank.eq(bank + 1)]
         with m.If(group_done):
             m.d.sync += [bank.eq(0), half.eq(~half), group.eq(group + 1),
-                         self.counts[half].eq(bank + 1)]
-        with m.If(self.start):
-            m.d.sync += [half.eq(0), group.eq(0)]
+                         self.counts[half].eq(bank + 1),
+                         self.ends.bit_select(half, 1).eq(row.end)]
 
         m.d.comb += [
             self.target.enable.eq(row_done), self.target.group.eq(group),

@@ -1,25 +1,28 @@
 """The order of work of the array, and when it may go on."""
 
 from amaranth import Module, Mux, Signal
-from amaranth.lib import data, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.isa import Opcode
-from ..interfaces import fields_layout
+from ..arch.isa import Target
 from .array import Work
+from .jobs import job_layout
 
 __all__ = ["Issue"]
 
 
 class Issue(wiring.Component):
-    """Walks token groups, within them output groups, within them words: one `Work` per cycle.
+    """Walks instructions, within them token groups, within them output groups, within them words:
+    one `Work` per cycle, also from instruction to instruction. Only an instruction of a single word
+    takes a cycle more.
 
     It waits for a filled half of the tile memory, and at the last word of an output group for the
     group's parameters and for the results of the groups before: these must have left the drain
     registers `latency` cycles later, when the new results get there, come what may. So what they
     have still to write must fit into the write-back buffer already (`outstanding <= space`) and
-    take no longer than that (`busy_for <= latency`). The array itself never stalls.
+    take no longer than that (`busy_for <= latency`). The array itself never stalls. The results of
+    an instruction for the router also wait until all before are written.
 
     Parameters
     ----------
@@ -28,17 +31,15 @@ class Issue(wiring.Component):
 
     Members
     -------
-    start : In(1)
-        One cycle; `fields` are held until the last group is released.
-    fields : In(fields_layout(Opcode.LINEAR))
+    jobs : In(stream.Signature(job_layout(*JOB)))
     filled : In(1)
     counts : In(data.ArrayLayout(range(tokens + 1), 2))
+    ends : In(2)
     release : Out(1)
         As in `Fill`.
     ready : In(1)
-        One cycle for each output group: its parameters are there.
-    tail : In(range(outputs // lanes + 1))
-        Parameter words of the last output group; valid when that is `ready`.
+    tails : In(stream.Signature(range(outputs // lanes + 1)))
+        As in `Parameters`.
     space : In(range(capacity + 1))
         Results that the write-back buffer is sure to take.
     stepped : In(1)
@@ -50,16 +51,18 @@ class Issue(wiring.Component):
         Weight word of `work`.
     """
 
+    JOB = ("source_words", "weight", "channels", "target")
+
     def __init__(self, config: Config, latency: int, capacity: int):
-        self.config, self.latency = config, latency
+        self.config, self.latency, self.capacity = config, latency, capacity
         super().__init__({
-            "start": In(1),
-            "fields": In(fields_layout(Opcode.LINEAR)),
+            "jobs": In(stream.Signature(job_layout(*self.JOB))),
             "filled": In(1),
             "counts": In(data.ArrayLayout(range(config.tokens + 1), 2)),
+            "ends": In(2),
             "release": Out(1),
             "ready": In(1),
-            "tail": In(range(config.outputs // config.lanes + 1)),
+            "tails": In(stream.Signature(range(config.outputs // config.lanes + 1))),
             "space": In(range(capacity + 1)),
             "stepped": In(1),
             "held": In(1),
@@ -69,7 +72,7 @@ class Issue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config, fields = self.config, self.fields
+        config, job = self.config, self.jobs.payload
         words = config.outputs // config.lanes
         most_steps = config.tokens * words
 
@@ -77,24 +80,35 @@ class Issue(wiring.Component):
         word, address, left = Signal(13), Signal(range(2 * config.row_words)), Signal(16)
         last_group, issue, complete = Signal(), Signal(), Signal()
 
+        # The instruction in work; `settled`: for long enough that `tail_steps` are its own.
+        held = Signal(job.shape())
+        active, settled, alone, finish, load = Signal(), Signal(), Signal(), Signal(), Signal()
+        m.d.comb += [finish.eq(self.release & self.ends.bit_select(half, 1)),
+                     self.jobs.ready.eq(~active | finish), self.tails.ready.eq(finish),
+                     load.eq(self.jobs.valid & self.jobs.ready)]
+        m.d.sync += settled.eq(active & ~finish)
+
         # Steps in which the results of an output group leave, for either half.
         full_steps = [Signal(range(most_steps + 1), name=f"full_steps_{i}") for i in range(2)]
         tail_steps = [Signal(range(most_steps + 1), name=f"tail_steps_{i}") for i in range(2)]
         for i in range(2):
             m.d.sync += [full_steps[i].eq(_times(self.counts[i], words)),
-                         tail_steps[i].eq(_times(self.counts[i], self.tail))]
+                         tail_steps[i].eq(_times(self.counts[i], self.tails.payload))]
         steps = Signal(range(most_steps + 1))
         m.d.comb += steps.eq(Mux(last_group, Mux(half, tail_steps[1], tail_steps[0]),
                                  Mux(half, full_steps[1], full_steps[0])))
 
         busy_for = Signal(range(self.latency + most_steps + 1))
         outstanding = Signal(range(self.latency + most_steps + 1))
+        free = Signal()  # results of another output group may come
         m.d.comb += [
             self.work.enable.eq(issue), self.work.first.eq(word == 0),
-            self.work.last.eq(word + 1 == fields.source_words), self.work.address.eq(address),
+            self.work.last.eq(word + 1 == held.source_words), self.work.address.eq(address),
             last_group.eq(left <= config.outputs),
-            issue.eq((filled != 0) & (~self.work.last | (
-                (ready != 0) & (busy_for <= self.latency) & (outstanding <= self.space)))),
+            free.eq((ready != 0) & (busy_for <= self.latency) & (outstanding <= self.space)
+                    & (settled | ~last_group)
+                    & (~alone | (outstanding == 0) & (self.space == self.capacity))),
+            issue.eq(active & (filled != 0) & (~self.work.last | free)),
             complete.eq(issue & self.work.last),
             self.release.eq(complete & last_group),
         ]
@@ -104,7 +118,7 @@ class Issue(wiring.Component):
             outstanding.eq(outstanding + Mux(complete, steps, 0) - self.stepped),
         ]
         with m.If(complete):
-            m.d.sync += busy_for.eq(self.latency + steps - 1)
+            m.d.sync += [busy_for.eq(self.latency + steps - 1), alone.eq(0)]
         with m.Elif((busy_for != 0) & ~self.held):
             m.d.sync += busy_for.eq(busy_for - 1)
 
@@ -116,11 +130,13 @@ class Issue(wiring.Component):
             with m.If(self.work.last):
                 m.d.sync += [word.eq(0), address.eq(base), left.eq(left - config.outputs)]
                 with m.If(last_group):
-                    m.d.sync += [half.eq(~half), address.eq(other_base), left.eq(fields.channels),
-                                 self.weight.eq(fields.weight)]
-        with m.If(self.start):
-            m.d.sync += [half.eq(0), address.eq(0), word.eq(0), left.eq(fields.channels),
-                         self.weight.eq(fields.weight)]
+                    m.d.sync += [half.eq(~half), address.eq(other_base), left.eq(held.channels),
+                                 self.weight.eq(held.weight)]
+        with m.If(load):
+            m.d.sync += [held.eq(job), active.eq(1), alone.eq(job.target == Target.ROUTER),
+                         left.eq(job.channels), self.weight.eq(job.weight)]
+        with m.Elif(finish):
+            m.d.sync += active.eq(0)
         return m
 
 

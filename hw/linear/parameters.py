@@ -1,13 +1,14 @@
 """Bias and scale of the channels, fetched ahead of the results."""
 
-from amaranth import Module, Signal, signed
-from amaranth.lib import data, wiring
+from amaranth import Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.isa import Opcode
-from ..interfaces import READ_LATENCY, ReadPort, fields_layout, parameter_layout
+from ..interfaces import READ_LATENCY, ReadPort, parameter_layout
+from .jobs import IN_FLIGHT, job_layout
 
 __all__ = ["Channel", "Parameters"]
 
@@ -22,22 +23,20 @@ class Channel(data.Struct):
 
 class Parameters(wiring.Component):
     """Fetches the parameter words of one output group after another into a ring buffer, once for
-    each token group, up to `depth` words ahead.
+    each token group, instruction after instruction, up to `depth` words ahead.
 
     One word per cycle, while there is room and `read` accepts addresses.
 
     Members
     -------
-    start : In(1)
-        One cycle, with `fields` and `count` valid; `fields` are held.
-    fields : In(fields_layout(Opcode.LINEAR))
-    count : In(13)
-        Rows of the instruction, at least 1.
+    jobs : In(stream.Signature(job_layout(*JOB)))
+        With at least one row.
     read : Out(ReadPort(parameter_layout(config)))
     ready : Out(1)
         One cycle for each output group: its words are in the buffer.
-    tail : Out(range(outputs // lanes + 1))
-        Words of the last output group, from its `ready` on.
+    tails : Out(stream.Signature(range(outputs // lanes + 1)))
+        Words of the last output group of each instruction; comes at least 3 cycles before that
+        group is first `ready`, and is taken when the instruction is left.
     at : In(range(depth))
         Position in the buffer, which counts on from 0 since reset.
     word : Out(data.ArrayLayout(Channel, lanes))
@@ -46,16 +45,16 @@ class Parameters(wiring.Component):
         The oldest word is not needed any more.
     """
 
+    JOB = ("rows", "channels", "param")
+
     def __init__(self, config: Config):
         self.config = config
         self.depth = max(32, 2 << (config.outputs // config.lanes - 1).bit_length())
         super().__init__({
-            "start": In(1),
-            "fields": In(fields_layout(Opcode.LINEAR)),
-            "count": In(13),
+            "jobs": In(stream.Signature(job_layout(*self.JOB))),
             "read": Out(ReadPort(parameter_layout(config))),
             "ready": Out(1),
-            "tail": Out(range(config.outputs // config.lanes + 1)),
+            "tails": Out(stream.Signature(range(config.outputs // config.lanes + 1))),
             "at": In(range(self.depth)),
             "word": Out(data.ArrayLayout(Channel, config.lanes)),
             "release": In(1),
@@ -63,33 +62,41 @@ class Parameters(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config, fields = self.config, self.fields
+        config, job = self.config, self.jobs.payload
         words = config.outputs // config.lanes
+        m.submodules.tails = tails = SyncFIFO(width=len(self.tails.payload), depth=IN_FLIGHT)
+        m.d.comb += [self.tails.payload.eq(tails.r_data), self.tails.valid.eq(tails.r_rdy),
+                     tails.r_en.eq(self.tails.ready)]
 
         rows, left, word = Signal(13), Signal(16), Signal(range(words))
         room = Signal(range(self.depth + 1), init=self.depth)
         address = Signal(20)
-        taken, pass_done, group_done = Signal(), Signal(), Signal()
+        taken, pass_done, group_done, finish = Signal(), Signal(), Signal(), Signal()
+        held, first = Signal(job.shape()), Signal()  # the job in work, and whether in its first pass
         m.d.comb += [
-            self.read.address.valid.eq((rows != 0) & (room != 0)),
+            self.read.address.valid.eq((rows != 0) & (room != 0) & tails.w_rdy),
             self.read.address.payload.eq(address),
             taken.eq(self.read.address.valid & self.read.address.ready),
             pass_done.eq(left <= config.lanes),
             group_done.eq(pass_done | (word == words - 1)),
         ]
         m.d.sync += room.eq(room - taken + self.release)
-        with m.If(self.start):
-            m.d.sync += [rows.eq(self.count), left.eq(fields.channels), address.eq(fields.param)]
-        with m.Elif(taken):
+        with m.If(taken):
             m.d.sync += [address.eq(address + 1), left.eq(left - config.lanes), word.eq(word + 1)]
             with m.If(group_done):
                 m.d.sync += word.eq(0)
             with m.If(pass_done):
-                m.d.sync += [address.eq(fields.param), left.eq(fields.channels), rows.eq(0)]
-                with m.If(rows > config.tokens):
-                    m.d.sync += rows.eq(rows - config.tokens)
-                # Only the last output group can be shorter than the others, so this one is it.
-                m.d.sync += self.tail.eq(word + 1)
+                m.d.sync += [address.eq(held.param), left.eq(held.channels), first.eq(0),
+                             rows.eq(Mux(finish, 0, rows - config.tokens))]
+        with m.If(self.jobs.valid & self.jobs.ready):
+            m.d.sync += [held.eq(job), first.eq(1), rows.eq(job.rows), left.eq(job.channels),
+                         address.eq(job.param)]
+        m.d.comb += [
+            finish.eq(taken & pass_done & (rows <= config.tokens)),
+            self.jobs.ready.eq((rows == 0) | finish),
+            # Only the last output group can be shorter than the others, so this one is it.
+            tails.w_data.eq(word + 1), tails.w_en.eq(taken & pass_done & first),
+        ]
 
         arrives, completes = taken, taken & group_done
         for _ in range(READ_LATENCY):

@@ -8,21 +8,31 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY, Masked, ReadPort, WritePort
 
-__all__ = ["ResidualUpdate"]
+__all__ = ["ResidualUpdate", "Update"]
+
+
+class Update(data.StructLayout):
+    """A word for the residual memory, to write or to add."""
+
+    def __init__(self, config: Config):
+        super().__init__({"word": Masked(16, config.lanes), "accumulate": 1,
+                          "end": 1})  # last of its instruction
 
 
 class ResidualUpdate(wiring.Component):
     """Writes words to the residual memory, or adds them to what is there, saturated to 16 bits.
 
     One word per cycle while the ports accept; an addition takes 4 cycles. A word that is still
-    being added to holds back the next addition to the same word, so that the order of writes is
-    the order of `updates`.
+    being added to holds back the next addition to the same word, and all additions a word that is
+    only written, so that the order of writes is the order of `updates`.
 
     Members
     -------
-    accumulate : In(1)
-        Hold it while updates are inside.
-    updates : In(stream.Signature(Masked(16, lanes)))
+    updates : In(stream.Signature(Update(config)))
+    busy : Out(1)
+        Additions are in work.
+    ended : Out(1)
+        An update with `end` is written in this cycle.
     read : Out(ReadPort(16 * lanes))
     write : Out(WritePort(16, lanes))
     """
@@ -32,8 +42,9 @@ class ResidualUpdate(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         super().__init__({
-            "accumulate": In(1),
-            "updates": In(stream.Signature(Masked(16, config.lanes))),
+            "updates": In(stream.Signature(Update(config))),
+            "busy": Out(1),
+            "ended": Out(1),
             "read": Out(ReadPort(16 * config.lanes)),
             "write": Out(WritePort(16, config.lanes)),
         })
@@ -41,16 +52,17 @@ class ResidualUpdate(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         updates, read, write = self.updates, self.read, self.write.write
+        update = updates.payload
 
         # A ring of words in work: taken, then added to, then written, each in order.
         busy, added = Signal(self.SLOTS), Signal(self.SLOTS)
         addresses = Signal(data.ArrayLayout(20, self.SLOTS))
         take, add, retire = (Signal(range(self.SLOTS), name=name)
                              for name in ("take", "add", "retire"))
-        conflict = Cat(busy[i] & (addresses[i] == updates.p.address)
+        conflict = Cat(busy[i] & (addresses[i] == update.word.address)
                        for i in range(self.SLOTS)).any()
         lanes = data.ArrayLayout(signed(16), self.config.lanes)
-        word = updates.payload.shape()
+        word = data.StructLayout({"word": update.word.shape(), "end": 1})
         m.submodules.words = words = Memory(shape=word, depth=self.SLOTS, init=[])
         m.submodules.sums = sums = Memory(shape=lanes, depth=self.SLOTS, init=[])
         put_word, put_sum = words.write_port(), sums.write_port()
@@ -58,36 +70,41 @@ class ResidualUpdate(wiring.Component):
         total = sums.read_port(domain="comb")
         taken = Signal()
         m.d.comb += [
-            read.address.valid.eq(updates.valid & self.accumulate & ~conflict
+            read.address.valid.eq(updates.valid & update.accumulate & ~conflict
                                   & ~busy.bit_select(take, 1)),
-            read.address.payload.eq(updates.p.address),
+            read.address.payload.eq(update.word.address),
+            self.busy.eq(busy.any()),
             taken.eq(read.address.valid & read.address.ready),
         ]
-        with m.If(self.accumulate):
-            m.d.comb += [updates.ready.eq(taken), write.payload.eq(retiring.data),
-                         write.p.data.eq(total.data),
-                         write.valid.eq((busy & added).bit_select(retire, 1))]
+        end = Signal()
+        with m.If(self.busy):
+            m.d.comb += [write.payload.eq(retiring.data.word), write.p.data.eq(total.data),
+                         write.valid.eq((busy & added).bit_select(retire, 1)),
+                         end.eq(retiring.data.end)]
         with m.Else():
-            m.d.comb += [updates.ready.eq(write.ready), write.payload.eq(updates.payload),
-                         write.valid.eq(updates.valid)]
+            m.d.comb += [write.payload.eq(update.word), end.eq(update.end),
+                         write.valid.eq(updates.valid & ~update.accumulate)]
+        m.d.comb += [updates.ready.eq(Mux(update.accumulate, taken, write.ready & ~self.busy)),
+                     self.ended.eq(write.valid & write.ready & end)]
 
         arrives = taken
         for _ in range(READ_LATENCY):
             before, arrives = arrives, Signal(name="arrives")
             m.d.sync += arrives.eq(before)
         theirs = data.View(lanes, read.data.payload)
-        ours = data.View(lanes, adding.data.data)
+        ours = data.View(lanes, adding.data.word.data)
         m.d.comb += [
-            put_word.en.eq(taken), put_word.addr.eq(take), put_word.data.eq(updates.payload),
+            put_word.en.eq(taken), put_word.addr.eq(take), put_word.data.word.eq(update.word),
+            put_word.data.end.eq(update.end),
             adding.addr.eq(add), retiring.addr.eq(retire), total.addr.eq(retire),
             put_sum.en.eq(arrives), put_sum.addr.eq(add),
             put_sum.data.eq(Cat(_add(a, b) for a, b in zip(ours, theirs))),
         ]
-        with m.If(self.accumulate & write.valid & write.ready):
+        with m.If(self.busy & write.valid & write.ready):
             m.d.sync += [busy.bit_select(retire, 1).eq(0), retire.eq(_next(retire, self.SLOTS))]
         with m.If(taken):
             m.d.sync += [busy.bit_select(take, 1).eq(1), added.bit_select(take, 1).eq(0),
-                         addresses[take].eq(updates.p.address), take.eq(_next(take, self.SLOTS))]
+                         addresses[take].eq(update.word.address), take.eq(_next(take, self.SLOTS))]
         with m.If(arrives):
             m.d.sync += [added.bit_select(add, 1).eq(1), add.eq(_next(add, self.SLOTS))]
         return m

@@ -18,11 +18,11 @@ from ..interfaces import (
     fields_layout,
     parameter_layout,
 )
-from ..requantise import Requantise
 from .array import DotArray
 from .drain import Drain
 from .fill import Fill
 from .issue import Issue
+from .jobs import IN_FLIGHT, JobQueue
 from .parameters import Parameters
 from .rows import RowAddresses
 from .scale import Scale
@@ -44,15 +44,24 @@ class LinearUnit(wiring.Component):
 
     Throughput: a group of T rows takes ``source_words`` cycles for each O channels, or the number
     of its write-back words, ``rows * ceil(channels / W)`` with O and T replaced by what is left in
-    ragged groups, whichever is more. No cycle is lost between output groups or token groups, as
-    long as the rows of a group (``source_words`` cycles each, at least 2, and 3 more for all) are
-    fetched while the group before is at work.
+    ragged groups, whichever is more. No cycle is lost between output groups, token groups or
+    instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
+    more for all) are fetched while the group before is at work, and every instruction is taken
+    ``RowAddresses.LATENCY + 4`` cycles (READ_LATENCY more if `queued`) before its first row is due.
+    A single instruction of one word and group takes 2 cycles, and instructions are taken every 2
+    cycles at best, after a `queued` one 5. Additions to the residual stream hold back the first
+    result of an instruction that does not add, by READ_LATENCY + 2 cycles unless `residual_write`
+    refuses; the buffer takes that up unless write-back is the limit.
 
-    Latency: an instruction is taken when the one before is done. From the cycle in which it is
-    taken to that of `done` it takes, besides the fetch of the first group, the products, and the
-    write-back of the last output group, `overhead` cycles, and more where asked for: 2 for a table,
-    ``READ_LATENCY + 1`` to accumulate, 4 for gate weights, ``READ_LATENCY + 3`` for `queued`. With the router it ends 2 cycles after
-    `route_done`.
+    Order: up to `IN_FLIGHT` instructions are at work at once. Results are written, and additions
+    to the residual stream made, in the order of instructions; sources, weights, parameters and
+    queues are read ahead of that. An instruction for the router overlaps the one before up to its
+    first result, and the next is taken when the router has finished.
+
+    Latency: a lone instruction takes, from the cycle in which it is taken to that of `done`,
+    besides the fetch of the first group, the products, and the write-back of the last output group,
+    `overhead` cycles, and more where asked for: ``READ_LATENCY + 1`` to accumulate, 3 for `queued`.
+    With the router it is done in the cycle of `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the
     write-back buffer is full, and a refused fetch only when its group is due.
@@ -80,7 +89,7 @@ class LinearUnit(wiring.Component):
         self.config = config
         self.array = DotArray(config)
         self.overhead = (RowAddresses.LATENCY + READ_LATENCY + self.array.latency
-                         + Requantise.LATENCY + 4)
+                         + Scale.LATENCY + 4)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
         in_flight = self.array.latency + Scale.LATENCY + 8
@@ -112,15 +121,18 @@ class LinearUnit(wiring.Component):
         m.submodules.scale = scale = Scale(config)
         m.submodules.writeback = writeback = WriteBack(config, self.buffer)
 
-        start, fields, count = Signal(), Signal(fields_layout(Opcode.LINEAR)), Signal(13)
-        for part in (rows, fill, issue, parameters, drain):
-            m.d.comb += part.start.eq(start)
-        for part in (rows, fill, issue, parameters, drain, scale, writeback):
-            m.d.comb += part.fields.eq(fields)
-        m.d.comb += [rows.count.eq(count), parameters.count.eq(count)]
-        self._control(m, start, fields, count, done=drain.finished & writeback.idle)
+        start, fields = Signal(), Signal(fields_layout(Opcode.LINEAR))
+        for part in (rows, issue, parameters, drain):
+            name = type(part).__name__.lower()
+            job = part.jobs.payload.shape()
+            m.submodules[f"{name}_jobs"] = jobs = JobQueue(job)
+            m.d.comb += [jobs.put.valid.eq(start), *(jobs.put.payload[field].eq(fields[field])
+                                                     for field, _ in job)]
+            connect(m, jobs.take, part.jobs)
+        self._control(m, start, fields, ended=writeback.ended)
 
         connect(m, rows.rows, fill.rows)
+        connect(m, parameters.tails, issue.tails)
         for inner, outer in (
                 (rows.index, self.queue.index), (fill.read, self.activation_read),
                 (parameters.read, self.param_read), (writeback.logits, self.logits),
@@ -131,10 +143,10 @@ class LinearUnit(wiring.Component):
         connect(m, flipped(self.queue.entry), rows.entry)
         connect(m, flipped(self.table_write), scale.table_write)
         m.d.comb += [
-            issue.filled.eq(fill.filled), issue.counts.eq(fill.counts),
+            issue.filled.eq(fill.filled), issue.counts.eq(fill.counts), issue.ends.eq(fill.ends),
             fill.release.eq(issue.release), drain.target.eq(fill.target),
             fill.drained.eq(drain.drained),
-            issue.ready.eq(parameters.ready), issue.tail.eq(parameters.tail),
+            issue.ready.eq(parameters.ready),
 
             self.weight_read.address.valid.eq(issue.work.enable),
             self.weight_read.address.payload.eq(issue.weight),
@@ -147,7 +159,7 @@ class LinearUnit(wiring.Component):
             array.row.eq(drain.row), array.word.eq(drain.word),
             parameters.at.eq(drain.parameter), parameters.release.eq(drain.release),
 
-            scale.valid.eq(drain.valid), scale.values.eq(array.results),
+            scale.valid.eq(drain.valid), scale.mode.eq(drain.mode), scale.values.eq(array.results),
             scale.channels.eq(parameters.word), scale.weight.eq(drain.weight),
             writeback.place_valid.eq(drain.valid), writeback.place.eq(drain.place),
             writeback.results_valid.eq(scale.results_valid), writeback.results.eq(scale.results),
@@ -162,48 +174,49 @@ class LinearUnit(wiring.Component):
         m.d.comb += self.engine.stalled.eq(refused & ~issue.work.enable & ~drain.stepped)
         return m
 
-    def _control(self, m, start, fields, count, done):
-        """Takes an instruction, starts the parts, and waits until all is done."""
+    def _control(self, m, start, fields, ended):
+        """Takes instructions, starts the parts, and says when an instruction is done."""
         engine, instruction = self.engine, self.engine.instruction
-        wait, routed = Signal(2), Signal()
+        in_flight, wait = Signal(range(IN_FLIGHT + 1)), Signal(2)
         m.d.comb += [
             self.queue.expert.eq(fields.expert),
-            self.route.p.rows.eq(count), self.route.p.token.eq(fields.destination),
+            self.route.p.rows.eq(fields.rows), self.route.p.token.eq(fields.destination),
             self.route.p.append.eq(fields.append), self.route.p.experts.eq(fields.channels),
             self.route.p.chosen.eq(fields.chosen), self.route.p.over_chosen.eq(fields.over_chosen),
             self.route.p.multiplier.eq(fields.multiplier), self.route.p.shift.eq(fields.shift),
         ]
-        with m.If(self.route_done):
-            m.d.sync += routed.eq(1)
+        with m.If(ended):
+            m.d.comb += engine.done.eq(1)
 
         with m.FSM():
             with m.State("Idle"):
-                m.d.comb += instruction.ready.eq(1)
-                m.d.sync += [fields.eq(instruction.payload), count.eq(instruction.p.rows),
-                             wait.eq(2)]
-                with m.If(instruction.valid):
+                m.d.comb += instruction.ready.eq(in_flight != IN_FLIGHT)
+                m.d.sync += [fields.eq(instruction.payload), wait.eq(2)]
+                with m.If(instruction.valid & instruction.ready):
                     m.next = "Begin"
                     with m.If(instruction.p.queued):
                         m.next = "Length"
             with m.State("Length"):
-                m.d.sync += [wait.eq(wait - 1), count.eq(self.queue.length)]
+                m.d.sync += [wait.eq(wait - 1), fields.rows.eq(self.queue.length)]
                 with m.If(wait == 0):
                     m.next = "Begin"
             with m.State("Begin"):
-                m.d.sync += routed.eq(0)
-                with m.If((count == 0) | (fields.channels == 0) | (fields.source_words == 0)):
-                    m.d.comb += engine.done.eq(1)
-                    m.next = "Idle"
+                with m.If((fields.rows == 0) | (fields.channels == 0) | (fields.source_words == 0)):
+                    # There is nothing to do, but to be done in order.
+                    with m.If(in_flight == 1):
+                        m.d.comb += engine.done.eq(1)
+                        m.next = "Idle"
                 with m.Elif(fields.target == Target.ROUTER):
-                    m.d.comb += self.route.valid.eq(1)
-                    with m.If(self.route.ready):
-                        m.d.comb += start.eq(1)
-                        m.next = "Run"
+                    m.d.comb += [self.route.valid.eq(1), start.eq(self.route.ready)]
+                    with m.If(start):
+                        m.next = "Route"
                 with m.Else():
                     m.d.comb += start.eq(1)
-                    m.next = "Run"
-            with m.State("Run"):
-                m.d.comb += engine.done.eq(done & (routed | (fields.target != Target.ROUTER)))
-                with m.If(engine.done):
                     m.next = "Idle"
-        m.d.comb += engine.busy.eq(~instruction.ready)
+            with m.State("Route"):
+                with m.If(self.route_done):
+                    m.d.comb += engine.done.eq(1)
+                    m.next = "Idle"
+        taken = instruction.valid & instruction.ready
+        m.d.sync += in_flight.eq(in_flight + taken - engine.done)
+        m.d.comb += engine.busy.eq(in_flight != 0)

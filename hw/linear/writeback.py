@@ -6,8 +6,8 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from ..arch.config import Config
-from ..arch.isa import Opcode, Target
-from ..interfaces import Logits, ReadPort, WritePort, fields_layout
+from ..arch.isa import Target
+from ..interfaces import Logits, ReadPort, WritePort
 from .drain import Place
 from .residual import ResidualUpdate
 
@@ -17,17 +17,17 @@ __all__ = ["WriteBack"]
 class WriteBack(wiring.Component):
     """Buffers up to `depth` results and writes them, one word per cycle, to their target.
 
-    Whoever sends results reserves their place in advance: `space` counts what is left.
+    Whoever sends results reserves their place in advance: `space` counts what is left. Results are
+    written in order, whatever their targets: additions to the residual stream, which take longer,
+    hold back the first result that is none.
 
     Members
     -------
-    fields : In(fields_layout(Opcode.LINEAR))
-        Held while results are inside.
     reserve : In(1)
         A result will come: only while `space` is not 0.
     space : Out(range(depth + 1))
-    idle : Out(1)
-        Every reserved result was written.
+    ended : Out(1)
+        The last result of an instruction, not for the router, was written one cycle ago.
     place_valid : In(1)
     place : In(Place(config))
         Places come in the order of their results, none later than its result.
@@ -42,10 +42,9 @@ class WriteBack(wiring.Component):
     def __init__(self, config: Config, depth: int):
         self.config, self.depth = config, depth
         super().__init__({
-            "fields": In(fields_layout(Opcode.LINEAR)),
             "reserve": In(1),
             "space": Out(range(depth + 1), init=depth),
-            "idle": Out(1),
+            "ended": Out(1),
             "place_valid": In(1),
             "place": In(Place(config)),
             "results_valid": In(1),
@@ -58,7 +57,7 @@ class WriteBack(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config, target = self.config, self.fields.target
+        config = self.config
         lanes = config.lanes
 
         m.submodules.places = places = SyncFIFO(width=len(self.place.as_value()), depth=self.depth)
@@ -79,7 +78,6 @@ class WriteBack(wiring.Component):
             places.w_data.eq(self.place), places.w_en.eq(self.place_valid),
             values.w_data.eq(self.results), values.w_en.eq(self.results_valid),
             places.r_en.eq(load), values.r_en.eq(load),
-            update.accumulate.eq(self.fields.accumulate),
         ]
         write, logits = self.activation_write.write, self.logits
         m.d.comb += [
@@ -87,24 +85,30 @@ class WriteBack(wiring.Component):
             write.p.data.eq(Cat(value[:8] for value in results).replicate(config.depth // lanes)),
             write.p.mask.eq(Cat(place.mask & (place.part == part).replicate(lanes)
                                 for part in range(config.depth // lanes))),
-            update.updates.p.address.eq(place.address),
-            update.updates.p.data.eq(Cat(value[:16] for value in results)),
-            update.updates.p.mask.eq(place.mask),
+            update.updates.p.word.address.eq(place.address),
+            update.updates.p.word.data.eq(Cat(value[:16] for value in results)),
+            update.updates.p.word.mask.eq(place.mask),
+            update.updates.p.accumulate.eq(place.accumulate), update.updates.p.end.eq(place.end),
             logits.p.row.eq(place.row), logits.p.channel.eq(place.channel),
             logits.p.logits.eq(results),
         ]
         residual = self.residual_write.write
-        with m.Switch(target):
+        direct = Signal()  # past the residual memory
+        with m.Switch(place.target):
             with m.Case(Target.ACTIVATION):
-                m.d.comb += [write.valid.eq(valid), taken.eq(valid & write.ready),
-                             written.eq(taken)]
+                m.d.comb += [write.valid.eq(valid & ~update.busy),
+                             direct.eq(write.valid & write.ready), taken.eq(direct)]
             with m.Case(Target.RESIDUAL):
                 m.d.comb += [update.updates.valid.eq(valid),
-                             taken.eq(valid & update.updates.ready),
-                             written.eq(residual.valid & residual.ready)]
+                             taken.eq(valid & update.updates.ready)]
             with m.Case(Target.ROUTER):
-                m.d.comb += [logits.valid.eq(valid), taken.eq(valid & logits.ready),
-                             written.eq(taken)]
-        m.d.sync += self.space.eq(self.space - self.reserve + written)
-        m.d.comb += self.idle.eq(self.space == self.depth)
+                m.d.comb += [logits.valid.eq(valid), direct.eq(valid & logits.ready),
+                             taken.eq(direct)]
+        m.d.comb += [
+            written.eq(direct | residual.valid & residual.ready),
+        ]
+        m.d.sync += [
+            self.space.eq(self.space - self.reserve + written),
+            self.ended.eq(direct & place.end & (place.target == Target.ACTIVATION) | update.ended),
+        ]
         return m

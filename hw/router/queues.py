@@ -71,7 +71,8 @@ class Queues(wiring.Component):
         address, asked, found = Signal.like(read.addr), Signal(), Signal()
         m.d.comb += [read.addr.eq(address), read.en.eq(1)]
         m.d.sync += [
-            address.eq(self.queue.expert << index_bits | self.queue.index.payload[:index_bits]),
+            address.eq(self.queue.index.p.expert << index_bits
+                       | self.queue.index.p.index[:index_bits]),
             self.queue.length.eq(lengths[self.queue.expert]),
             asked.eq(self.queue.index.valid), found.eq(asked), self.queue.entry.valid.eq(found),
             self.queue.entry.payload.eq(read.data),

@@ -7,7 +7,8 @@
 
 from moeware.runtime.device import Device, register
 
-__all__ = ["Config", "Program", "Session", "__version__", "compile", "find_board", "find_config"]
+__all__ = ["Config", "Program", "Session", "__version__", "compile", "find_board", "find_config",
+           "profile"]
 
 
 def _open_golden(config, **options) -> Device:

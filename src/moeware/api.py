@@ -11,7 +11,7 @@ from moeware.hw.arch.config import Config, ConfigError
 from moeware.hw.arch.program import Program
 from moeware.runtime import session
 
-__all__ = ["Config", "Program", "Session", "compile", "find_board", "find_config"]
+__all__ = ["Config", "Program", "Session", "compile", "find_board", "find_config", "profile"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 
@@ -80,6 +80,27 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     if isinstance(calibration, (str, os.PathLike)):
         calibration = load_samples(calibration, model_ports(fuse(load(Path(model))))[0])
     return compile_model(model, find_config(config), dict(calibration or {}), **options)
+
+
+def profile(program: Program | str | os.PathLike, feeds: Mapping[str, np.ndarray], **options):
+    """Run a program on simulated gateware and see where the cycles go.
+
+    Parameters
+    ----------
+    program : a program, or a program's file.
+    feeds : inputs [frames, ...] by name.
+    options : as `moeware.sim.rtl.RtlDevice` takes them: `dram`, `clock_hz`.
+
+    Returns
+    -------
+    `moeware.sim.profile.Profile` of each device step, and within it of each frame.
+    """
+    from moeware.sim.profile import ProfilingDevice
+    if not isinstance(program, Program):
+        program = Program.load(program)
+    device = ProfilingDevice(program.config, **options)
+    session.Session(program, device).run(None, feeds)
+    return device.profiles
 
 
 class Session(session.Session):

@@ -2,9 +2,10 @@
 
 from moeware.compiler.allocate import allocate
 from moeware.compiler.emit import emit
+from moeware.compiler.errors import CompileError
 from moeware.compiler.quantise import QuantisedStep
 from moeware.compiler.schedule import schedule
-from moeware.compiler.tile import tile
+from moeware.compiler.tile import PLANS, tile
 from moeware.compiler.verify import verify_addresses, verify_order, verify_quantised
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory, NormMode
@@ -47,22 +48,29 @@ def quantised(graph: Graph) -> QuantisedStep:
                          [port(name, Memory.RESIDUAL) for name in heads])
 
 
-def lower(graph: Graph, config: Config, *, trace: bool = True):
+def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **options):
     """The graph after `allocate`, verified between the stages."""
     step = quantised(graph)
     verify_quantised(step)
-    lowered = tile(step, config, trace=trace)
-    verify_order(lowered)
-    schedule(lowered, config)
-    verify_order(lowered)
-    allocate(lowered, config)
+    for number, plan in enumerate(plans):
+        lowered = tile(step, config, trace=trace, plan=plan, **options)
+        verify_order(lowered)
+        schedule(lowered, config)
+        verify_order(lowered)
+        try:
+            allocate(lowered, config)
+        except CompileError:
+            if number == len(plans) - 1:
+                raise
+        else:
+            break
     verify_addresses(lowered, config)
     return lowered
 
 
-def program(graph: Graph, config: Config, *, trace: bool = True) -> Program:
+def program(graph: Graph, config: Config, *, trace: bool = True, **options) -> Program:
     """The graph as a program; with `trace` it stores every tensor."""
-    image, dram_bytes, steps = emit([lower(graph, config, trace=trace)], config)
+    image, dram_bytes, steps = emit([lower(graph, config, trace=trace, **options)], config)
     ports = {side: [(port.name, port.shape, "tensor(float)") for port in getattr(steps[0], side)]
              for side in ("inputs", "outputs")}
     return Program(config=config, image=image, dram_bytes=dram_bytes, steps=steps,

@@ -5,6 +5,7 @@ import pytest
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Lowered
+from moeware.compiler.tile import PLANS
 from moeware.compiler.verify import verify_addresses
 from moeware.hw.arch import isa
 from moeware.hw.arch.isa import Memory, NormMode, Opcode
@@ -52,6 +53,44 @@ def test_small_memories_cut_products_into_tiles():
     expected = evaluate(graph.operations, inputs)
     for port in compiled.steps[0].outputs:
         np.testing.assert_array_equal(found[port.tensor], expected[port.tensor])
+
+
+@pytest.mark.parametrize("plan", PLANS[1:], ids=["lean", "halves", "quarters", "spill"])
+@pytest.mark.parametrize("size", ["odd", "wide", "one"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
+def test_every_plan_gives_the_same(config, size, plan):
+    graph = transformer(3, **SIZES[size])
+    compiled = program(graph, config, plans=[plan], frames=2)
+    inputs = graph.integers(3)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+def test_tensors_spill_where_memories_are_far_too_small():
+    tight = config(2, 4, 8, 2, 2, 8, weight_words=24, param_words=24, activation_words=30,
+                   residual_words=200)
+    graph = transformer(5, **SIZES["wide"])
+    with pytest.raises(CompileError, match="must fit in the activation memory"):
+        program(graph, tight, plans=PLANS[:-1])
+    compiled, inputs = program(graph, tight), graph.integers(2)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
+def test_frames_in_flight_are_those_apart(config, frames):
+    graph = transformer(3, **SIZES["wide"])
+    compiled = program(graph, config, frames=frames)
+    inputs = graph.integers(5)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
 
 
 def image(compiled) -> np.ndarray:
@@ -147,9 +186,9 @@ def test_overlapping_buffers_are_caught():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(residual_words=64), r"Buffer '.*' of \d+ words must fit in the residual memory of 64 "
+    (dict(residual_words=20), r"Buffer '.*' of \d+ words must fit in the residual memory of 20 "
                               r"words beside .*: \d+ words too many"),
-    (dict(activation_words=16), r"must fit in the activation memory of 64 words .* words too many"),
+    (dict(activation_words=4), r"must fit in the activation memory of 16 words .* words too many"),
     (dict(weight_words=4), r"smallest weight tile of .* takes \d+, \d+ more than "
                            r"Config.weight_words = 4"),
     (dict(row_words=2), r"A row of .* takes \d+, \d+ more than Config.row_words = 2"),

@@ -1,6 +1,6 @@
 # amaranth: UnusedElaboratable=no
 """`LinearUnit` against `numerics`, exactly: every target and row selection on shapes that divide
-nothing, under random stalls; and its cycles."""
+nothing, under random stalls, one by one and one after another; and its cycles."""
 
 import random
 
@@ -56,6 +56,7 @@ class Machine:
                                 for i, token in enumerate(tokens[name])]
                        for expert, name in EXPERTS.items()}
         self.logits, self.setups, self.writes, self.over = [], [], 0, False
+        self.routed = 0
 
     # The unit's ports, on the same arrays.
 
@@ -103,17 +104,19 @@ class Machine:
                 experts, rows = self.setups[-1].experts, self.setups[-1].rows
                 count = min(self.config.lanes, experts - payload.channel)
                 self.logits.append((payload.row, payload.channel, *payload.logits[:count]))
-                if len(self.logits) == rows * -(-experts // self.config.lanes):
+                self.routed += 1
+                if self.routed == rows * -(-experts // self.config.lanes):
                     route_in = 1
             valid, ready, payload = next(values), next(values), next(values)
             if valid and ready:
                 self.setups.append(payload)
+                self.routed = 0
             expert, valid, index = next(values), next(values), next(values)
             ctx.set(unit.queue.length, length)
             length = len(self.queues.get(expert, ()))
             token, weight = entries.pop(0) or (self.draw.getrandbits(13), self.draw.getrandbits(16))
             ctx.set(unit.queue.entry.payload, {"token": token, "weight": weight})
-            entries.append(self.queues[expert][index] if valid else None)
+            entries.append(self.queues[index.expert][index.index] if valid else None)
 
     # The same in numpy.
 
@@ -168,22 +171,28 @@ def _signed(value, bits):
     return value - (value >> bits - 1 << bits)
 
 
+EVERY = {name: 0 for name, _ in FIELDS[Opcode.LINEAR]} | {"expert": 0}
+
+
+async def _load_table(ctx, unit, machine):
+    for entry in range(256):
+        ctx.set(unit.table_write.payload, {"address": 256 * TABLE + entry,
+                                           "data": machine.tables[TABLE][entry] & 255})
+        ctx.set(unit.table_write.valid, 1)
+        await ctx.tick()
+    ctx.set(unit.table_write.valid, 0)
+
+
 def run(config, instructions, seed=1, refuse=0.0):
-    """Execute instructions one after another on unit and model, comparing everything after each.
+    """Execute instructions one by one on unit and model, comparing everything after each.
     Returns the cycles of each, from the one in which it is taken to `done`, and `overhead`."""
     machine, model = Machine(config, seed, refuse), Machine(config, seed)
     unit, cycles = LinearUnit(config), []
-    every = {name: 0 for name, _ in FIELDS[Opcode.LINEAR]} | {"expert": 0}
 
     async def host(ctx):
-        for entry in range(256):
-            ctx.set(unit.table_write.payload, {"address": 256 * TABLE + entry,
-                                               "data": machine.tables[TABLE][entry] & 255})
-            ctx.set(unit.table_write.valid, 1)
-            await ctx.tick()
-        ctx.set(unit.table_write.valid, 0)
+        await _load_table(ctx, unit, machine)
         for number, fields in enumerate(instructions):
-            fields = every | fields
+            fields = EVERY | fields
             writes, before = model.execute(fields), machine.writes
             ctx.set(unit.engine.instruction.payload, fields)
             ctx.set(unit.engine.instruction.valid, 1)
@@ -211,8 +220,82 @@ def run(config, instructions, seed=1, refuse=0.0):
     async def surroundings(ctx):
         await machine.bench(ctx, unit)
 
-    simulate(unit, host, surroundings, deadline=60_000)
+    simulate(unit, surroundings, host, deadline=60_000)
     return cycles, unit.overhead
+
+
+def touched(config, f, queues):
+    """Words that an instruction reads, and that it writes, as (memory, word)."""
+    rows = len(queues[f["expert"]]) if f["queued"] else f["rows"]
+    if not rows or not f["channels"] or not f["source_words"]:
+        return set(), set()
+    scattered = f["queued"] and f["scatter"], f["queued"] and f["gather"]
+    targets, sources = (TOKENS if by else rows for by in scattered)
+    reads = {("activation", f["source"] + row * f["source_stride"] + word)
+             for row in range(sources) for word in range(f["source_words"])}
+    if f["target"] == Target.ROUTER:
+        return reads, set()
+    memory, width = (("activation", config.depth) if f["target"] == Target.ACTIVATION
+                     else ("residual", config.lanes))
+    return reads, {(memory, f["destination"] + row * f["destination_stride"] + word)
+                   for row in range(targets) for word in range(-(-f["channels"] // width))}
+
+
+def run_stream(config, instructions, seed=1, refuse=0.0, interval=3):
+    """Execute instructions as a sequencer gives them, each once what it depends on is done, one
+    every `interval` cycles at best, and compare all their effects, and `done` with their writes.
+
+    Returns the cycles from taking the first to the last `done`, and `overhead`.
+    """
+    machine, model = Machine(config, seed, refuse), Machine(config, seed)
+    instructions = [EVERY | fields for fields in instructions]
+    unit, written, needs, took = LinearUnit(config), [0], [], []
+    done, effects = [], [touched(config, fields, model.queues) for fields in instructions]
+    for number, fields in enumerate(instructions):
+        written.append(written[-1] + model.execute(fields))
+        reads, writes = effects[number]
+        # Writes are done in order, so only these two must wait.
+        needs.append(max((before + 1 for before in range(number)
+                          if effects[before][1] & reads or effects[before][0] & writes), default=0))
+
+    async def monitor(ctx):
+        cycle = 0
+        while not machine.over:
+            _, _, finished, busy, taken = await ctx.tick().sample(
+                unit.engine.done, unit.engine.busy,
+                unit.engine.instruction.valid & unit.engine.instruction.ready)
+            assert busy == (len(done) < len(took))
+            if finished:
+                done.append(cycle)
+                assert machine.writes >= written[len(done)]
+            if taken:
+                took.append(cycle)
+            cycle += 1
+
+    async def host(ctx):
+        await _load_table(ctx, unit, machine)
+        for number, fields in enumerate(instructions):
+            ctx.set(unit.engine.instruction.payload, fields)
+            while len(done) < needs[number]:
+                await ctx.tick()
+            ctx.set(unit.engine.instruction.valid, 1)
+            await ctx.tick().until(unit.engine.instruction.ready)
+            ctx.set(unit.engine.instruction.valid, 0)
+            await ctx.tick().repeat(interval - 1)
+        while len(done) < len(instructions):
+            await ctx.tick()
+        await ctx.tick().repeat(30)
+        machine.over = True
+
+    async def surroundings(ctx):
+        await machine.bench(ctx, unit)
+
+    simulate(unit, surroundings, monitor, host, deadline=60_000)
+    assert len(done) == len(instructions)
+    assert (machine.activation == model.activation).all()
+    assert (machine.residual == model.residual).all()
+    assert machine.logits == model.logits and machine.writes == written[-1]
+    return done[-1] - took[0], unit.overhead
 
 
 def cases(config, seed):
@@ -265,12 +348,41 @@ def test_matches_numerics(shape, refuse):
     run(config(*shape), list(cases(config(*shape), seed=sum(shape))), refuse=refuse)
 
 
+def mixed(config, seed, count):
+    """Instructions of all kinds in random order, some of which read what others write."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        target = draw.choice((Target.ACTIVATION, Target.RESIDUAL, Target.RESIDUAL, Target.ROUTER)
+                             if draw.random() < 0.3 else (Target.ACTIVATION, Target.RESIDUAL))
+        channels = draw.randint(1, 2 * config.outputs + 1)
+        width = config.depth if target == Target.ACTIVATION else config.lanes
+        words = draw.randint(1, 3)
+        yield {
+            "target": target, "rows": draw.choice((0, 1, 1, 2, 3, 5, 7)), "source_words": words,
+            "source": draw.choice((SOURCE, SOURCE, HIDDEN, 270)),
+            "source_stride": draw.randint(words, 4), "channels": channels,
+            "weight": draw.randrange(16), "param": draw.randrange(8),
+            "destination": draw.choice((HIDDEN, 270, 390) if target == Target.ACTIVATION
+                                       else (RESIDUAL, 180, 350)),
+            "destination_stride": -(-channels // width) + draw.randint(0, 1),
+            "tabled": draw.randint(0, 1), "table": TABLE, "accumulate": draw.randint(0, 1),
+            **({"queued": target != Target.ROUTER, "expert": draw.randrange(5),
+                "gather": draw.randint(0, 1), "scatter": draw.randint(0, 1),
+                "gated": draw.randint(0, 1)} if draw.random() < 0.5 else {})}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("refuse", [0.0, 0.3], ids=("steady", "stalling"))
+def test_streams_match_numerics(shape, refuse):
+    run_stream(config(*shape), list(mixed(config(*shape), sum(shape), 60)), refuse=refuse)
+
+
 MODES = {  # fields, and the cycles that they add
     "activation": ({"target": Target.ACTIVATION}, 0),
-    "tabled": ({"target": Target.ACTIVATION, "tabled": 1, "table": TABLE}, 2),
+    "tabled": ({"target": Target.ACTIVATION, "tabled": 1, "table": TABLE}, 0),
     "residual": ({"target": Target.RESIDUAL}, 0),
     "expert": ({"target": Target.RESIDUAL, "accumulate": 1, "queued": 1, "gated": 1,
-                "scatter": 1, "expert": 3}, (READ_LATENCY + 1) + 4 + (READ_LATENCY + 3)),
+                "scatter": 1, "expert": 3}, (READ_LATENCY + 1) + 3),
 }
 # Source words and output groups: many words; few; one, which does not hide the pipeline. Whether
 # the array or write-back is the limit differs from shape to shape and from group to group.
@@ -303,3 +415,29 @@ def test_no_cycle_is_lost(shape):
             expected.append(free + extra)
     cycles, overhead = run(sizes, instructions)
     assert [taken - overhead for taken in cycles] == expected
+
+
+@pytest.mark.parametrize("shape, words, groups", [
+    ((2, 4, 8, 2), 4, 4), ((3, 5, 6, 1), 5, 4), ((1, 6, 4, 2), 2, 3), ((4, 4, 4, 4), 3, 5)], ids=str)
+def test_no_cycle_is_lost_between_instructions(shape, words, groups):
+    """Short instructions of several kinds, whose rows are fetched in time: the array, or where that
+    takes longer write-back, is at work in every cycle from the first to the last."""
+    tokens, outputs, depth, lanes = shape
+    kinds = [mode for mode, _ in MODES.values() if not mode.get("queued")]
+    instructions, now, free = [], 0, 0
+    for number in range(40):
+        mode, rows = kinds[number % len(kinds)], tokens * (1 + number % 2)
+        channels = groups * outputs - number % 3
+        width = depth if mode["target"] == Target.ACTIVATION else lanes
+        instructions.append({
+            "rows": rows, "source_stride": words, "source_words": words, "channels": channels,
+            "weight": number % 8, "param": number % 4,
+            "destination": 400 if mode["target"] == Target.ACTIVATION else 100,
+            "destination_stride": -(-channels // width)} | mode)
+        for _ in range(0, rows, tokens):
+            now = max(now, (tokens - 1) * max(words, 2) + words)
+            for base in range(0, channels, outputs):
+                now = max(now + words, free)
+                free = now + tokens * -(-min(outputs, channels - base) // lanes)
+    cycles, overhead = run_stream(config(*shape), instructions)
+    assert cycles == free + overhead

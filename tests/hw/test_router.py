@@ -61,7 +61,7 @@ async def read_queues(ctx, dut, sizes):
         await ctx.tick().repeat(2)
         length, entries = ctx.get(port.length), []
         for index in range(length + READ_LATENCY):
-            ctx.set(port.index.payload, min(index, sizes.max_rows - 1))
+            ctx.set(port.index.payload, {"expert": expert, "index": min(index, sizes.max_rows - 1)})
             ctx.set(port.index.valid, index < length)
             assert ctx.get(port.entry.valid) == (index >= READ_LATENCY)
             if index >= READ_LATENCY:

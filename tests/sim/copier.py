@@ -7,6 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeware.hw.arch.registers import MAGIC, Control, Register, Status
+from moeware.hw.events import Events
 from moeware.hw.ports import MemoryPort, RegisterPort
 
 __all__ = ["FAULT", "LENGTH", "SOURCE", "TARGET", "Copier", "Fault"]
@@ -33,10 +34,13 @@ class Copier(wiring.Component):
     -------
     memory : Out(MemoryPort(bus_bytes))
     registers : In(RegisterPort())
+    events : Out(Events)
+        Nothing: a copier has no engines.
     """
 
     def __init__(self, bus_bytes: int):
-        super().__init__({"memory": Out(MemoryPort(bus_bytes)), "registers": In(RegisterPort())})
+        super().__init__({"memory": Out(MemoryPort(bus_bytes)), "registers": In(RegisterPort()),
+                          "events": Out(Events)})
 
     def elaborate(self, platform):
         m = Module()

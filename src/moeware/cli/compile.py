@@ -1,5 +1,6 @@
 """Compile an ONNX model to a program for one configuration of the accelerator."""
 
+import argparse
 from pathlib import Path
 
 HELP = "compile an ONNX model to a program"
@@ -13,9 +14,23 @@ def configure(parser) -> None:
     parser.add_argument("-o", "--output", help="program file (default: the model's name, .moe)")
     parser.add_argument("--trace", action="store_true",
                         help="store every layer's result, to compare devices layer by layer")
+    parser.add_argument("--frames", type=int, default=1,
+                        help="frames that a run works on at once: more of them, each later "
+                        "(default: 1)")
+    parser.add_argument("--bits", action="append", type=_bits, default=[], metavar="LAYER=BITS",
+                        help="bits of a layer's weights, 8, 4 or 2; LAYER is a layer's name, one of "
+                        "its experts (Experts_1/expert3), or 'experts' or 'linear' for all such "
+                        "layers; repeatable")
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
     parser.add_argument("--stop", default="emit", help="last stage")
+
+
+def _bits(text: str) -> tuple[str, int]:
+    layer, equals, bits = text.rpartition("=")
+    if not (equals and bits.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be LAYER=BITS, not {text!r}")
+    return layer, int(bits)
 
 
 def run(arguments) -> dict:
@@ -24,6 +39,7 @@ def run(arguments) -> dict:
     with stages_bar("compile") as progress:
         program = moeware.compile(
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
+            frames=arguments.frames, bits=dict(arguments.bits),
             dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
@@ -43,6 +59,7 @@ def text(facts: dict) -> str:
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
+    lines += sorted(set(facts["metadata"]["plans"]))
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
         lines.append(f"hardly calibrated experts: {', '.join(starved)}")

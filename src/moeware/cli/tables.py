@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["counter_table", "table"]
+__all__ = ["counter_table", "idle_table", "layer_table", "table", "working_line"]
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
@@ -28,3 +28,40 @@ def counter_table(counters: dict[str, float]) -> str:
                                     for state in ENGINE_COUNTERS)]
             for engine in Engine)], right=(1, 2, 3)))
     return "\n".join(lines)
+
+
+def layer_table(step: dict) -> str:
+    """What each engine does for each layer; `step` is `Timeline.to_dict`."""
+    rows = [["layer", "engine", "first", "last", "busy", "waiting", "for", "stalled", "MACs",
+             "bytes"]]
+    layer = None
+    for row in step["table"]:
+        waits = ", ".join(f"{name} {cycles:,}" for name, cycles in row["waits_for"].items())
+        rows.append([row["layer"] if row["layer"] != layer else "", row["engine"],
+                     *(f"{row[name]:,}" for name in ("first", "last", "busy", "waiting")), waits,
+                     *(f"{row[name]:,}" for name in ("stalled", "macs", "bytes"))])
+        layer = row["layer"]
+    return table(rows, right=(2, 3, 4, 5, 7, 8, 9))
+
+
+def working_line(step: dict) -> str:
+    """Shares of the run's cycles in which the arrays and the bus work."""
+    cycles, working = step["cycles"], step["working"]
+    shares = {name: sum(value for key, value in working.items() if name in key.split(" + "))
+              / cycles for name in ("linear", "attention", "bus")}
+    best = step["array_share"]
+    return (f"of {cycles:,} cycles the linear unit works in {shares['linear']:.1%} (its products "
+            f"take {best['linear']:.1%} at best), the attention unit in {shares['attention']:.1%} "
+            f"(at best {best['attention']:.1%}), the bus moves a word in {shares['bus']:.1%}, and "
+            f"none of them works in {working['nothing'] / cycles:.1%}")
+
+
+def idle_table(step: dict, most: int = 10) -> str:
+    """What everyone does while neither array works: the `most` frequent cases, and the rest."""
+    cycles, idle = step["cycles"], list(step["idle"].items())
+    rest = sum(value for _, value in idle[most:])
+    rows = [[f"{value / cycles:.1%}", what] for what, value in idle[:most]]
+    if rest:
+        rows.append([f"{rest / cycles:.1%}", f"{len(idle) - most} other cases"])
+    total = sum(value for _, value in idle)
+    return "\n".join([f"neither array works in {total / cycles:.1%}:", table(rows, right=(0,))])

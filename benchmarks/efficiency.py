@@ -1,0 +1,158 @@
+"""What a model needs at least, block by block, and how much of the measured time that is.
+
+A block is what data dependencies keep apart in one frame: the patch embedding, the attention half or
+the feed-forward half of a layer, or the head. Within one the engines may overlap, so the least time of
+a block is that of its busiest resource: products of the linear unit, products of the attention unit,
+bytes on the bus.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeware.hw.arch import layout
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory, Opcode
+
+__all__ = ["Block", "blocks", "latency_efficiency", "throughput_efficiency"]
+
+
+@dataclass
+class Block:
+    """Work of one block of one run.
+
+    linear_macs, attention_macs : as routed; narrow_macs : those of `linear_macs` with weights of 4
+    bits, of which the unit makes two where it makes one else; bytes : that cross the bus, but for
+    instructions.
+    """
+
+    name: str
+    operations: list[q.Operation] = field(default_factory=list)
+    linear_macs: int = 0
+    narrow_macs: int = 0
+    attention_macs: int = 0
+    bytes: int = 0
+
+    def cycles(self, config: Config, bytes_per_cycle: float) -> dict[str, float]:
+        """Least cycles of each resource."""
+        return {"linear": (self.linear_macs - self.narrow_macs / 2) / config.linear_macs,
+                "attention": self.attention_macs / config.attention_macs,
+                "bus": self.bytes / bytes_per_cycle}
+
+
+def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[str, tuple[int, int]],
+           tokens: dict[str, np.ndarray], config: Config, *, frames: int = 1) -> list[Block]:
+    """The blocks of a device step in the order of execution.
+
+    instructions : of the step, lowered, of `frames` frames in flight together; shapes : rows and
+    channels of the step's inputs; tokens : how many came to each expert, all frames together, int64
+    [experts] by the route's name.
+
+    Raises
+    ------
+    ValueError
+        An instruction that belongs to no operation.
+    """
+    found = _split(operations)
+    place = {op.name: block for block in found for op in block.operations}
+    narrow = set()
+    for instr in instructions:
+        name = _operation(instr.layer, place)
+        if name:
+            block = place[name]
+        elif instr.opcode in (Opcode.LOAD, Opcode.STORE):  # an input or an output
+            block = found[0] if instr.opcode is Opcode.LOAD else found[-1]
+        else:
+            raise ValueError(f"Instruction of layer {instr.layer!r} must belong to one of {list(place)}")
+        fields = instr.fields
+        if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
+            narrow.add(name)
+        if instr.opcode in (Opcode.LOAD, Opcode.STORE):
+            if fields.get("conditional") and not _queue(block, tokens)[fields["expert"]]:
+                continue
+            block.bytes += config.bus_bytes * layout.beats(config, Memory(fields["memory"]),
+                                                           fields["words"])
+    sizes = dict(shapes)
+    for block in found:
+        for op in block.operations:
+            _count(op, block, sizes, tokens, op.name in narrow, frames)
+    return found
+
+
+def latency_efficiency(found: list[Block], config: Config, bytes_per_cycle: float,
+                       cycles: float) -> float:
+    """Sum over the blocks of their least times, as a share of the cycles of one frame."""
+    return sum(max(block.cycles(config, bytes_per_cycle).values()) for block in found) / cycles
+
+
+def throughput_efficiency(found: list[Block], config: Config, bytes_per_cycle: float,
+                          cycles: float) -> float:
+    """Least time of the busiest resource over all blocks, as a share of the cycles: with frames in
+    flight, every resource may work all the time. `found` and `cycles` are of the same frames."""
+    each = [block.cycles(config, bytes_per_cycle) for block in found]
+    return max(sum(cycles[name] for cycles in each) for name in each[0]) / cycles
+
+
+def _operation(layer: str, known: Iterable[str]) -> str:
+    """The operation whose name, perhaps with parts like "/expert3" behind it, a layer has; else ""."""
+    while layer and layer not in known:
+        layer = layer.rpartition("/")[0]
+    return layer
+
+
+def _split(operations: list[q.Operation]) -> list[Block]:
+    """Blocks begin where the residual stream is normalised."""
+    groups: list[list[q.Operation]] = [[]]
+    for op in operations:
+        if isinstance(op, q.Norm) and groups[-1]:
+            groups.append([])
+        groups[-1].append(op)
+    found, layer = [], -1
+    for group in groups:
+        attention = any(isinstance(op, q.Attention) and op.query is not None for op in group)
+        layer += attention
+        adds = any(isinstance(op, q.Experts) or getattr(op, "residual", None) for op in group)
+        if not isinstance(group[0], q.Norm):
+            name = "embedding"
+        elif attention:
+            name = f"layer {layer}, attention"
+        elif adds:
+            kind = "experts" if any(isinstance(op, q.Experts) for op in group) else "feed-forward"
+            name = f"layer {layer}, {kind}"
+        else:
+            name = "head"
+        found.append(Block(name, group))
+    return found
+
+
+def _queue(block: Block, tokens: dict[str, np.ndarray]) -> np.ndarray:
+    return tokens[next(op.output for op in block.operations if isinstance(op, q.Route))]
+
+
+def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
+           tokens: dict[str, np.ndarray], narrow: bool, frames: int) -> None:
+    """Add the products of an operation; note the shape of its output."""
+    linear = attention = 0
+    match op:
+        case q.Constant():
+            sizes[op.output] = op.value.shape
+        case q.Linear() | q.AddLinear() | q.Route():
+            rows = sizes[op.source][0]
+            residual = getattr(op, "residual", None)
+            sizes[op.output] = sizes[residual] if residual else (rows, len(op.weight))
+            linear = frames * rows * op.weight.size
+        case q.Norm():
+            sizes[op.output] = op.rows, sizes[op.source][1]
+        case q.Attention():
+            keys, channels = sizes[op.key]
+            rows = 1 if op.query is None else sizes[op.query][0]
+            sizes[op.output] = rows, channels
+            attention = frames * 2 * rows * keys * channels
+        case q.Experts():
+            sizes[op.output] = sizes[op.residual]
+            linear = int(tokens[op.route].sum()) * (op.up[0].size + op.down[0].size)
+    block.linear_macs += linear
+    block.narrow_macs += linear if narrow else 0
+    block.attention_macs += attention

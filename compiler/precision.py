@@ -1,0 +1,50 @@
+"""How many bits hold the weights of each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moeware.compiler.errors import CompileError
+
+__all__ = ["WEIGHT_BITS", "Precision"]
+
+# Of a weight, and the largest integer there is: -n ... n. Ternary weights are held like those of 4
+# bits.
+WEIGHT_BITS = {8: 127, 4: 7, 2: 1}
+KINDS = ("linear", "experts")
+
+
+@dataclass
+class Precision:
+    """Bits of weights, 8 where nothing is said.
+
+    bits : by a layer's name, a layer's name with one expert (``Experts_1/expert3``), or a kind of
+    layers, "linear" or "experts"; the most special name counts. Names are those that reports use.
+
+    Raises
+    ------
+    CompileError
+        A number of bits that weights cannot have; from `check`, a name that no layer has.
+    """
+
+    bits: Mapping[str, int] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        for name, bits in self.bits.items():
+            if bits not in WEIGHT_BITS:
+                raise CompileError(f"Weights of {name!r} must have {', '.join(map(str, WEIGHT_BITS))} "
+                                   f"bits, not {bits!r}")
+
+    def of(self, *names: str) -> int:
+        """Bits by the first of `names`, special ones first, that something is said about."""
+        for name in names:
+            if name in self.bits:
+                self.used.add(name)
+                return self.bits[name]
+        return 8
+
+    def check(self) -> None:
+        unknown = sorted(set(self.bits) - self.used - set(KINDS))
+        if unknown:
+            raise CompileError(f"Precision must name layers of the model or {' or '.join(KINDS)}, not "
+                               f"{', '.join(map(repr, unknown))}: `moeware check` lists the layers")

@@ -1,0 +1,141 @@
+"""Instructions of one device step in the making: transfers, constants, matrix products."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeware.compiler.lowered import Block, Buffer, Instr, Span
+from moeware.compiler.tile.products import channel_unit, tiles, weight_words
+from moeware.compiler.tile.tensors import Tensor, chunks
+from moeware.hw.arch import layout
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory, Opcode, Target
+
+__all__ = ["Assembly", "Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows that one LINEAR takes: of `source`, to `target` (channel 0; None: the router)."""
+
+    source: Span
+    target: Span | None
+    fields: dict = field(default_factory=dict)
+
+
+class Assembly:
+    """Instructions in the order in which they are emitted.
+
+    Inputs are loaded in pieces, each before the first instruction that reads it.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.instructions: list[Instr] = []
+        self._unloaded: dict[int, list[tuple[Span, Block, int, str]]] = {}  # by buffer
+        self._blocks: dict[str, Block] = {}  # constants, by name
+        self._tables = 0
+
+    def emit(self, opcode: Opcode, layer: str, reads=(), writes=(), **fields) -> None:
+        queue = {name: bool(fields.pop(name, False)) for name in ("queue_read", "queue_write")}
+        for span in reads:
+            self._fetch(span)
+        self.instructions.append(Instr(opcode, fields, layer, list(reads), list(writes), **queue))
+
+    # Transfers
+
+    def load(self, target: Span, block: Block, layer: str, *, expert: int | None = None,
+             offset: int = 0) -> None:
+        """A contiguous span from a block; for an expert only if it has tokens."""
+        condition = {} if expert is None else {"conditional": 1, "expert": expert,
+                                               "queue_read": True}
+        self.emit(Opcode.LOAD, layer, writes=[target], memory=target.buffer.memory, local=target,
+                  words=target.end - target.start, address=block[offset], **condition)
+
+    def load_later(self, target: Span, block: Block, layer: str, *, offset: int = 0) -> None:
+        """A load that is emitted when a first instruction reads from it."""
+        self._unloaded.setdefault(id(target.buffer), []).append((target, block, offset, layer))
+
+    def _fetch(self, span: Span) -> None:
+        waiting = self._unloaded.get(id(span.buffer), [])
+        for piece in [p for p in waiting if p[0].start < span.end and span.start < p[0].end]:
+            waiting.remove(piece)
+            self.load(piece[0], piece[1], piece[3], offset=piece[2])
+
+    def store(self, source: Span, block: Block, layer: str, *, offset: int = 0) -> None:
+        self.emit(Opcode.STORE, layer, reads=[source], memory=source.buffer.memory, local=source,
+                  words=source.end - source.start, address=block[offset])
+
+    def store_tensor(self, tensor: Tensor, block: Block, layer: str, *, cut: bool,
+                     group: int | None = None) -> None:
+        """All frames of a tensor, or one group of each. cut : in chunks of rows."""
+        size = block.bytes // tensor.frames
+        wanted = slice(None) if group is None else slice(group, group + 1)
+        for frame in range(tensor.frames):
+            for span, offset in list(tensor.pieces(frame, cut=cut))[wanted]:
+                self.store(span, block, layer, offset=frame * size + offset)
+
+    def constant(self, name: str, memory: Memory, words: np.ndarray, layer: str,
+                 expert: int | None = None) -> Span:
+        """A buffer that is loaded with words, uint8 [words, word_bytes]. A name stands for the same
+        words every time."""
+        if name not in self._blocks:
+            image = layout.pack(self.config, memory, words)
+            self._blocks[name] = Block(name, len(image), image)
+        span = Buffer(name, memory, len(words))[0]
+        self.load(span, self._blocks[name], layer, expert=expert)
+        return span
+
+    def table(self, table: np.ndarray | None, layer: str) -> tuple[dict, list[Span]]:
+        """Fields of LINEAR for a pointwise table, and the table's span."""
+        if table is None:
+            return {}, []
+        span = self.constant(f"{layer}/table", Memory.TABLE, table.view(np.uint8)[:, None], layer)
+        span.buffer.address = 256 * (self._tables % self.config.tables)
+        self._tables += 1
+        return {"tabled": 1, "table": span.buffer.address // 256}, [span]
+
+    # Matrix products
+
+    def narrow(self, bits: int) -> bool:
+        """Whether weights of so many bits go two to a multiplier."""
+        return bits <= 4 and bool(self.config.narrow)
+
+    def product(self, layer: str, weight: np.ndarray, affine: q.Affine, runs: list[Run], *,
+                bits: int = 8, name: str = "", reads=(), unit: int | None = None, first: bool = True,
+                last: bool = True, **fields) -> None:
+        """LINEAR for weight int8 [channels, source columns], tile after tile.
+
+        name : of the constants, where a layer has several products; unit : tiles start at multiples of it; first, last : cut the first, the last tile into
+        chunks of rows, so that it follows what makes the source, or leads what reads the target.
+        """
+        c, expert, narrow = self.config, fields.get("expert"), self.narrow(bits)
+        depth_words, to_activation = weight.shape[1] // c.depth, fields["target"] == Target.ACTIVATION
+        unit = unit or channel_unit(c, narrow, whole_words=to_activation)
+        per_word = c.depth if to_activation else c.lanes
+        for start, stop in tiles(c, layer, len(weight), depth_words, unit, narrow):
+            tile = f"{name or layer}/{start}"
+            weights = self.constant(f"{tile}/weight", Memory.WEIGHT,
+                                    weight_words(c, weight[start:stop], narrow), layer, expert)
+            params = layout.pack_params(c, affine.bias[start:stop], affine.multiplier[start:stop],
+                                        affine.shift[start:stop])
+            param = self.constant(f"{tile}/param", Memory.PARAM, params, layer, expert)
+            cut = first and start == 0 or last and stop == len(weight)
+            for run in self._cut(runs) if cut else runs:
+                place, writes = {}, []
+                if run.target is not None:
+                    writes = [run.target.columns(start // per_word,
+                                                 -(-(stop - start) // per_word))]
+                    place = {"destination": writes[0], "destination_stride": run.target.stride}
+                old = writes if fields.get("accumulate") else []
+                self.emit(Opcode.LINEAR, layer, [run.source, *reads, *old, weights, param], writes,
+                          rows=run.source.rows, source=run.source, source_stride=run.source.stride,
+                          source_words=depth_words, weight=weights, param=param,
+                          channels=stop - start, narrow=int(narrow), **place, **run.fields, **fields)
+
+    def _cut(self, runs: list[Run]) -> list[Run]:
+        return [dataclasses.replace(run, source=run.source.part(a, b),
+                                    target=run.target and run.target.part(a, b))
+                for run in runs for a, b in chunks(self.config, 0, run.source.rows)]

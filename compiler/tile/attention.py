@@ -1,0 +1,80 @@
+"""Attention, head by head."""
+
+import numpy as np
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.lowered import Span
+from moeware.compiler.tile.lowering import Lowering
+from moeware.compiler.tile.products import require
+from moeware.compiler.tile.rows import lower_head
+from moeware.compiler.tile.tensors import Tensor, chunks
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.isa import HEAD_WORDS, Memory, Opcode
+
+__all__ = ["attend", "lower_attention"]
+
+
+def lower_attention(lowering: Lowering, op: q.Attention) -> None:
+    if op.query is None:
+        _mean(lowering, op)
+        return
+    c, split = lowering.config, op.query in lowering.split
+    out, made = None, set()
+    for head in range(op.heads):
+        at = head * op.key_heads // op.heads
+        final = head == op.heads - 1
+        heads = ((op.key, at, 1), (op.value, at, 2), (op.query, head, 3))
+        for name, group, bank in heads if split else ():
+            if (name, group) not in made:
+                made.add((name, group))
+                lower_head(lowering, name, group, bank, first=head == 0,
+                           last=final and name == op.query)
+        query, key, value = (lowering.tensors[name] for name in (op.query, op.key, op.value))
+        if out is None:
+            _check(lowering, op, query, key)
+            out = lowering.tensor(op.output, Memory.ACTIVATION, query.rows, query.channels, 3)
+        for frame in range(lowering.frames):
+            for a, b in chunks(c, 0, query.rows) if final else [(0, query.rows)]:
+                # The last row of a causal chunk sees all keys that its chunk needs.
+                keys = key.rows - (query.rows - b if op.causal else 0)
+                attend(lowering, op, query.head(frame, head, a, b), key.head(frame, at),
+                        value.head(frame, at), out.head(frame, head, a, b), keys)
+    lowering.macs += 2 * query.rows * key.rows * query.channels
+
+
+def _check(lowering: Lowering, op: q.Attention, query: Tensor, key: Tensor) -> None:
+    require(key.rows, lowering.config.max_rows, f"The keys of {op.name}", "max_rows")
+    if query.width > HEAD_WORDS or query.width != key.width or not (
+        query.stride == key.stride == lowering.tensors[op.value].stride):
+        raise CompileError(f"A head of {op.name} must be at most {HEAD_WORDS} words of "
+                           f"{lowering.config.depth} channels, and queries, keys and values must lie "
+                           f"alike, not {query.width} words; use a configuration with a larger "
+                           "Config.depth, and as many heads of keys as of queries")
+
+
+def _mean(lowering: Lowering, op: q.Attention) -> None:
+    """The mean of the value rows: one query of zeros sees all keys alike."""
+    key, value = lowering.tensors[op.key], lowering.tensors[op.value]
+    require(key.rows, lowering.config.max_rows, f"The keys of {op.name}", "max_rows")
+    out = lowering.tensor(op.output, Memory.ACTIVATION, 1, value.channels, 3)
+    zeros = np.zeros((value.stride, lowering.config.depth), np.uint8)
+    query = lowering.assembly.constant(f"{op.output}/zeros", Memory.ACTIVATION, zeros, op.name)
+    for frame in range(lowering.frames):
+        for at in range(0, value.stride, HEAD_WORDS):
+            words = min(HEAD_WORDS, value.stride - at)
+            rows = slice(frame * key.rows, (frame + 1) * key.rows)
+            attend(lowering, op, query.columns(at, words),
+                    key.span(rows.start, rows.stop).columns(at, words),
+                    value.span(rows.start, rows.stop).columns(at, words),
+                    out.span(frame, frame + 1).columns(at, words), key.rows)
+    lowering.macs += 2 * key.rows * value.channels
+
+
+def attend(lowering: Lowering, op: q.Attention, query: Span, key: Span, value: Span, out: Span,
+           keys: int) -> None:
+    """One head of some query rows, which see the first `keys` keys or, causal, up to that many."""
+    lowering.assembly.emit(Opcode.ATTENTION, op.name, [query, key, value], [out], rows=query.rows,
+                           keys=keys, causal=int(op.causal), words=key.words, query=query, key=key,
+                           value=value, destination=out, stride=key.stride, destination_stride=out.stride,
+                           multiplier=op.multiplier, shift=op.shift, out_multiplier=op.out_multiplier,
+                           out_shift=op.out_shift)

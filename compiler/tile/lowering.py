@@ -1,0 +1,151 @@
+"""What the operations of one device step share while they become instructions."""
+
+import dataclasses
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.lowered import Block
+from moeware.compiler.quantise import QuantisedStep
+from moeware.compiler.tile.assembly import Assembly
+from moeware.compiler.tile.tensors import Tensor
+from moeware.hw.arch import layout
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.program import Port, Probe
+
+__all__ = ["Lowering", "Plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a lowering trades for room in the activation memory.
+
+    ahead : an expert's first product stands before the second one of the expert before, which hides
+    its latency and takes another buffer of hidden values. blocks : of rows, that a feed-forward
+    network's hidden values are made for, one block after another; its weights are loaded for each.
+    spill : every tensor lies in DRAM (see `tile.spill`).
+    """
+
+    ahead: bool = True
+    blocks: int = 1
+    spill: bool = False
+
+    def __str__(self) -> str:
+        if self.spill:
+            return "activations do not fit on chip and pass through DRAM"
+        if self.blocks > 1:
+            return f"hidden values are made in {self.blocks} blocks of rows, with weights for each"
+        return "activations stay on chip"
+
+
+class Lowering:
+    """Instructions, tensors, ports and probes of a step of `frames` frames in the making.
+
+    split : tensors whose heads are made one by one, by the attention that reads them; hidden :
+    tensors that their user makes block by block; deferred : the operations of both.
+    """
+
+    def __init__(self, step: QuantisedStep, config: Config, frames: int, trace: bool, plan: Plan):
+        self.step, self.config, self.frames = step, config, frames
+        self.trace, self.plan = trace, plan
+        self.assembly = Assembly(config)
+        self.tensors: dict[str, Tensor] = {}
+        self.groups, self.split = self._heads()
+        self.hidden = self._hidden() if plan.blocks > 1 else set()
+        self.deferred: dict[str, q.Linear] = {}
+        self.inputs: list[tuple[Port, Block]] = []
+        self.outputs: list[tuple[Port, Block]] = []
+        self.probes: list[tuple[Probe, Block]] = []
+        self.macs = 0
+
+    def _heads(self) -> tuple[dict[str, int], set[str]]:
+        """Groups of channels that start at a word, which are the heads of what attention reads and
+        writes; and the tensors that are made head by head."""
+        groups: dict[str, int] = {}
+        split: set[str] = set()
+        made = {op.output: op for op in self.step.operations}
+        for op in self.step.operations:
+            if not isinstance(op, q.Attention) or op.query is None:
+                continue
+            sources = {op.query: op.heads, op.key: op.key_heads, op.value: op.key_heads}
+            for tensor, count in (*sources.items(), (op.output, op.heads)):
+                if groups.setdefault(tensor, count) != count:
+                    raise CompileError(f"Tensor {tensor!r} must have one number of heads, not "
+                                       f"{groups[tensor]} and {count}")
+            if all(isinstance(made.get(tensor), q.Linear) and self._only_user(tensor, op)
+                   and self._head_fills_groups(made[tensor], count)
+                   for tensor, count in sources.items()):
+                split |= set(sources)
+        return groups, split
+
+    def _head_fills_groups(self, op: q.Operation, heads: int) -> bool:
+        """Whether heads apart from each other leave no output of the array without work."""
+        c = self.config
+        words = -(-(len(op.weight) // heads) // c.depth)
+        return words * c.depth % (c.outputs << self.assembly.narrow(op.bits)) == 0
+
+    def _hidden(self) -> set[str]:
+        """Hidden values of feed-forward networks: a Linear that only an AddLinear of as many rows
+        reads."""
+        users = [(op.source, op) for op in self.step.operations if isinstance(op, q.AddLinear)]
+        return {op.output for op in self.step.operations if isinstance(op, q.Linear)
+                for source, user in users
+                if source == op.output and user.residual and self._only_user(source, user)}
+
+    def users(self, tensor: str) -> list[q.Operation]:
+        roles = ("source", "residual", "query", "key", "value", "route")
+        return [op for op in self.step.operations
+                if any(isinstance(getattr(op, role, None), str) and getattr(op, role) == tensor
+                       for role in roles)]
+
+    def _only_user(self, tensor: str, op: q.Operation) -> bool:
+        return ([user is op for user in self.users(tensor)] == [True]
+                and tensor not in [port.tensor for port in self.step.outputs])
+
+    def is_deferred(self, op: q.Operation) -> bool:
+        return op.output in self.split or op.output in self.hidden
+
+    def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
+        self.tensors[name] = Tensor(self.config, name, memory, self.frames, rows, channels,
+                                    groups=self.groups.get(name, 1), split=name in self.split,
+                                    bank=bank)
+        return self.tensors[name]
+
+    def block(self, name: str, tensor: Tensor) -> Block:
+        """Room for a tensor of all frames in DRAM."""
+        return Block(name, self.frames * layout.aligned(tensor.region().bytes(self.config)))
+
+    def input(self, port: Port) -> None:
+        region = port.region
+        tensor = self.tensor(port.tensor, region.memory, region.rows, region.channels)
+        block = self.block(port.name, tensor)
+        self.inputs.append((dataclasses.replace(port, region=tensor.region()), block))
+        for frame in range(self.frames):
+            for span, offset in tensor.pieces(frame):
+                self.assembly.load_later(span, block, "input",
+                                         offset=frame * block.bytes // self.frames + offset)
+
+    def output(self, port: Port) -> None:
+        tensor = self.tensors[port.tensor]
+        block = self.block(port.name, tensor)
+        self.assembly.store_tensor(tensor, block, port.name, cut=True)
+        self.outputs.append((dataclasses.replace(port, region=tensor.region()), block))
+
+    def probe(self, operation: q.Operation, group: int | None = None) -> None:
+        """Store a result, or one head of it as soon as it is made."""
+        tensor, name = self.tensors[operation.output], operation.name
+        if not group:
+            probe = Probe(name=name, tensor=operation.output, region=tensor.region())
+            self.probes.append((probe, self.block(name, tensor)))
+        block = next(b for probe, b in self.probes if probe.tensor == operation.output)
+        self.assembly.store_tensor(tensor, block, name, cut=False, group=group)
+
+    def inherit(self, output: str, residual: str) -> Tensor:
+        """The stream is updated in place: its old value must not be needed any more."""
+        users = self.users(residual)
+        writers = [op.name for op in users if getattr(op, "residual", None) == residual]
+        if len(writers) > 1 or users[-1].name != writers[0]:
+            raise CompileError(f"Residual {residual!r} must not be used after {writers[0]!r} adds to "
+                               f"it, but {[op.name for op in users]} use it")
+        self.tensors[output] = self.tensors[residual]
+        return self.tensors[output]

@@ -1,0 +1,97 @@
+"""Matrix products cut into weight tiles that fit on chip.
+
+A tile is a run of output channels with the whole depth, so that a result needs no partial sums and
+the integers do not depend on the configuration.
+"""
+
+import math
+
+import numpy as np
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.tile.tensors import Tensor
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.config import Config
+
+__all__ = ["channel_unit", "filled", "require", "spread", "tiles", "weight_words"]
+
+SHARE = 4  # tiles that the weight memory holds: one at work, the others on their way
+
+
+def require(value: int, limit: int, what: str, field: str) -> None:
+    """Refuse what a configuration has no room for."""
+    if value > limit:
+        raise CompileError(f"{what} takes {value}, {value - limit} more than Config.{field} = "
+                           f"{limit}; use a configuration with more")
+
+
+def channel_unit(config: Config, narrow: bool, *, whole_words: bool) -> int:
+    """Tiles start at multiples of it: at an output group, and at a word of activations where the
+    results are such."""
+    group = config.outputs << narrow
+    return math.lcm(group, config.depth) if whole_words else group
+
+
+def tiles(config: Config, layer: str, channels: int, depth_words: int, unit: int,
+          narrow: bool) -> list[tuple[int, int]]:
+    """Channels [start, stop) of each tile: a share of the weight and parameter memories, so that
+    the next ones load meanwhile; more where too few output groups would not hide the fetch of a
+    token group; one unit at least.
+
+    Raises
+    ------
+    CompileError
+        The smallest tile does not fit.
+    """
+    group = config.outputs << narrow
+    require(depth_words, config.row_words, f"A row of {layer}", "row_words")
+
+    def fits(size: int, share: int) -> bool:
+        return (-(-size // group) * depth_words <= config.weight_words // share
+                and -(-size // config.lanes) <= config.param_words // share)
+
+    unit = min(unit, channels)
+    if not fits(unit, 1):
+        require(-(-unit // group) * depth_words, config.weight_words,
+                f"The smallest weight tile of {layer}, in words,", "weight_words")
+        require(-(-unit // config.lanes), config.param_words,
+                f"The smallest parameter tile of {layer}, in words,", "param_words")
+    size = unit
+    while size < channels and (fits(size + unit, SHARE)
+                               or size < config.tokens * group and fits(size + unit, 2)):
+        size += unit
+    return [(start, min(start + size, channels)) for start in range(0, channels, size)]
+
+
+def weight_words(config: Config, weight: np.ndarray, narrow: bool) -> np.ndarray:
+    """Words of the weight memory, uint8 [words, outputs * depth], of int8 [channels, columns] whose
+    columns are whole words."""
+    wide = 1 + narrow
+    group, depth_words = wide * config.outputs, weight.shape[1] // config.depth
+    groups = -(-len(weight) // group)
+    padded = np.zeros((groups * group, weight.shape[1]), np.int8)
+    padded[:len(weight)] = weight
+    words = padded.reshape(groups, wide, config.outputs, depth_words, config.depth)
+    words = words.transpose(1, 0, 3, 2, 4).reshape(wide, groups * depth_words, -1).view(np.uint8)
+    return words[0] if not narrow else words[0] & 15 | words[1] << 4
+
+
+def spread(weight: np.ndarray, source: Tensor) -> np.ndarray:
+    """Weight columns moved to where the source's channels lie in its rows; zeros elsewhere."""
+    columns = np.zeros((len(weight), source.stride * source.config.depth), np.int8)
+    columns[:, source.columns()] = weight
+    return columns
+
+
+def filled(weight: np.ndarray, affine: q.Affine, columns: np.ndarray,
+           width: int) -> tuple[np.ndarray, q.Affine]:
+    """Rows and parameters moved to `columns` of `width`; zero results elsewhere, as later products
+    read whole words."""
+    rows = np.zeros((width, weight.shape[1]), np.int8)
+    rows[columns] = weight
+    parts = {}
+    for name, default in (("bias", 0), ("multiplier", 0), ("shift", 1)):
+        array = getattr(affine, name)
+        parts[name] = np.full(width, default, array.dtype)
+        parts[name][columns] = array
+    return rows, q.Affine(**parts)

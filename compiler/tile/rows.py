@@ -1,0 +1,144 @@
+"""Linear, AddLinear, Constant and Norm: what works row by row."""
+
+import dataclasses
+
+import numpy as np
+
+from moeware.compiler.errors import CompileError
+from moeware.compiler.lowered import Block
+from moeware.compiler.tile.assembly import Run
+from moeware.compiler.tile.lowering import Lowering
+from moeware.compiler.tile.products import filled, require, spread
+from moeware.compiler.tile.tensors import Tensor, chunks
+from moeware.hw.arch import layout
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.isa import NORM_CHANNELS, Memory, Opcode, Target
+
+__all__ = ["head_rows", "lower_add_linear", "lower_constant", "lower_head", "lower_linear", "lower_norm"]
+
+
+def lower_constant(lowering: Lowering, op: q.Constant) -> None:
+    tensor = lowering.tensor(op.output, Memory.RESIDUAL, *op.value.shape)
+    image = tensor.region().pack(lowering.config, op.value)
+    block = Block(op.output, len(image), image)
+    for frame in range(lowering.frames):
+        rows = tensor.span(frame * tensor.rows, (frame + 1) * tensor.rows)
+        lowering.assembly.load(rows, block, op.name)
+
+
+def lower_linear(lowering: Lowering, op: q.Linear) -> None:
+    if lowering.is_deferred(op):
+        lowering.deferred[op.output] = op
+        return
+    source = lowering.tensors[op.source]
+    roles = {tensor: bank for o in lowering.step.operations if isinstance(o, q.Attention)
+             for bank, tensor in ((2, o.query), (1, o.key), (2, o.value))}
+    target = lowering.tensor(op.output, Memory.ACTIVATION, source.rows, len(op.weight),
+                             roles.get(op.output, 1))
+    _linear(lowering, op, target, Run(source.span(), target.span()))
+    lowering.macs += source.rows * op.weight.size
+
+
+def _linear(lowering: Lowering, op: q.Linear, target: Tensor, run: Run) -> None:
+    source = lowering.tensors[op.source]
+    weight, affine = filled(spread(op.weight, source), op.affine, target.columns(),
+                            target.stride * lowering.config.depth)
+    table, span = lowering.assembly.table(op.table, op.name)
+    lowering.assembly.product(op.name, weight, affine, [run], reads=span, bits=op.bits,
+                              target=Target.ACTIVATION, **table)
+
+
+def lower_head(lowering: Lowering, name: str, group: int, bank: int, *, first: bool,
+               last: bool) -> None:
+    """One head of queries, keys or values, of all frames."""
+    op = lowering.deferred[name]
+    source, depth = lowering.tensors[op.source], lowering.config.depth
+    if name not in lowering.tensors:
+        lowering.tensor(name, Memory.ACTIVATION, source.rows, len(op.weight), bank)
+    target = lowering.tensors[name]
+    part = head_rows(op, group, target.groups)
+    weight, affine = filled(spread(part.weight, source), part.affine,
+                            np.arange(len(part.weight)), target.width * depth)
+    table, span = lowering.assembly.table(op.table, op.name)
+    runs = [Run(source.span(frame * source.rows, (frame + 1) * source.rows),
+                target.head(frame, group)) for frame in range(lowering.frames)]
+    lowering.assembly.product(op.name, weight, affine, runs, name=part.name,
+                              reads=span, first=first, last=last, bits=op.bits, target=Target.ACTIVATION, **table)
+    lowering.macs += source.rows * part.weight.size
+    if lowering.trace:
+        lowering.probe(op, group)
+
+
+def head_rows(op: q.Linear, head: int, heads: int) -> q.Linear:
+    """The product that makes one of `heads` heads of an operation's output."""
+    size = len(op.weight) // heads
+    rows = slice(head * size, (head + 1) * size)
+    affine = q.Affine(bias=op.affine.bias[rows], multiplier=op.affine.multiplier[rows],
+                      shift=op.affine.shift[rows])
+    return dataclasses.replace(op, name=f"{op.name}/head{head}", weight=op.weight[rows],
+                               affine=affine)
+
+
+def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
+    if op.source in lowering.deferred:
+        _feed_forward(lowering, lowering.deferred[op.source], op)
+        return
+    source = lowering.tensors[op.source]
+    if op.residual is None:
+        target = lowering.tensor(op.output, Memory.RESIDUAL, source.rows, len(op.weight))
+    else:
+        target = lowering.inherit(op.output, op.residual)
+    if source.rows == target.rows:
+        runs = [Run(source.span(), target.span())]
+    else:
+        runs = [Run(source.span(frame * source.rows, (frame + 1) * source.rows),
+                    target.span(at, at + source.rows))
+                for frame in range(lowering.frames)
+                for at in [frame * target.rows + op.first_row]]
+    _add_linear(lowering, op, source, runs)
+    lowering.macs += source.rows * op.weight.size
+
+
+def _add_linear(lowering: Lowering, op: q.AddLinear, source: Tensor, runs: list[Run]) -> None:
+    lowering.assembly.product(op.name, spread(op.weight, source), op.affine, runs, bits=op.bits,
+                              target=Target.RESIDUAL, accumulate=int(op.residual is not None))
+
+
+def _feed_forward(lowering: Lowering, up: q.Linear, down: q.AddLinear) -> None:
+    """Both products for one block of rows after another."""
+    source, stream = lowering.tensors[up.source], lowering.inherit(down.output, down.residual)
+    rows = lowering.frames * source.rows
+    pieces = chunks(lowering.config, 0, rows)
+    size = -(-len(pieces) // lowering.plan.blocks)
+    for number in range(0, len(pieces), size):
+        first, last = pieces[number][0], pieces[min(number + size, len(pieces)) - 1][1]
+        block = Tensor(lowering.config, f"{up.output}/{first}", Memory.ACTIVATION, 1, last - first,
+                       len(up.weight), bank=1)
+        _linear(lowering, up, block, Run(source.span(first, last), block.span()))
+        _add_linear(lowering, down, block, [Run(block.span(), stream.span(first, last))])
+    lowering.macs += source.rows * (up.weight.size + down.weight.size)
+
+
+def lower_norm(lowering: Lowering, op: q.Norm) -> None:
+    c, source = lowering.config, lowering.tensors[op.source]
+    channels = source.channels
+    require(-(-channels // c.depth), c.row_words, f"A row of {op.name}", "row_words")
+    if channels > NORM_CHANNELS:
+        raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
+                           f"{channels}")
+    target = lowering.tensor(op.output, Memory.ACTIVATION, op.rows, channels)
+    words = layout.pack_params(c, op.affine.bias, op.affine.multiplier, op.affine.shift)
+    require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
+    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
+    if op.rows == source.rows:
+        pieces = [(a, b, a) for a, b in chunks(c, 0, lowering.frames * op.rows)]
+    else:
+        pieces = [(a, b, frame * source.rows + op.first_row + a - frame * op.rows)
+                  for frame in range(lowering.frames)
+                  for a, b in chunks(c, frame * op.rows, (frame + 1) * op.rows)]
+    for first, last, row in pieces:
+        read, write = source.span(row, row + last - first), target.span(first, last)
+        lowering.assembly.emit(Opcode.NORM, op.name, [read, params], [write], rows=last - first,
+                               mode=op.mode, channels=channels, source=read, source_stride=source.stride,
+                               destination=write, destination_stride=target.stride, param=params,
+                               epsilon=op.epsilon)

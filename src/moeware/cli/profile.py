@@ -1,0 +1,87 @@
+"""Where the cycles of a run go: by layer and engine, as a trace for Perfetto, as a roofline.
+
+The program runs on simulated gateware, and the folder gets profile.json, trace.json (open it at
+https://ui.perfetto.dev) and roofline.png. On a board only its counters can be had.
+"""
+
+import json
+from pathlib import Path
+
+HELP = "show where the cycles of a run go"
+
+
+def configure(parser) -> None:
+    parser.add_argument("program", help="program file from `moeware compile`")
+    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
+    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    parser.add_argument("--frame", type=int, default=0, help="which frame (default: 0, the first)")
+    parser.add_argument("-o", "--output", default=str(Path("build", "profile")),
+                        help="folder for the results (default: build/profile)")
+    parser.add_argument("--device", default="rtl", choices=["rtl", "board"],
+                        help="board: counters only (default: rtl)")
+    parser.add_argument("--port", help="serial port of the board")
+    parser.add_argument("--dram", default="sdram", choices=["ideal", "sdram", "ddr"],
+                        help="memory behind simulated gateware (default: sdram)")
+    parser.add_argument("--clock-mhz", type=float, default=100.0, metavar="MHZ",
+                        help="clock of simulated gateware (default: 100)")
+
+
+def run(arguments) -> dict:
+    from moeware.cli.inputs import read_inputs
+    from moeware.hw.arch.program import Program
+    program = Program.load(arguments.program)
+    if arguments.frame < 0:
+        raise ValueError(f"Frame to profile must be 0 or more, not {arguments.frame}")
+    feeds = {name: values[arguments.frame:] for name, values in read_inputs(
+        arguments.inputs, program, array=arguments.array, frames=arguments.frame + 1).items()}
+    if not all(len(values) for values in feeds.values()):
+        raise ValueError(f"Frame to profile must be one of {arguments.inputs}, not "
+                         f"{arguments.frame}")
+    out = Path(arguments.output)
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.device == "board":
+        facts = _board(program, feeds, arguments.port)
+    else:
+        facts = _simulated(program, feeds, out, arguments.dram, arguments.clock_mhz * 1e6)
+    facts["profile"] = str(out / "profile.json")
+    _write(out / "profile.json", facts)
+    return facts
+
+
+def _board(program, feeds: dict, port: str | None) -> dict:
+    import moeware
+    session = moeware.Session(program, "board", port=port, fallback=False)
+    session.run(None, feeds)
+    return {"placement": session.placement, "counters": session.last_counters[0]}
+
+
+def _simulated(program, feeds: dict, out: Path, dram: str, clock_hz: float) -> dict:
+    import moeware
+    from moeware.sim import dram as timings
+    from moeware.sim.profile_plot import roofline
+    from moeware.sim.profile_trace import trace
+    timing = {"ideal": timings.IDEAL, "sdram": timings.SDRAM_16BIT, "ddr": timings.DDR}[dram]
+    profiles = moeware.profile(program, feeds, dram=timing, clock_hz=clock_hz)
+    timelines = [profile.timeline for profile in profiles]
+    _write(out / "trace.json", trace(timelines))
+    roofline(out / "roofline.png", timelines, timing, clock_hz)
+    return {"placement": program.placement, "dram": dram, "clock_hz": clock_hz,
+            "trace": str(out / "trace.json"), "roofline": str(out / "roofline.png"),
+            "steps": [profile.to_dict() for profile in profiles]}
+
+
+def _write(path: Path, facts: dict) -> None:
+    path.write_text(json.dumps(facts, indent=None if path.stem == "trace" else 2))
+
+
+def text(facts: dict) -> str:
+    from moeware.cli.tables import counter_table, idle_table, layer_table, working_line
+    lines = [facts["placement"]]
+    if "counters" in facts:
+        lines.append(counter_table(facts["counters"]))
+    for step in facts.get("steps", []):
+        lines += [layer_table(step), counter_table(step["counters"]), working_line(step),
+                  idle_table(step)]
+    lines += [f"{what}: {facts[what]}" for what in ("profile", "trace", "roofline")
+              if what in facts]
+    return "\n".join(lines)
