@@ -4,6 +4,8 @@ from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from .slices import RegisterSlice
+
 __all__ = ["Divide", "Justify", "Reciprocal"]
 
 
@@ -141,7 +143,8 @@ class Reciprocal(wiring.Component):
     """``(r, e)``, exactly as `numerics.reciprocal`: ``1 / total ~ r / 2**(e + 15)``.
 
     A result comes `LATENCY` cycles after its total at the earliest; totals are taken up to one
-    every `INTERVAL` cycles, two in flight. A refused result stays, and then totals wait.
+    every `INTERVAL` cycles, once a few are in flight. A refused result stays, and then totals wait.
+    Registers keep a refusal from passing through all parts in one cycle.
 
     Members
     -------
@@ -150,7 +153,7 @@ class Reciprocal(wiring.Component):
     reciprocals : Out(stream.Signature(data.StructLayout({"r": 16, "e": 6})))
     """
 
-    LATENCY = 24
+    LATENCY = 26
     INTERVAL = 18
 
     totals: In(stream.Signature(32))
@@ -163,16 +166,20 @@ class Reciprocal(wiring.Component):
         # is at most 2**16: 17 bits, of which only the power of two itself needs the top one.
         m.submodules.divide = divide = Divide(48, 32, 17)
         length = Signal(6)
+        m.submodules.arriving = arriving = RegisterSlice(32)
+        m.submodules.justified = justified = RegisterSlice(justify.justified.payload.shape())
 
-        wiring.connect(m, wiring.flipped(self.totals), justify.values)
+        wiring.connect(m, wiring.flipped(self.totals), arriving.input)
+        wiring.connect(m, arriving.output, justify.values)
+        wiring.connect(m, justify.justified, justified.input)
         m.d.comb += [
             divide.operands.p.numerator.eq(Const(1 << 47, 48)),
-            divide.operands.p.denominator.eq(justify.justified.p.mantissa),
-            divide.operands.valid.eq(justify.justified.valid),
-            justify.justified.ready.eq(divide.operands.ready),
+            divide.operands.p.denominator.eq(justified.output.p.mantissa),
+            divide.operands.valid.eq(justified.output.valid),
+            justified.output.ready.eq(divide.operands.ready),
         ]
         with m.If(divide.operands.valid & divide.operands.ready):
-            m.d.sync += length.eq(justify.justified.p.length)
+            m.d.sync += length.eq(justified.output.p.length)
         quotient = divide.quotients.payload
         m.d.comb += [
             self.reciprocals.p.r.eq(quotient[:16] | quotient[16].replicate(16)),

@@ -148,7 +148,7 @@ class SDRAMController(wiring.Component):
         run = Signal(range(RUN_CHUNKS))
         change = Signal()
         admit_read, admit_write = Signal(), Signal()
-        free = ~following_valid | promote
+        free = ~following_valid  # not yet in the cycle of `promote`: that is known late in it
         m.d.comb += [
             change.eq(Mux(writing, read_fits & (~write_fits | (run == 0)),
                           write_fits & (~read_fits | (run == 0)))),

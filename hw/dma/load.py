@@ -81,15 +81,18 @@ class LoadEngine(wiring.Component):
 
         job = Signal(Job)
         active = Signal()
+        some, one = Signal(), Signal()  # words are left, or exactly one
         ending = Signal()  # the last words of the job before are in a register
         with m.If(~active & ~ending):
             m.d.comb += jobs.r_en.eq(1)
-            m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy)]
+            m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy),
+                         some.eq(Job(jobs.r_data).words != 0), one.eq(Job(jobs.r_data).words == 1)]
         streams, waits = self._streams(m)
-        wrote, used = self._repack(m, job, active, streams)
+        wrote, used = self._repack(m, job, active & some, one, streams)
         with m.If(wrote):
-            m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1)]
-        finished = active & ((job.words == 0) | (wrote & (job.words == 1)))
+            m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1),
+                         some.eq(~one), one.eq(job.words == 2)]
+        finished = active & (~some | (wrote & one))
         shared = Cat(job.memory == memory for memory in SHARED).any()
         m.d.sync += self.engine.done.eq((finished & ~shared) | (ending & ~waits))
         with m.If(finished):
@@ -102,7 +105,7 @@ class LoadEngine(wiring.Component):
                      self.engine.stalled.eq(active & ~finished & ~used)]
         return m
 
-    def _repack(self, m, job, active, streams):
+    def _repack(self, m, job, active, one, streams):
         """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
@@ -125,7 +128,7 @@ class LoadEngine(wiring.Component):
                 last_part = part == geometry.parts - 1
                 with m.Case(memory):
                     m.d.comb += [
-                        used.eq(active & beat_valid & (job.words != 0) & out.ready),
+                        used.eq(active & beat_valid & out.ready),
                         wrote.eq(used),
                         pop.eq(used),
                     ]
@@ -133,11 +136,11 @@ class LoadEngine(wiring.Component):
                         with m.If(~last_part):
                             m.d.comb += [used.eq(active & beat_valid), wrote.eq(0)]
                     else:
-                        m.d.comb += pop.eq(used & (last_part | (job.words == 1)))
+                        m.d.comb += pop.eq(used & (last_part | one))
                         with m.If(used):
                             m.d.sync += beat.eq(beat >> geometry.word_bits)
                     may_write = last_part if geometry.spread else 1
-                    m.d.comb += out.valid.eq(active & beat_valid & (job.words != 0) & may_write)
+                    m.d.comb += out.valid.eq(active & beat_valid & may_write)
                 whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
                 m.d.comb += out.p.data.eq(whole[:geometry.word_bits])
 

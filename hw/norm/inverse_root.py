@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..divide import Divide, Justify
 from ..root import Root
+from ..slices import RegisterSlice
 from .variance import Moments
 
 __all__ = ["InverseRoot", "RowScale"]
@@ -27,8 +28,9 @@ class InverseRoot(wiring.Component):
     number and rounds the same. A variance of 0 gives some inverse: every value of such a row equals
     its mean, so that the product is 0.
 
-    A row every `INTERVAL` cycles; the first `LATENCY` cycles after its moments. Up to four rows are
-    inside, and a refused result stays without holding up the next row's division.
+    A row every `INTERVAL` cycles; the first `LATENCY` cycles after its moments. Up to six rows are
+    inside, and a refused result stays without holding up the next row's division. Between the units
+    are registers: a refusal does not pass through all of them in one cycle.
 
     Members
     -------
@@ -37,7 +39,7 @@ class InverseRoot(wiring.Component):
     """
 
     INTERVAL = 19
-    LATENCY = 43
+    LATENCY = 44
 
     moments: In(stream.Signature(Moments))
     scales: Out(stream.Signature(RowScale))
@@ -50,6 +52,9 @@ class InverseRoot(wiring.Component):
 
         # What belongs to a row moves with it from unit to unit.
         beside = data.StructLayout({"total": signed(27), "factor": 11, "half": 5})
+        m.submodules.rooted = rooted = RegisterSlice(data.StructLayout(
+            {"root": 16, "beside": beside}))
+        m.submodules.scaled = scaled = RegisterSlice(RowScale)
         justifying, rooting, dividing = (
             Signal(beside, name=name) for name in ("justifying", "rooting", "dividing"))
         m.d.comb += [
@@ -62,11 +67,11 @@ class InverseRoot(wiring.Component):
             justify.justified.ready.eq(root.values.ready),
 
             divide.operands.p.numerator.eq(Const(1 << 32, 33)),
-            divide.operands.p.denominator.eq(root.roots.payload),
-            divide.operands.valid.eq(root.roots.valid),
-            root.roots.ready.eq(divide.operands.ready),
-
-            divide.quotients.ready.eq(~self.scales.valid | self.scales.ready),
+            rooted.input.valid.eq(root.roots.valid), root.roots.ready.eq(rooted.input.ready),
+            rooted.input.p.root.eq(root.roots.payload), rooted.input.p.beside.eq(rooting),
+            divide.operands.p.denominator.eq(rooted.output.p.root),
+            divide.operands.valid.eq(rooted.output.valid),
+            rooted.output.ready.eq(divide.operands.ready),
         ]
         with m.If(justify.values.valid & justify.values.ready):
             m.d.sync += [justifying.total.eq(self.moments.p.total),
@@ -75,15 +80,16 @@ class InverseRoot(wiring.Component):
             m.d.sync += [rooting.eq(justifying),
                          rooting.half.eq(justify.justified.p.length >> 1)]
         with m.If(divide.operands.valid & divide.operands.ready):
-            m.d.sync += dividing.eq(rooting)
+            m.d.sync += dividing.eq(rooted.output.p.beside)
 
         quotient = divide.quotients.payload
-        with m.If(divide.quotients.ready):
-            m.d.sync += [
-                self.scales.valid.eq(divide.quotients.valid),
-                self.scales.p.inverse.eq(Mux(quotient[17], 1 << 16, quotient[:17])),
-                self.scales.p.shift.eq(dividing.half + 6 - quotient[17]),
-                self.scales.p.total.eq(dividing.total),
-                self.scales.p.factor.eq(dividing.factor),
-            ]
+        m.d.comb += [
+            scaled.input.valid.eq(divide.quotients.valid),
+            divide.quotients.ready.eq(scaled.input.ready),
+            scaled.input.p.inverse.eq(Mux(quotient[17], 1 << 16, quotient[:17])),
+            scaled.input.p.shift.eq(dividing.half + 6 - quotient[17]),
+            scaled.input.p.total.eq(dividing.total),
+            scaled.input.p.factor.eq(dividing.factor),
+        ]
+        wiring.connect(m, scaled.output, wiring.flipped(self.scales))
         return m

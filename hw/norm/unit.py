@@ -2,15 +2,15 @@
 
 from itertools import pairwise
 
-from amaranth import Cat, Module, Mux, Signal, Value, signed
-from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO
+from amaranth import Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
 from ..arch.isa import NORM_CHANNELS, NormMode, Opcode
 from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
 from ..requantise import Requantise
+from ..slices import RegisterSlice
 from .inverse_root import InverseRoot
 from .normalise import Normalise
 from .reader import RowReader
@@ -20,9 +20,6 @@ from .variance import Variance
 from .writer import RowWriter
 
 __all__ = ["NormUnit"]
-
-RESULTS = 4  # words that wait for the writer
-
 
 class NormUnit(wiring.Component):
     """Executes NORM: rows of the residual memory to rows of int8 in the activation memory.
@@ -94,24 +91,21 @@ class NormUnit(wiring.Component):
         wiring.connect(m, variance.moments, inverse_root.moments)
 
         self._distribute(m, residual_reader, param_reader, variance, writer)
-        results = self._decoupled(m, writer.words)
-        self._apply(m, queue.leaving, param_reader.words, inverse_root.scales, results)
+        # `advance` of what follows enables a whole pipeline, far spread: it must neither wait for
+        # what lies around it nor be waited for.
+        words, params, results = (self._slice(m, name, shape) for name, shape in (
+            ("words", residual_reader.word), ("params", param_reader.word),
+            ("results", writer.words.payload.shape())))
+        wiring.connect(m, queue.leaving, words.input)
+        wiring.connect(m, param_reader.words, params.input)
+        wiring.connect(m, results.output, writer.words)
+        self._apply(m, words.output, params.output, inverse_root.scales, results.input)
         self._report(m, writer.done)
         return m
 
-    def _decoupled(self, m, taken):
-        """A stream that feeds `taken`, through a queue: `advance` enables a whole pipeline, far
-        spread, and must not wait for the arbiters behind the write port."""
-        results = stream.Signature(taken.payload.shape()).create()
-        m.submodules.results = fifo = SyncFIFO(
-            width=len(Value.cast(taken.payload)), depth=RESULTS)
-        m.d.comb += [
-            fifo.w_data.eq(results.payload), fifo.w_en.eq(results.valid),
-            results.ready.eq(fifo.w_rdy),
-            taken.payload.eq(fifo.r_data), taken.valid.eq(fifo.r_rdy),
-            fifo.r_en.eq(taken.ready),
-        ]
-        return results
+    def _slice(self, m, name, shape):
+        m.submodules[name] = part = RegisterSlice(shape)
+        return part
 
     def _distribute(self, m, residual_reader, param_reader, variance, writer):
         """One instruction is held until each part has taken what it needs of it."""
