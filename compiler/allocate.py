@@ -1,14 +1,19 @@
 """Addresses: buffers in the on-chip memories, blocks in DRAM."""
 
+from dataclasses import dataclass
+
 from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Buffer, Lowered
 from moeware.hw.arch import isa, layout
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.isa import Engine, Memory
 
 __all__ = ["allocate", "place_blocks", "rings"]
 
-RESTS = (96, 48, 24, 12, 0)  # instructions between two owners of a word
+# Where a buffer may go, in the order of preference: instructions that its words have rested, and
+# whether they must lie in its bank.
+ROOMS = ((96, True), (48, True), (24, True), (12, True), (96, False), (24, False), (12, False),
+         (0, True), (0, False))
 
 
 def rings(lowered: Lowered, config: Config) -> None:
@@ -24,37 +29,64 @@ def rings(lowered: Lowered, config: Config) -> None:
 
 
 def allocate(lowered: Lowered, config: Config) -> Lowered:
-    """Place activation and residual buffers: lowest free address over the buffer's lifetime, an
-    activation buffer in its bank where there is room. Where banks leave gaps that are too small,
-    all are placed without regard to them. Words are given away the later after their last use the
-    more room there is, as the next owner waits for that use.
+    """Place activation and residual buffers, each over its lifetime, at the lowest free address.
+
+    An activation buffer lies in its bank where there is room, so that engines do not meet there; where
+    banks leave gaps that are too small, all are placed without regard to them. Words that another
+    engine may still read are given away the later the more room there is, as their next owner waits
+    for it.
 
     Raises
     ------
     CompileError
         A buffer does not fit: which, and by how much.
     """
-    lifetimes = _lifetimes(lowered)
+    uses = _uses(lowered)
     for memory, words in ((Memory.ACTIVATION, config.activation_banks * config.activation_words),
                           (Memory.RESIDUAL, config.residual_words)):
         buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
         banks = (config.activation_words, 0) if memory is Memory.ACTIVATION else (0,)
-        if not any(_place(buffers, lifetimes, words, bank, rests)
-                   for bank in banks for rests in (RESTS, RESTS[-1:])):
-            _refuse(buffers, lifetimes, words)
+        if not any(_place(buffers, uses, words, bank, rooms)
+                   for bank in banks for rooms in (ROOMS, ROOMS[-2:])):
+            _refuse(buffers, uses, words)
     return lowered
 
 
-def _place(buffers: list[Buffer], lifetimes, words: int, bank: int, rests) -> bool:
-    """First fit, from the start of each buffer's bank, among words that have rested; whether all have
-    an address. What lives in bank 0 stays there, so that the rest is not cut into pieces."""
+@dataclass
+class _Use:
+    """First and last instruction that touches a buffer, the engine of the first, those that read."""
+
+    first: int
+    last: int
+    writer: Engine
+    readers: set[Engine]
+
+
+def _uses(lowered: Lowered) -> dict[int, _Use]:
+    uses: dict[int, _Use] = {}
+    for number, instr in enumerate(lowered.instructions):
+        for span in instr.reads + instr.writes:
+            use = uses.setdefault(id(span.buffer), _Use(number, number, instr.engine, set()))
+            use.last = number
+        for span in instr.reads:
+            uses[id(span.buffer)].readers.add(instr.engine)
+    return uses
+
+
+def _place(buffers: list[Buffer], uses: dict[int, _Use], words: int, bank: int, rooms) -> bool:
+    """Each buffer in the first of `rooms` that has a place; whether all have one. What lives in bank 0
+    does not look for words that have rested, so that the memory is not cut into pieces."""
     placed: list[Buffer] = []
     for buffer in buffers:
         buffer.address = None
-        for rest in rests if buffer.bank else rests[-1:]:
-            live = _beside(buffer, placed, lifetimes, rest)
-            address = _lowest(buffer.words, live, buffer.bank * bank, words)
-            buffer.address = _lowest(buffer.words, live, 0, words) if address is None else address
+        start = max(0, min(buffer.bank * bank, words - buffer.words))
+        for rest, own in rooms if buffer.bank else ROOMS[-2:]:
+            live = _beside(buffer, placed, uses, rest)
+            # A buffer that is larger than its bank goes on into the next ones.
+            end = start + bank if own and buffer.words <= bank else words
+            buffer.address = _lowest(buffer.words, live, start, end)
+            if buffer.address is None and not own:
+                buffer.address = _lowest(buffer.words, live, 0, words)
             if buffer.address is not None:
                 break
         else:
@@ -63,21 +95,17 @@ def _place(buffers: list[Buffer], lifetimes, words: int, bank: int, rests) -> bo
     return True
 
 
-def _beside(buffer: Buffer, placed: list[Buffer], lifetimes, rest: int = 0) -> list[Buffer]:
-    """Buffers that are in use while this one is, or were within `rest` instructions before."""
-    first, last = lifetimes[id(buffer)]
-    return [other for other in placed
-            if lifetimes[id(other)][0] <= last and first <= lifetimes[id(other)][1] + rest]
-
-
-def _lifetimes(lowered: Lowered) -> dict[int, tuple[int, int]]:
-    """First and last instruction that touches each buffer."""
-    lifetimes: dict[int, tuple[int, int]] = {}
-    for number, instr in enumerate(lowered.instructions):
-        for span in instr.reads + instr.writes:
-            first, _ = lifetimes.get(id(span.buffer), (number, number))
-            lifetimes[id(span.buffer)] = first, number
-    return lifetimes
+def _beside(buffer: Buffer, placed: list[Buffer], uses: dict[int, _Use],
+            rest: int = 0) -> list[Buffer]:
+    """Buffers that are in use while this one is, or were within `rest` instructions before by other
+    engines than the one that will write here: an engine need not wait for itself."""
+    mine, live = uses[id(buffer)], []
+    for other in placed:
+        use = uses[id(other)]
+        pause = rest if use.readers - {mine.writer} else 0
+        if use.first <= mine.last and mine.first <= use.last + pause:
+            live.append(other)
+    return live
 
 
 def _lowest(words: int, live: list[Buffer], start: int, end: int) -> int | None:
@@ -91,10 +119,10 @@ def _lowest(words: int, live: list[Buffer], start: int, end: int) -> int | None:
     return address if address + words <= end else None
 
 
-def _refuse(buffers: list[Buffer], lifetimes, words: int) -> None:
+def _refuse(buffers: list[Buffer], uses: dict[int, _Use], words: int) -> None:
     """Name the buffer that `_place` found no room for."""
     number, buffer = next((n, b) for n, b in enumerate(buffers) if b.address is None)
-    live = _beside(buffer, buffers[:number], lifetimes)
+    live = _beside(buffer, buffers[:number], uses)
     name = buffer.memory.name.lower()
     short = buffer.words + sum(other.words for other in live) - words
     others = ", ".join(f"{other.name} ({other.words})" for other in live) or "nothing"

@@ -69,13 +69,13 @@ class Assembly:
                   words=source.end - source.start, address=block[offset])
 
     def store_tensor(self, tensor: Tensor, block: Block, layer: str, *, cut: bool,
-                     group: int | None = None) -> None:
-        """All frames of a tensor, or one group of each. cut : in chunks of rows."""
+                     frame: int | None = None, group: int | None = None) -> None:
+        """A tensor, or one group of one frame of it. cut : in chunks of rows."""
         size = block.bytes // tensor.frames
         wanted = slice(None) if group is None else slice(group, group + 1)
-        for frame in range(tensor.frames):
-            for span, offset in list(tensor.pieces(frame, cut=cut))[wanted]:
-                self.store(span, block, layer, offset=frame * size + offset)
+        for each in range(tensor.frames) if frame is None else [frame]:
+            for span, offset in list(tensor.pieces(each, cut=cut))[wanted]:
+                self.store(span, block, layer, offset=each * size + offset)
 
     def constant(self, name: str, memory: Memory, words: np.ndarray, layer: str,
                  expert: int | None = None) -> Span:

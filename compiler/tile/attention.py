@@ -18,27 +18,27 @@ def lower_attention(lowering: Lowering, op: q.Attention) -> None:
     if op.query is None:
         _mean(lowering, op)
         return
-    c, split = lowering.config, op.query in lowering.split
-    out, made = None, set()
-    for head in range(op.heads):
-        at = head * op.key_heads // op.heads
-        final = head == op.heads - 1
-        heads = ((op.key, at, 1), (op.value, at, 2), (op.query, head, 3))
-        for name, group, bank in heads if split else ():
-            if (name, group) not in made:
-                made.add((name, group))
-                lower_head(lowering, name, group, bank, first=head == 0,
-                           last=final and name == op.query)
-        query, key, value = (lowering.tensors[name] for name in (op.query, op.key, op.value))
-        if out is None:
-            _check(lowering, op, query, key)
-            out = lowering.tensor(op.output, Memory.ACTIVATION, query.rows, query.channels, 3)
-        for frame in range(lowering.frames):
+    c = lowering.config
+    for frame in range(lowering.frames):
+        made = set()
+        for head in range(op.heads):
+            at = head * op.key_heads // op.heads
+            final = head == op.heads - 1
+            for name, group, bank in ((op.key, at, 1), (op.value, at, 2), (op.query, head, 1)):
+                if name in lowering.split and (name, group) not in made:
+                    made.add((name, group))
+                    lower_head(lowering, name, frame, group, bank, first=head == 0,
+                               last=final and name == op.query)
+            query, key, value = (lowering.tensors[name] for name in (op.query, op.key, op.value))
+            if op.output not in lowering.tensors:
+                _check(lowering, op, query, key)
+                lowering.tensor(op.output, Memory.ACTIVATION, query.rows, query.channels, 3)
+            out = lowering.tensors[op.output]
             for a, b in chunks(c, 0, query.rows) if final else [(0, query.rows)]:
                 # The last row of a causal chunk sees all keys that its chunk needs.
                 keys = key.rows - (query.rows - b if op.causal else 0)
                 attend(lowering, op, query.head(frame, head, a, b), key.head(frame, at),
-                        value.head(frame, at), out.head(frame, head, a, b), keys)
+                       value.head(frame, at), out.head(frame, head, a, b), keys)
     lowering.macs += 2 * query.rows * key.rows * query.channels
 
 

@@ -139,14 +139,15 @@ class Lowering:
         self.assembly.store_tensor(tensor, block, port.name, cut=True)
         self.outputs.append((dataclasses.replace(port, region=tensor.region()), block))
 
-    def probe(self, operation: q.Operation, group: int | None = None) -> None:
-        """Store a result, or one head of it as soon as it is made."""
+    def probe(self, operation: q.Operation, frame: int | None = None,
+              group: int | None = None) -> None:
+        """Store a result, or one head of one frame of it as soon as that is made."""
         tensor, name = self.tensors[operation.output], operation.name
-        if not group:
+        if not (frame or group):
             probe = Probe(name=name, tensor=operation.output, region=tensor.region())
             self.probes.append((probe, self.block(name, tensor)))
         block = next(b for probe, b in self.probes if probe.tensor == operation.output)
-        self.assembly.store_tensor(tensor, block, name, cut=False, group=group)
+        self.assembly.store_tensor(tensor, block, name, cut=False, frame=frame, group=group)
 
     def inherit(self, output: str, residual: str) -> Tensor:
         """The stream is updated in place: its old value must not be needed any more."""

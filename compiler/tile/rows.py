@@ -48,9 +48,12 @@ def _linear(lowering: Lowering, op: q.Linear, target: Tensor, run: Run) -> None:
                               target=Target.ACTIVATION, **table)
 
 
-def lower_head(lowering: Lowering, name: str, group: int, bank: int, *, first: bool,
+def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *, first: bool,
                last: bool) -> None:
-    """One head of queries, keys or values, of all frames."""
+    """One head of queries, keys or values of one frame.
+
+    Other frames load its weights again: their heads would take more room than that is worth.
+    """
     op = lowering.deferred[name]
     source, depth = lowering.tensors[op.source], lowering.config.depth
     if name not in lowering.tensors:
@@ -60,13 +63,14 @@ def lower_head(lowering: Lowering, name: str, group: int, bank: int, *, first: b
     weight, affine = filled(spread(part.weight, source), part.affine,
                             np.arange(len(part.weight)), target.width * depth)
     table, span = lowering.assembly.table(op.table, op.name)
-    runs = [Run(source.span(frame * source.rows, (frame + 1) * source.rows),
-                target.head(frame, group)) for frame in range(lowering.frames)]
-    lowering.assembly.product(op.name, weight, affine, runs, name=part.name,
+    run = Run(source.span(frame * source.rows, (frame + 1) * source.rows),
+              target.head(frame, group))
+    lowering.assembly.product(op.name, weight, affine, [run], name=part.name,
                               reads=span, first=first, last=last, bits=op.bits, target=Target.ACTIVATION, **table)
-    lowering.macs += source.rows * part.weight.size
+    if frame == 0:
+        lowering.macs += source.rows * part.weight.size
     if lowering.trace:
-        lowering.probe(op, group)
+        lowering.probe(op, frame, group)
 
 
 def head_rows(op: q.Linear, head: int, heads: int) -> q.Linear:
