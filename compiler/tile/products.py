@@ -34,9 +34,9 @@ def channel_unit(config: Config, narrow: bool, *, whole_words: bool) -> int:
 
 def tiles(config: Config, layer: str, channels: int, depth_words: int, unit: int,
           narrow: bool) -> list[tuple[int, int]]:
-    """Channels [start, stop) of each tile: a share of the weight and parameter memories, so that
-    the next ones load meanwhile; more where too few output groups would not hide the fetch of a
-    token group; one unit at least.
+    """Channels [start, stop) of each tile, of about one size: a share of the weight and parameter
+    memories, so that the next ones load meanwhile; more where too few output groups would not hide the
+    fetch of a token group; one unit at least.
 
     Raises
     ------
@@ -56,11 +56,16 @@ def tiles(config: Config, layer: str, channels: int, depth_words: int, unit: int
                 f"The smallest weight tile of {layer}, in words,", "weight_words")
         require(-(-unit // config.lanes), config.param_words,
                 f"The smallest parameter tile of {layer}, in words,", "param_words")
-    size = unit
-    while size < channels and (fits(size + unit, SHARE)
-                               or size < config.tokens * group and fits(size + unit, 2)):
-        size += unit
-    return [(start, min(start + size, channels)) for start in range(0, channels, size)]
+    units = -(-channels // unit)
+
+    def size(count: int) -> int:
+        return min(-(-units // count) * unit, channels)
+
+    count = next((n for n in range(1, units) if fits(size(n), SHARE)), units)
+    while count > 1 and size(count) <= config.tokens * group and fits(size(count - 1), 2):
+        count -= 1
+    return [(start, min(start + size(count), channels))
+            for start in range(0, channels, size(count))]
 
 
 def weight_words(config: Config, weight: np.ndarray, narrow: bool) -> np.ndarray:
