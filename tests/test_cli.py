@@ -10,6 +10,7 @@ import pytest
 
 import moeware
 from moeware import cli
+from moeware.cli import compile as compile_command
 from moeware.cli import doctor, tables
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.program import Program
@@ -91,6 +92,9 @@ def test_compile_simulate_and_demo(moe, folder, monkeypatch):
                        "--trace", "--json"))
     assert result["program"] == "digits.moe" and (folder / "digits.moe").stat().st_size > 1000
     assert int(result["config_digest"], 0) == CONFIG.digest and result["macs_per_frame"] > 1e6
+    estimate = result["estimate"]
+    assert 0 < estimate["cycles"] == sum(step["cycles"] for step in estimate["steps"])
+    assert "cycles a frame" in compile_command.text(result)
     images = ("samples.npz", "--array", "images")
     result = facts(moe("simulate", "digits.moe", *images, "--frames", "2", "--compare", "--json",
                        "--device", "golden", "--device", "torch"))
@@ -98,6 +102,8 @@ def test_compile_simulate_and_demo(moe, folder, monkeypatch):
     assert result["devices"]["golden"]["counters"]["instructions"] > 50
     result = facts(moe("profile", "digits.moe", *images, "--frame", "1", "-o", "profile", "--json"))
     assert {"trace", "roofline"} <= set(result) and len(result["steps"]) == 1
+    cycles, = result["estimated_cycles"]
+    assert abs(cycles / result["steps"][0]["cycles"] - 1) < 0.05
     assert json.loads((folder / "profile" / "profile.json").read_text()) == result
     assert json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
     assert (folder / "profile" / "roofline.png").read_bytes().startswith(b"\x89PNG")
