@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from moeware.hw.arch.config import Config
 from moeware.sim.dram import DDR, IDEAL, SDRAM_16BIT, DramTiming
 
-__all__ = ["TARGETS", "Target", "gemm_target"]
+__all__ = ["TARGETS", "Target", "gemm_target", "in_flight"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,18 @@ _INT8 = (
 )
 TARGETS = {target.name: target for plain in _INT8
            for target in (plain, _with_narrow_experts(plain))}
+
+
+def in_flight(target: Target, frames: int, rows: int, channels: int) -> Target:
+    """The same with room for frames in flight: the stream of each, of `rows` x `channels`, queues that
+    hold the rows of all, and as many times the activations; else products would be done in parts, with
+    their weights loaded again for each."""
+    config = target.config
+    words = frames * rows * -(-channels // config.lanes)
+    more = {"activation_words": frames * config.activation_words,
+            "max_rows": max(config.max_rows, frames * rows),
+            "residual_words": max(config.residual_words, words)}
+    return replace(target, config=replace(config, **more))
 
 
 def gemm_target(multipliers: int, bus_bits: int) -> Target:

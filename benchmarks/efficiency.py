@@ -43,12 +43,12 @@ class Block:
 
 
 def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[str, tuple[int, int]],
-           tokens: dict[str, np.ndarray], config: Config, *, frames: int = 1) -> list[Block]:
+           chosen: dict[str, np.ndarray], config: Config, *, frames: int = 1) -> list[Block]:
     """The blocks of a device step in the order of execution.
 
     instructions : of the step, lowered, of `frames` frames in flight together; shapes : rows and
-    channels of the step's inputs; tokens : how many came to each expert, all frames together, int64
-    [experts] by the route's name.
+    channels of the step's inputs; chosen : the experts of each row, those of one frame after those of
+    the other, int64 [frames * rows, chosen] by the route's name.
 
     Raises
     ------
@@ -57,6 +57,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
     """
     found = _split(operations)
     place = {op.name: block for block in found for op in block.operations}
+    queues = _Queues(operations, chosen)
     narrow: set[tuple[str, int | None]] = set()  # operations, or with an expert, on 4-bit weights
     for instr in instructions:
         name = _operation(instr.layer, place)
@@ -67,17 +68,19 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
         else:
             raise ValueError(f"Instruction of layer {instr.layer!r} must belong to one of {list(place)}")
         fields = instr.fields
+        if instr.queue_write:
+            queues.route(name, fields["rows"], keep=bool(fields.get("append")))
         if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
             narrow.add((name, fields.get("expert")))
         if instr.opcode in (Opcode.LOAD, Opcode.STORE):
-            if fields.get("conditional") and not _queue(block, tokens)[fields["expert"]]:
+            if fields.get("conditional") and not queues.lengths[fields["expert"]]:
                 continue
             block.bytes += config.bus_bytes * layout.beats(config, Memory(fields["memory"]),
                                                            fields["words"])
     sizes = dict(shapes)
     for block in found:
         for op in block.operations:
-            _count(op, block, sizes, tokens, narrow, frames)
+            _count(op, block, sizes, chosen, narrow, frames)
     return found
 
 
@@ -127,12 +130,26 @@ def _split(operations: list[q.Operation]) -> list[Block]:
     return found
 
 
-def _queue(block: Block, tokens: dict[str, np.ndarray]) -> np.ndarray:
-    return tokens[next(op.output for op in block.operations if isinstance(op, q.Route))]
+class _Queues:
+    """Rows in the experts' queues, as routing instructions fill them in the order of the rows."""
+
+    def __init__(self, operations: list[q.Operation], chosen: dict[str, np.ndarray]):
+        self._chosen = {op.name: chosen[op.output] for op in operations if isinstance(op, q.Route)}
+        self._experts = {op.name: len(op.weight) for op in operations if isinstance(op, q.Route)}
+        self._done = dict.fromkeys(self._chosen, 0)
+        self.lengths = np.zeros(0, np.int64)
+
+    def route(self, name: str, rows: int, *, keep: bool) -> None:
+        """The next rows of the route `name`; keep : behind what the queues hold already."""
+        first = self._done[name]
+        self._done[name] += rows
+        counts = np.bincount(self._chosen[name][first:first + rows].ravel(),
+                             minlength=self._experts[name])
+        self.lengths = self.lengths + counts if keep else counts
 
 
 def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
-           tokens: dict[str, np.ndarray], narrow: set[tuple[str, int | None]], frames: int) -> None:
+           chosen: dict[str, np.ndarray], narrow: set[tuple[str, int | None]], frames: int) -> None:
     """Add the products of an operation; note the shape of its output."""
     linear = attention = halved = 0
     match op:
@@ -153,7 +170,8 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
             attention = frames * 2 * rows * keys * channels
         case q.Experts():
             sizes[op.output] = sizes[op.residual]
-            macs = tokens[op.route] * (op.up[0].size + op.down[0].size)
+            tokens = np.bincount(chosen[op.route].ravel(), minlength=len(op.up))
+            macs = tokens * (op.up[0].size + op.down[0].size)
             linear = int(macs.sum())
             halved = int(sum(macs[expert] for expert in range(len(macs))
                              if (op.name, expert) in narrow))

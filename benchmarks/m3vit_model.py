@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from record import ROOT
 from torch import nn
 
-__all__ = ["DATA", "EXPERTS_NOTE", "M3ViT", "export", "load"]
+__all__ = ["DATA", "DIM", "EXPERTS_NOTE", "TOKENS", "M3ViT", "export", "load"]
 
 DATA = Path("..", "shared", "m3vit", "m3vit_tiny_cityscapes.npz")  # below the repository's root
 EXPERTS_NOTE = ("Trained weights but for the expert matrices, which come from a seeded generator "

@@ -184,7 +184,8 @@ class Run:
     def to_json(self) -> dict[str, object]:
         """Everything of the run that a page or a plot may want."""
         return {"target": self.target.name, "clock_hz": self.target.clock_hz,
-                "frames": self.frames, "macs": self.macs, "cycles": self.cycles,
+                "frames": self.frames, "config": self.target.config.to_dict(),
+                "macs": self.macs, "cycles": self.cycles,
                 "milliseconds": self.milliseconds, "counters": self.counters,
                 "latency_efficiency": self.latency_efficiency,
                 "throughput_efficiency": self.throughput_efficiency,
@@ -235,11 +236,11 @@ def run(compiled: Compiled, target: Target, device: RtlDevice, feeds: dict[str, 
             raise ValueError(f"Tensor {tensor!r} must be the same on PyTorch and gateware")
     shapes = {port.tensor: (port.region.rows, port.region.channels)
               for port in compiled.step.inputs}
-    tokens = {op.output: np.bincount(every[op.output][..., 0].ravel(), minlength=len(op.weight))
+    chosen = {op.output: every[op.output][..., 0].reshape(-1, op.chosen)
               for op in compiled.step.operations if isinstance(op, Route)}
     counters = {name: sum(counted[name] for counted in device.counters)
                 for name in device.counters[0]}
-    found = blocks(compiled.step.operations, compiled.lowered.instructions, shapes, tokens,
+    found = blocks(compiled.step.operations, compiled.lowered.instructions, shapes, chosen,
                    target.config, frames=frames)
     _check_bytes(found, counters, target)
     macs = sum(block.linear_macs + block.attention_macs for block in found)

@@ -28,11 +28,19 @@ def lowered():
     return graph, lower(graph, CONFIG, trace=False)
 
 
-def work(lowered, counts=(2, 4, 7, 1), **options) -> list[Block]:
+def chosen(*counts: int) -> np.ndarray:
+    """Experts of 7 rows, 2 to each, so that expert e gets counts[e] of them."""
+    return np.repeat(np.arange(len(counts)), counts).reshape(-1, 2)
+
+
+EVERY, FEWER = chosen(2, 4, 7, 1), chosen(5, 8, 0, 1)
+
+
+def work(lowered, chosen=EVERY, **options) -> list[Block]:
     graph, code = lowered
     route = next(op.output for op in code.operations if type(op).__name__ == "Route")
     return blocks(code.operations, options.pop("instructions", code.instructions),
-                  {name: graph.shapes[name] for name in graph.sources}, {route: np.array(counts)},
+                  {name: graph.shapes[name] for name in graph.sources}, {route: chosen},
                   CONFIG, **options)
 
 
@@ -47,17 +55,34 @@ def test_blocks_are_the_halves_of_layers_and_have_all_products(lowered):
 
 
 def test_products_of_experts_are_counted_as_routed(lowered):
-    every, fewer = work(lowered), work(lowered, (2, 4, 0, 1))
-    assert every[3].linear_macs - fewer[3].linear_macs == 7 * 2 * 8 * 12
-    assert [block.linear_macs for block in every if block is not every[3]] == [
-        block.linear_macs for block in fewer if block is not fewer[3]]
+    gate = 7 * 8 * 4
+    assert work(lowered)[3].linear_macs == work(lowered, FEWER)[3].linear_macs == (
+        gate + 14 * 2 * 8 * 12)
 
 
 def test_experts_without_tokens_cross_no_bus(lowered):
-    every, fewer = work(lowered), work(lowered, (2, 4, 0, 1))
+    every, fewer = work(lowered), work(lowered, FEWER)
     assert every[3].bytes > fewer[3].bytes
     assert sum(block.bytes for block in every) - sum(block.bytes for block in fewer) == (
         every[3].bytes - fewer[3].bytes)
+
+
+def test_queues_hold_the_rows_since_they_were_emptied(lowered):
+    # Routed in two parts, the second of which empties the queues: experts 2 and 3 then have rows,
+    # and loads of 0 and 1 are left out that stand behind.
+    instructions = []
+    for i in lowered[1].instructions:
+        if i.queue_write:
+            for rows in (3, 4):
+                part = Instr(i.opcode, i.fields | {"rows": rows, "append": 0}, i.layer,
+                             queue_write=True)
+                instructions.append(part)
+        else:
+            instructions.append(i)
+    halves = work(lowered, instructions=instructions)
+    kept = {i.fields["expert"] for i in lowered[1].instructions if i.opcode is Opcode.LOAD
+            and i.fields.get("conditional") and i.fields["expert"] > 1}
+    assert kept == {2, 3} and halves[3].bytes == work(lowered, chosen(0, 0, 7, 7))[3].bytes
 
 
 def test_narrow_products_take_half_the_time(lowered):
@@ -72,7 +97,7 @@ def test_narrow_products_take_half_the_time(lowered):
 
 
 def test_products_grow_with_frames_in_flight(lowered):
-    one, two = work(lowered), work(lowered, (4, 8, 14, 2), frames=2)
+    one, two = work(lowered), work(lowered, np.concatenate([EVERY, EVERY]), frames=2)
     for a, b in zip(one, two):
         assert (b.linear_macs, b.attention_macs) == (2 * a.linear_macs, 2 * a.attention_macs)
 
