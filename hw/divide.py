@@ -1,5 +1,8 @@
 """Sequential division: one bit of the quotient a cycle, for results that are needed once a row."""
 
+from functools import reduce
+from operator import or_
+
 from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -127,10 +130,15 @@ class Justify(wiring.Component):
         ]
         with m.If(leaves):
             m.d.sync += valid.eq(0)
-        for index in range(self.steps):
-            distance = self.granule << index
-            with m.If(step[index] & (value[-distance:] == 0)):
-                m.d.sync += [value.eq(value << distance), skipped[index].eq(1)]
+        # All distances are shifted by and tested at once; the one-hot step selects without priority.
+        distances = [self.granule << index for index in range(self.steps)]
+        shifted = reduce(or_, ((value << distance)[:self.bits] & step[index].replicate(self.bits)
+                               for index, distance in enumerate(distances)))
+        zeros = Cat(step[index] & ~value[-distance:].any()
+                    for index, distance in enumerate(distances))
+        with m.If(zeros.any()):
+            m.d.sync += value.eq(shifted)
+        m.d.sync += skipped.eq(skipped | zeros)
         with m.If(step != 0):
             m.d.sync += [step.eq(step >> 1), valid.eq(step[0])]
         with m.If(self.values.valid & self.values.ready):

@@ -38,6 +38,7 @@ class Root(wiring.Component):
         # remainder = (value so far) - root**2 <= 2 * root.
         remainder = Signal(digits + 1)
         left = Signal(range(digits + 1))
+        busy, last = Signal(), Signal()  # left is not 0; is 1
 
         # (2 root + 1)**2 = 4 root**2 + (4 root + 1): the digit is 1 if the remainder holds that.
         shifted = Cat(value[-2:], remainder)
@@ -48,19 +49,19 @@ class Root(wiring.Component):
         leaves = self.roots.valid & self.roots.ready
         m.d.comb += [
             self.roots.payload.eq(root),
-            self.values.ready.eq((left == 0) & (~self.roots.valid | leaves)),
+            self.values.ready.eq(~busy & (~self.roots.valid | leaves)),
         ]
         with m.If(leaves):
             m.d.sync += self.roots.valid.eq(0)
-        with m.If(left != 0):
+        with m.If(busy):
             m.d.sync += [
                 remainder.eq(Mux(fits, difference, shifted)),
                 root.eq(Cat(fits, root)),
                 value.eq(value << 2),
-                left.eq(left - 1),
-                self.roots.valid.eq(left == 1),
+                left.eq(left - 1), last.eq(left == 2), busy.eq(~last),
+                self.roots.valid.eq(last),
             ]
         with m.If(self.values.valid & self.values.ready):
             m.d.sync += [remainder.eq(0), root.eq(0), value.eq(self.values.payload),
-                         left.eq(digits)]
+                         left.eq(digits), last.eq(digits == 1), busy.eq(1)]
         return m

@@ -336,8 +336,12 @@ class SDRAMController(wiring.Component):
 
         part = current.burst[:exact_log2(parts)]  # of its bus word
         out = Signal(16 * burst)
-        m.d.comb += [pins.dq_o.eq(out[:16]),
-                     writes.r_en.eq(cas & current.write & part.all())]
+        used = cas & current.write & part.all()
+        m.d.comb += pins.dq_o.eq(out[:16])
+        if burst > 1:  # the next word is needed later: a command is known late in its cycle
+            m.d.sync += writes.r_en.eq(used)
+        else:
+            m.d.comb += writes.r_en.eq(used)
         with m.If(cas & current.write):
             m.d.sync += [out.eq(writes.r_data.word_select(part, len(out))), pins.dq_oe.eq(1)]
         with m.Else():

@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from .ports import Burst
+from .slices import RegisterSlice
 
 __all__ = ["CHUNK_WORDS", "Chunk", "Chunker"]
 
@@ -52,15 +53,18 @@ class Chunker(wiring.Component):
         last = words <= room
         size = Mux(last, words, room)
 
-        advance = ~self.chunk.valid | self.chunk.ready
+        # Whoever sends bursts must not wait for whoever admits chunks in the same cycle.
+        m.submodules.chunks = chunks = RegisterSlice(Chunk)
+        wiring.connect(m, chunks.output, wiring.flipped(self.chunk))
+        advance = chunks.input.ready
         m.d.comb += self.burst.ready.eq(~pending | (advance & last))
 
+        m.d.comb += [
+            chunks.input.valid.eq(pending), chunks.input.p.word.eq(word),
+            chunks.input.p.words.eq(size), chunks.input.p.last.eq(last),
+        ]
         with m.If(advance):
-            m.d.sync += [
-                self.chunk.valid.eq(pending),
-                self.chunk.p.word.eq(word), self.chunk.p.words.eq(size), self.chunk.p.last.eq(last),
-                word.eq(word + size), words.eq(words - size),
-            ]
+            m.d.sync += [word.eq(word + size), words.eq(words - size)]
             with m.If(last):
                 m.d.sync += pending.eq(0)
         with m.If(self.burst.valid & self.burst.ready):

@@ -8,10 +8,11 @@ from .arbiter import MemoryArbiter
 from .arch.link import FRAME_TIMEOUT_S
 from .arch.registers import Register
 from .link import HostLink
-from .ports import RegisterPort
+from .ports import RegisterAccess, RegisterPort
 from .sdram import SDRAMController
 from .sdram_pins import SDRAMPins
 from .sdram_timing import SDRAMTiming
+from .slices import RegisterSlice
 from .uart import UARTReceiver, UARTTransmitter
 
 __all__ = ["StatusWatch", "System"]
@@ -108,7 +109,7 @@ class System(wiring.Component):
 
     def __init__(self, accelerator: wiring.Component, bus_bytes: int, *, clock_hz: int, baud: int,
                  timing: SDRAMTiming = SDRAMTiming(), capture_cycles: int = 1):
-        self._accelerator = accelerator
+        self._accelerator, self._bus_bytes = accelerator, bus_bytes
         self._controller = SDRAMController(bus_bytes, clock_hz, timing, capture_cycles)
         self._link = HostLink(bus_bytes, timing.size_bytes, round(FRAME_TIMEOUT_S * clock_hz))
         self._arbiter = MemoryArbiter(bus_bytes, count=2)
@@ -134,10 +135,20 @@ class System(wiring.Component):
 
         wiring.connect(m, receiver.bytes, link.received)
         wiring.connect(m, link.sent, transmitter.bytes)
-        wiring.connect(m, link.registers, watch.host)
+        # The link looks at what it received as late as it can: it meets the rest in registers.
+        m.submodules.requests = requests = RegisterSlice(RegisterAccess)
+        wiring.connect(m, link.registers.request, requests.input)
+        wiring.connect(m, requests.output, watch.host.request)
+        wiring.connect(m, watch.host.response, link.registers.response)
         wiring.connect(m, watch.device, accelerator.registers)
         wiring.connect(m, accelerator.memory, arbiter.clients[0])
-        wiring.connect(m, link.memory, arbiter.clients[1])
+        m.submodules.words = words = RegisterSlice(8 * self._bus_bytes)
+        port = arbiter.clients[1]
+        for name in ("read_command", "write_command", "write_data"):
+            wiring.connect(m, getattr(link.memory, name), getattr(port, name))
+        wiring.connect(m, port.read_data, words.input)
+        wiring.connect(m, words.output, link.memory.read_data)
+        m.d.comb += link.memory.written.eq(port.written)
         wiring.connect(m, arbiter.memory, controller.memory)
         wiring.connect(m, controller.pins, wiring.flipped(self.sdram))
         m.d.comb += [

@@ -111,7 +111,7 @@ class PassReader(wiring.Component):
         leaves = Signal()
 
         m.d.comb += [
-            last_key.eq(key == group.last_key), last_word.eq(word == group.words - 1),
+            last_word.eq(word == group.words - 1),
             # `passes` holds one pass: the next one does not end before it has left.
             emit.eq(running & ~(last_key & self.passes.valid)),
             leaves.eq(emit & advance & last_key),
@@ -124,10 +124,12 @@ class PassReader(wiring.Component):
         with m.If(self.passes.ready):
             m.d.sync += self.passes.valid.eq(0)
         with m.If(emit & advance):
-            m.d.sync += [key.eq(key + 1), over.eq(over + 1), cursor.eq(cursor + group.stride)]
+            m.d.sync += [key.eq(key + 1), over.eq(over + 1), cursor.eq(cursor + group.stride),
+                         last_key.eq(key + 1 == group.last_key)]
         with m.If(leaves):
             m.d.sync += [
-                key.eq(0), over.eq(group.over), word.eq(word + 1),
+                key.eq(0), last_key.eq(group.last_key == 0),
+                over.eq(group.over), word.eq(word + 1),
                 base.eq(base + 1), cursor.eq(base + 1),
                 self.passes.valid.eq(1),
                 self.passes.p.rows.eq(group.rows),
@@ -146,7 +148,8 @@ class PassReader(wiring.Component):
                 m.d.comb += self.groups.ready.eq(1)
                 m.d.sync += [
                     group.eq(self.groups.payload), maxima.eq(self.maxima),
-                    key.eq(0), word.eq(0), over.eq(self.groups.p.over),
+                    key.eq(0), last_key.eq(self.groups.p.last_key == 0),
+                    word.eq(0), over.eq(self.groups.p.over),
                     base.eq(self.groups.p.value), cursor.eq(self.groups.p.value),
                 ]
                 with m.If(self.groups.valid):

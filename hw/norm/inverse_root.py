@@ -28,7 +28,7 @@ class InverseRoot(wiring.Component):
     number and rounds the same. A variance of 0 gives some inverse: every value of such a row equals
     its mean, so that the product is 0.
 
-    A row every `INTERVAL` cycles; the first `LATENCY` cycles after its moments. Up to six rows are
+    A row every `INTERVAL` cycles; the first `LATENCY` cycles after its moments. Up to seven rows are
     inside, and a refused result stays without holding up the next row's division. Between the units
     are registers: a refusal does not pass through all of them in one cycle.
 
@@ -39,7 +39,7 @@ class InverseRoot(wiring.Component):
     """
 
     INTERVAL = 19
-    LATENCY = 44
+    LATENCY = 45
 
     moments: In(stream.Signature(Moments))
     scales: Out(stream.Signature(RowScale))
@@ -52,6 +52,8 @@ class InverseRoot(wiring.Component):
 
         # What belongs to a row moves with it from unit to unit.
         beside = data.StructLayout({"total": signed(27), "factor": 11, "half": 5})
+        m.submodules.justified = justified = RegisterSlice(data.StructLayout(
+            {"mantissa": 32, "beside": beside}))
         m.submodules.rooted = rooted = RegisterSlice(data.StructLayout(
             {"root": 16, "beside": beside}))
         m.submodules.scaled = scaled = RegisterSlice(RowScale)
@@ -62,9 +64,14 @@ class InverseRoot(wiring.Component):
             justify.values.valid.eq(self.moments.valid),
             self.moments.ready.eq(justify.values.ready),
 
-            root.values.payload.eq(justify.justified.p.mantissa[32:]),
-            root.values.valid.eq(justify.justified.valid),
-            justify.justified.ready.eq(root.values.ready),
+            justified.input.valid.eq(justify.justified.valid),
+            justify.justified.ready.eq(justified.input.ready),
+            justified.input.p.mantissa.eq(justify.justified.p.mantissa[32:]),
+            justified.input.p.beside.eq(justifying),
+            justified.input.p.beside.half.eq(justify.justified.p.length >> 1),
+            root.values.payload.eq(justified.output.p.mantissa),
+            root.values.valid.eq(justified.output.valid),
+            justified.output.ready.eq(root.values.ready),
 
             divide.operands.p.numerator.eq(Const(1 << 32, 33)),
             rooted.input.valid.eq(root.roots.valid), root.roots.ready.eq(rooted.input.ready),
@@ -77,8 +84,7 @@ class InverseRoot(wiring.Component):
             m.d.sync += [justifying.total.eq(self.moments.p.total),
                          justifying.factor.eq(self.moments.p.factor)]
         with m.If(root.values.valid & root.values.ready):
-            m.d.sync += [rooting.eq(justifying),
-                         rooting.half.eq(justify.justified.p.length >> 1)]
+            m.d.sync += rooting.eq(justified.output.p.beside)
         with m.If(divide.operands.valid & divide.operands.ready):
             m.d.sync += dividing.eq(rooted.output.p.beside)
 
