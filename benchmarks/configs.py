@@ -14,7 +14,7 @@ class Target:
     """An accelerator in its surroundings.
 
     clock_hz : assumed where the text says so; text : conditions, for beside every figure; bits : of
-    weights, as the compiler takes them.
+    weights, as the compiler takes them; flight : fields of the configuration that hold two frames.
     """
 
     name: str
@@ -22,48 +22,39 @@ class Target:
     dram: DramTiming
     clock_hz: float
     text: str
+    flight: Mapping[str, int]
     bits: Mapping[str, int] = field(default_factory=dict)
 
 
-def _with_narrow_experts(target: Target) -> Target:
-    """The same with a linear unit that takes two 4-bit weights to a multiplier, and such experts."""
-    return replace(target, name=f"{target.name}-int4", text=f"{target.text}; experts of 4 bits",
-                   config=replace(target.config, narrow=1), bits={"experts": 4})
-
-
 _INT8 = (
+    # What is placed and routed for the ULX3S. With memories for two frames it would take about as many
+    # block RAMs as the device has.
     Target(
         name="ecp5-85f", clock_hz=100e6, dram=SDRAM_16BIT,
         text="ECP5-85F size: 16-bit SDRAM at 133 MHz",
-        config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=4, bus_bytes=8,
-                      activation_banks=4, activation_words=4096, residual_words=8192,
-                      weight_words=1024, param_words=512, tables=4, row_words=96, max_rows=256,
-                      max_experts=16, max_chosen=2, queue=8)),
-    # 22 query rows take the 129 rows of the reference model in 6 groups with 3 places to spare, and
-    # balance attention against QKV and projection. The memories named here fit into 230 of the ZCU102's
-    # 912 block RAMs (of 512 x 72 bits).
+        config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=2, bus_bytes=8,
+                      activation_banks=4, activation_words=4096, residual_words=12544,
+                      weight_words=1024, param_words=512, narrow=1, tables=4, row_words=96,
+                      max_rows=256, max_experts=16, max_chosen=2, queue=8),
+        flight={"activation_words": 5632, "residual_words": 24832, "max_rows": 260}),
+    # A head of 64 channels is 4 output groups, as many as tokens, so that fetching rows is hidden.
     Target(
         name="zcu102", clock_hz=200e6, dram=DDR,
-        text="ZCU102 size, not synthesised: DDR4 with 19.2 GB/s",
-        config=Config(tokens=4, outputs=32, depth=16, queries=22, lanes=16, bus_bytes=128,
-                      activation_banks=4, activation_words=4096, residual_words=4096,
-                      weight_words=1024, param_words=512, tables=4, row_words=96, max_rows=256,
-                      max_experts=16, max_chosen=2, queue=16)),
+        text="ZCU102 size: DDR4 with 19.2 GB/s",
+        config=Config(tokens=4, outputs=16, depth=32, queries=22, lanes=16, bus_bytes=128,
+                      activation_banks=4, activation_words=2048, residual_words=4096,
+                      weight_words=1024, param_words=512, narrow=1, tables=4, row_words=48,
+                      max_rows=260, max_experts=16, max_chosen=2, queue=16),
+        flight={"activation_words": 4096}),
 )
 TARGETS = {target.name: target for plain in _INT8
-           for target in (plain, _with_narrow_experts(plain))}
+           for target in (plain, replace(plain, name=f"{plain.name}-int4", bits={"experts": 4},
+                                         text=f"{plain.text}; experts of 4 bits"))}
 
 
-def in_flight(target: Target, frames: int, rows: int, channels: int) -> Target:
-    """The same with room for frames in flight: the stream of each, of `rows` x `channels`, queues that
-    hold the rows of all, and as many times the activations; else products would be done in parts, with
-    their weights loaded again for each."""
-    config = target.config
-    words = frames * rows * -(-channels // config.lanes)
-    more = {"activation_words": frames * config.activation_words,
-            "max_rows": max(config.max_rows, frames * rows),
-            "residual_words": max(config.residual_words, words)}
-    return replace(target, config=replace(config, **more))
+def in_flight(target: Target) -> Target:
+    """The same with memories for two frames in flight."""
+    return replace(target, config=replace(target.config, **target.flight))
 
 
 def gemm_target(multipliers: int, bus_bits: int) -> Target:
@@ -78,7 +69,7 @@ def gemm_target(multipliers: int, bus_bits: int) -> Target:
     shape = {16: dict(tokens=1, outputs=2, depth=8, lanes=2),
              64: dict(tokens=2, outputs=4, depth=8, lanes=4)}[multipliers]
     return Target(
-        name=f"gemm-{multipliers}-{bus_bits}", clock_hz=100e6, dram=IDEAL,
+        name=f"gemm-{multipliers}-{bus_bits}", flight={}, clock_hz=100e6, dram=IDEAL,
         text=f"{multipliers} multipliers, {bus_bits}-bit bus, one bus word a cycle",
         config=Config(**shape, queries=1, bus_bytes=bus_bits // 8, activation_banks=4,
                       activation_words=2048, residual_words=4, weight_words=256, param_words=256,

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from configs import TARGETS, in_flight
-from m3vit_model import DATA, DIM, EXPERTS_NOTE, TOKENS, export, load
+from m3vit_model import DATA, EXPERTS_NOTE, export, load
 from measure import Model, counter_table, measure
 from record import ROOT, record
 
@@ -26,7 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
             model = Model(path, {"image": image})
             for frames in sorted({1, arguments.frames}):
                 label = f"task {task}" + (f", {frames} frames" if frames > 1 else "")
-                where = target if frames == 1 else in_flight(target, frames, TOKENS, DIM)
+                where = target if frames == 1 else in_flight(target)
                 runs[label] = measure(model, where, {"image": image}, frames=frames,
                                       compared=not arguments.cycles_only)
         first = next(iter(runs.values()))

@@ -57,7 +57,8 @@ def target() -> Target:
     """The ECP5-85F configuration with memories for 1,024 tokens and queues for 64 experts."""
     base = TARGETS["ecp5-85f"]
     return dataclasses.replace(base, name="scaling", config=dataclasses.replace(
-        base.config, activation_words=16384, residual_words=16384, max_rows=1024, max_experts=64))
+        base.config, activation_words=16384, max_rows=1024,
+        residual_words=1024 * DIM // base.config.lanes, max_experts=64))
 
 
 def point(where: Target, tokens: int, experts: int) -> Run:
