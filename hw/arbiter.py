@@ -85,17 +85,17 @@ class BurstOrder(wiring.Component):
         m.submodules.order = order = fifo.SyncFIFOBuffered(
             width=self._layout.size, depth=BURSTS_IN_FLIGHT)
         front = data.View(self._layout, order.r_data)
-        moved = Signal.like(front.beats)  # words of the front burst
-        last = self.moved & (moved + 1 == front.beats)
+        due = Signal(len(front.beats), init=1)  # which word of the front burst moves next
+        last = self.moved & (due == front.beats)
         m.d.comb += [
             order.w_data.eq(self.burst.payload), order.w_en.eq(self.burst.valid),
             self.burst.ready.eq(order.w_rdy),
             self.active.eq(order.r_rdy), self.client.eq(front.client), order.r_en.eq(last),
         ]
         with m.If(self.moved):
-            m.d.sync += moved.eq(moved + 1)
+            m.d.sync += due.eq(due + 1)
         with m.If(last):
-            m.d.sync += moved.eq(0)
+            m.d.sync += due.eq(1)
         return m
 
 

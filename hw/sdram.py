@@ -69,7 +69,7 @@ class SDRAMController(wiring.Component):
         The chip is initialised.
     """
 
-    LATENCY = 6
+    LATENCY = 7
 
     def __init__(self, bus_bytes: int, clock_hz: float, timing: SDRAMTiming = SDRAMTiming(),
                  capture_cycles: int = 1):

@@ -33,7 +33,7 @@ class Chunker(wiring.Component):
     chunk : Out(stream.Signature(Chunk))
     """
 
-    LATENCY = 2
+    LATENCY = 3
 
     burst: In(stream.Signature(Burst))
     chunk: Out(stream.Signature(Chunk))
@@ -53,11 +53,15 @@ class Chunker(wiring.Component):
         last = words <= room
         size = Mux(last, words, room)
 
-        # Whoever sends bursts must not wait for whoever admits chunks in the same cycle.
+        # Whoever sends bursts must not wait for whoever admits chunks in the same cycle, nor for
+        # the arithmetic here.
+        m.submodules.bursts = bursts = RegisterSlice(Burst)
         m.submodules.chunks = chunks = RegisterSlice(Chunk)
+        wiring.connect(m, wiring.flipped(self.burst), bursts.input)
+        burst = bursts.output
         wiring.connect(m, chunks.output, wiring.flipped(self.chunk))
         advance = chunks.input.ready
-        m.d.comb += self.burst.ready.eq(~pending | (advance & last))
+        m.d.comb += burst.ready.eq(~pending | (advance & last))
 
         m.d.comb += [
             chunks.input.valid.eq(pending), chunks.input.p.word.eq(word),
@@ -67,10 +71,10 @@ class Chunker(wiring.Component):
             m.d.sync += [word.eq(word + size), words.eq(words - size)]
             with m.If(last):
                 m.d.sync += pending.eq(0)
-        with m.If(self.burst.valid & self.burst.ready):
+        with m.If(burst.valid & burst.ready):
             m.d.sync += [
                 pending.eq(1),
-                word.eq(self.burst.p.address >> exact_log2(self._bus_bytes)),
-                words.eq(self.burst.p.beats),
+                word.eq(burst.p.address >> exact_log2(self._bus_bytes)),
+                words.eq(burst.p.beats),
             ]
         return m

@@ -70,7 +70,7 @@ class ReadShare(wiring.Component):
             m.d.sync += self.command.valid.eq(0)
 
         owner = Owner(owners.r_data)
-        passed = Signal.like(owner.beats)  # bus words of the oldest burst
+        due = Signal(len(owner.beats), init=1)  # which bus word of the oldest burst comes next
         m.d.comb += [self.urgent_data.payload.eq(self.data.payload),
                      self.other_data.payload.eq(self.data.payload)]
         with m.If(owners.r_rdy):
@@ -81,8 +81,8 @@ class ReadShare(wiring.Component):
                 m.d.comb += [self.other_data.valid.eq(self.data.valid),
                              self.data.ready.eq(self.other_data.ready)]
         with m.If(self.data.valid & self.data.ready):
-            m.d.sync += passed.eq(passed + 1)
-            with m.If(passed + 1 == owner.beats):
+            m.d.sync += due.eq(due + 1)
+            with m.If(due == owner.beats):
                 m.d.comb += owners.r_en.eq(1)
-                m.d.sync += passed.eq(0)
+                m.d.sync += due.eq(1)
         return m

@@ -58,6 +58,7 @@ class StoreEngine(wiring.Component):
         active = Signal()
         job = Signal(data.StructLayout({"memory": 3, "local": 20, "words": 20}))
         to_read = Signal(20)  # words; `job.words` counts those not packed yet
+        wanted, one, none = Signal(), Signal(), Signal()  # to_read is not 0; words is 1, is 0
         m.d.comb += [instruction.ready.eq(~active & transfer.ready),
                      transfer.valid.eq(~active & instruction.valid)]
         m.d.comb += [transfer.p[name].eq(instruction.p[name])
@@ -73,18 +74,21 @@ class StoreEngine(wiring.Component):
         m.d.sync += in_flight.eq(in_flight + (self.write_command.valid & self.write_command.ready)
                                  - self.written)
 
-        read, word, word_valid, word_taken = self._read(m, job, active & (to_read != 0))
-        packed, sent = self._pack(m, job, word, word_valid, word_taken)
+        read, word, word_valid, word_taken = self._read(m, job, wanted)
+        packed, sent = self._pack(m, job, one, word, word_valid, word_taken)
 
         with m.If(read):
-            m.d.sync += [to_read.eq(to_read - 1), job.local.eq(job.local + 1)]
+            m.d.sync += [to_read.eq(to_read - 1), wanted.eq(to_read != 1),
+                         job.local.eq(job.local + 1)]
         with m.If(packed):
-            m.d.sync += job.words.eq(job.words - 1)
+            m.d.sync += [job.words.eq(job.words - 1), one.eq(job.words == 2), none.eq(one)]
         with m.If(instruction.valid & instruction.ready):
-            m.d.sync += [active.eq(1), to_read.eq(instruction.p.words)]
+            m.d.sync += [active.eq(1), to_read.eq(instruction.p.words),
+                         wanted.eq(instruction.p.words != 0), one.eq(instruction.p.words == 1),
+                         none.eq(instruction.p.words == 0)]
             m.d.sync += [job[name].eq(instruction.p[name]) for name in ("memory", "local", "words")]
 
-        finished = (active & (job.words == 0) & ~self.write_data.valid & transfer.ready
+        finished = (active & none & ~self.write_data.valid & transfer.ready
                     & (in_flight == 0))
         with m.If(finished):
             m.d.sync += active.eq(0)
@@ -114,7 +118,7 @@ class StoreEngine(wiring.Component):
         m.d.sync += held.eq(held + read - (words.r_en & words.r_rdy))
         return read, words.r_data, words.r_rdy, words.r_en
 
-    def _pack(self, m, job, word, word_valid, word_taken):
+    def _pack(self, m, job, one, word, word_valid, word_taken):
         """Packs words into `write_data`. Returns: a word is packed; a bus word is taken."""
         bus_bits = 8 * self.config.bus_bytes
         m.submodules.leaving = leaving = RegisterSlice(bus_bits)
@@ -138,7 +142,7 @@ class StoreEngine(wiring.Component):
                         with m.If(moved):
                             m.d.sync += part.eq(Mux(last_part, 0, part + 1))
                     else:
-                        full = last_part | (job.words == 1)
+                        full = last_part | one
                         joined = beat | (word[:bits] << (part * bits))[:bus_bits]
                         m.d.comb += [moved.eq(word_valid & (out.ready | ~full)), packed.eq(moved)]
                         m.d.comb += [out.payload.eq(joined), out.valid.eq(word_valid & full)]
