@@ -1,5 +1,6 @@
 """Addresses: buffers in the on-chip memories, blocks in DRAM."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moeware.compiler.errors import CompileError
@@ -132,8 +133,10 @@ def _refuse(buffers: list[Buffer], uses: dict[int, _Use], words: int) -> None:
         f"words beside {others}: {how}; use a configuration with more {name} words")
 
 
-def place_blocks(steps: list[Lowered]) -> tuple[list[int], int, int]:
-    """Addresses in DRAM for the steps of one program: instructions, then constants, then the rest.
+def place_blocks(steps: list[Lowered], choices: Sequence[Mapping[str, int]]
+                 ) -> tuple[list[int], int, int]:
+    """Addresses in DRAM for the steps of one program: instructions, then constants, equal ones once,
+    then the rest, where steps of different `choices` use the same room.
 
     Returns the steps' entry addresses, the bytes up to the end of the constants, and all bytes.
     """
@@ -141,12 +144,16 @@ def place_blocks(steps: list[Lowered]) -> tuple[list[int], int, int]:
     for step in steps:
         entries.append(address)
         address += layout.aligned((len(step.instructions) + 1) * isa.BYTES)
-    blocks = [block for step in steps for block in step.blocks]
-    for block in [b for b in blocks if b.data is not None]:
-        block.address = address
-        address += layout.aligned(block.bytes)
+    placed: dict[bytes, int] = {}
+    for block in [b for step in steps for b in step.blocks if b.data is not None]:
+        block.address = placed.setdefault(block.data, address)
+        if block.address == address:
+            address += layout.aligned(block.bytes)
     constants = address
-    for block in [b for b in blocks if b.data is None]:
-        block.address = address
-        address += layout.aligned(block.bytes)
-    return entries, constants, address
+    ends: dict[tuple, int] = {}
+    for step, choice in zip(steps, choices, strict=True):
+        key = tuple(choice.items())
+        for block in [b for b in step.blocks if b.data is None]:
+            block.address = ends.setdefault(key, constants)
+            ends[key] += layout.aligned(block.bytes)
+    return entries, constants, max(ends.values(), default=constants)

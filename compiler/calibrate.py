@@ -1,7 +1,7 @@
 """Statistics of the float model on real inputs: what every tensor looks like, which experts work."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from moeware.compiler.canonical import shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.reference import evaluate
 
-__all__ = ["Calibration", "calibrate", "check_samples", "load_samples"]
+__all__ = ["Calibration", "calibrate", "check_samples", "load_samples", "merged"]
 
 KEPT_ROWS = 4096  # token rows of a tensor that are kept for choosing its grid
 BATCH = 32  # frames evaluated at once
@@ -49,13 +49,30 @@ class Calibration:
                 for expert, count in enumerate(counts.tolist()) if count < FEW_TOKENS]
 
 
-def load_samples(path: str | os.PathLike, inputs: list[tuple[str, tuple[int, ...], str]]
-                 ) -> dict[str, np.ndarray]:
+def merged(calibrations: Sequence[Calibration]) -> Calibration:
+    """One calibration of several variants of a model on the same inputs: their samples together,
+    and once where they are equal."""
+    result = Calibration(frames=calibrations[0].frames)
+    for name in dict.fromkeys(name for each in calibrations for name in each.samples):
+        found: list[np.ndarray] = []
+        for each in calibrations:
+            rows = each.samples.get(name)
+            if rows is not None and not any(np.array_equal(rows, other) for other in found):
+                found.append(rows)
+        result.samples[name] = np.concatenate(found)
+    for name in calibrations[0].tokens:
+        result.tokens[name] = sum(each.tokens[name] for each in calibrations)
+    return result
+
+
+def load_samples(path: str | os.PathLike, inputs: list[tuple[str, tuple[int, ...], str]],
+                 choices: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Calibration inputs from an ``.npz`` file or a folder of ``.npy`` files.
 
     inputs : (name, shape without the batch axis, type) of the model. An array is taken for an input
     if it has its name; a model with one input also takes an array called ``calibration``, or the
     only one there is. The files of a folder are frames of the one input, in the order of their names.
+    choices : names of arrays to leave out, as every value of these inputs is calibrated for.
 
     Raises
     ------
@@ -75,7 +92,7 @@ def load_samples(path: str | os.PathLike, inputs: list[tuple[str, tuple[int, ...
             arrays = {names[0]: np.concatenate([f[None] if f.shape == single else f for f in frames])}
         else:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+                arrays = {name: archive[name] for name in archive.files if name not in choices}
     except CompileError:
         raise
     except Exception as error:  # numpy raises many kinds for a file that is not an array

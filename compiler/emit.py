@@ -1,6 +1,7 @@
 """The program: tokens, encoded instructions, the DRAM image."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,12 +16,17 @@ from moeware.hw.arch.program import DeviceStep
 __all__ = ["emit"]
 
 
-def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceStep]]:
-    """The DRAM image, the bytes that the program needs in all, and the device steps."""
-    entries, constants, total = place_blocks(steps)
+def emit(steps: list[Lowered], config: Config, choices: Sequence[Mapping[str, int]] | None = None,
+         ) -> tuple[bytes, int, list[DeviceStep]]:
+    """The DRAM image, the bytes that the program needs in all, and the device steps.
+
+    choices : of each step, what it is for; None: one run has all of them.
+    """
+    choices = choices or [{}] * len(steps)
+    entries, constants, total = place_blocks(steps, choices)
     image = bytearray(constants)
     result = []
-    for lowered, entry in zip(steps, entries):
+    for lowered, entry, choice in zip(steps, entries, choices):
         code, masks = bytearray(), synchronise(lowered, config)
         verify_tokens(masks, [instr.engine for instr in lowered.instructions], config)
         for instr, (wait, signal) in zip(lowered.instructions, masks):
@@ -35,7 +41,7 @@ def emit(steps: list[Lowered], config: Config) -> tuple[bytes, int, list[DeviceS
                     for instr in lowered.instructions]
         result.append(DeviceStep(
             entry=entry, macs=lowered.macs, frames=lowered.frames, operations=lowered.operations,
-            layers=list(layers), layer_of=np.array(layer_of, np.uint16),
+            layers=list(layers), layer_of=np.array(layer_of, np.uint16), choice=dict(choice),
             inputs=[_placed(port, block) for port, block in lowered.inputs],
             outputs=[_placed(port, block) for port, block in lowered.outputs],
             probes=[_placed(probe, block) for probe, block in lowered.probes]))

@@ -4,6 +4,7 @@ The batch axis of a model is the frame axis: every later stage sees one frame, a
 several frames repeats the graph. So the first axis of each graph input is fixed to 1 here.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 from google.protobuf.message import DecodeError
 
+from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
@@ -25,10 +27,10 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 _FOLD_ELEMENTS = 1 << 28
 
 
-def load(path: str | Path) -> ir.Model:
+def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
     """Read, check and simplify the model at ``path`` (``.onnx`` or ONNX text ``.onnxtxt``).
 
-    Returns a graph with batch 1, unique names, constants folded into initializers and common
+    ``choice``: inputs that are replaced by a constant. Returns a graph with batch 1, unique names, constants folded into initializers and common
     subexpressions merged. Raises ``CompileError`` for anything that cannot be compiled.
     """
     path = Path(path)
@@ -36,12 +38,14 @@ def load(path: str | Path) -> ir.Model:
         proto = _read(path)
         _check_opset(proto)
         _load_external_data(proto, path)
+        substitute(proto, choice or {})
         _fix_batch(proto)
         _check_proto(proto, path)
         _check_weights(proto)
         _forget_shapes(proto)
         model = _simplify(proto)
         _check_precision(model)
+        _check_choice(model, choice or {})
         return model
     except CompileError:
         raise
@@ -154,7 +158,8 @@ def _fix_batch(proto: onnx.ModelProto) -> None:
         if not value.type.tensor_type.HasField("shape") or not value.type.tensor_type.shape.dim:
             raise CompileError(
                 f"Graph input {value.name!r} must have a shape whose first axis is the batch; "
-                f"export with example inputs of fixed size"
+                f"export with example inputs of fixed size, or name the values of an integer that "
+                f"is chosen per run (--choices {value.name}=0,1)"
             )
         batch, *rest = value.type.tensor_type.shape.dim
         if batch.HasField("dim_value") and batch.dim_value != 1:
@@ -186,6 +191,18 @@ def _check_precision(model: ir.Model) -> None:
             raise CompileError(
                 f"Node {node.name!r} ({node.op_type}) must compute in FLOAT, not {kind.name}; export "
                 f"the model in float32 (in PyTorch: model.float())"
+            )
+
+
+def _check_choice(model: ir.Model, choice: Mapping[str, int]) -> None:
+    """Refuse a choice that selects nothing: what it selects has folded to a constant."""
+    for node in model.graph:
+        constant = all(value is None or value.const_value is not None for value in node.inputs)
+        if choice and node.op_type.startswith("Gather") and constant:
+            raise CompileError(
+                f"Choice {describe(choice)} must be an index into the constant of shape "
+                f"{node.inputs[0].shape} that node {node.name!r} ({node.op_type}) selects from, not "
+                f"one beyond it; leave it out"
             )
 
 

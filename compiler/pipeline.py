@@ -8,7 +8,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from moeware.compiler import canonical
 from moeware.compiler.allocate import allocate
-from moeware.compiler.calibrate import Calibration, calibrate, check_samples
+from moeware.compiler.calibrate import Calibration, calibrate, check_samples, merged
+from moeware.compiler.choices import Choices, check_choices, combinations, require_alike
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
@@ -43,7 +44,10 @@ TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "FLOAT16": "tenso
 
 @dataclass
 class State:
-    """What the stages hand on; every stage fills in what it makes."""
+    """What the stages hand on; every stage fills in what it makes.
+
+    models : one for each of `combinations(choices)`; quantised : the steps of all of them.
+    """
 
     path: Path
     config: Config
@@ -51,7 +55,8 @@ class State:
     trace: bool = False
     frames: int = 1
     bits: Mapping[str, int] = field(default_factory=dict)
-    model: ir.Model | None = None
+    choices: dict[str, list[int]] = field(default_factory=dict)
+    models: list[ir.Model] = field(default_factory=list)
     inputs: Ports = field(default_factory=list)
     outputs: Ports = field(default_factory=list)
     placement: str = ""
@@ -64,17 +69,19 @@ class State:
 
 
 def _load(state: State) -> None:
-    state.model = load(state.path)
+    state.models = [load(state.path, choice) for choice in combinations(state.choices)]
 
 
 def _fuse(state: State) -> None:
-    state.model = fuse(state.model)
-    canonical.verify(state.model)
-    state.inputs, state.outputs = model_ports(state.model)
+    state.models = [fuse(model) for model in state.models]
+    for model in state.models:
+        canonical.verify(model)
+    require_alike(state.models, combinations(state.choices))
+    state.inputs, state.outputs = model_ports(state.models[0])
 
 
 def _partition(state: State) -> None:
-    parts = partition(state.model)
+    parts = partition(state.models[0])
     state.placement, state.report = describe(parts), report(parts)
 
 
@@ -82,20 +89,25 @@ def _calibrate(state: State) -> None:
     if not state.samples:
         raise CompileError("Calibration data must hold real inputs of the model, not nothing: give "
                            "an .npz file or a folder (--calibration)")
-    state.calibration = calibrate(state.model, check_samples(state.samples, state.inputs))
+    samples = check_samples(state.samples, state.inputs)
+    state.calibration = merged([calibrate(model, samples) for model in state.models])
 
 
 def _quantise(state: State) -> None:
     state.quantised = []
     precision = Precision(state.bits)
-    for part in partition(state.model).steps:
-        if part.kind == "host":
-            step = HostStep(model=part.model, inputs=list(part.inputs), outputs=list(part.outputs),
-                            reasons=part.reasons)
-        else:
-            step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision)
-            verify_quantised(step)
-        state.quantised.append(step)
+    variants = [partition(model).steps for model in state.models]
+    for choice, parts in zip(combinations(state.choices), variants):
+        for part, *alike in zip(parts, *variants, strict=True):
+            if part.kind == "host":
+                step = HostStep(model=part.model, inputs=list(part.inputs),
+                                outputs=list(part.outputs), reasons=part.reasons)
+            else:
+                step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
+                                [each.nodes for each in alike])
+                verify_quantised(step)
+            step.choice = choice
+            state.quantised.append(step)
     precision.check()
 
 
@@ -130,12 +142,13 @@ def _allocate(state: State) -> None:
 
 
 def _emit(state: State) -> None:
-    image, dram_bytes, steps = emit(state.lowered, state.config)
+    image, dram_bytes, steps = emit(state.lowered, state.config,
+                                    [step.choice for step in _device(state)])
     device = iter(steps)
     state.program = Program(
         config=state.config, image=image, dram_bytes=dram_bytes, placement=state.placement,
         steps=[step if isinstance(step, HostStep) else next(device) for step in state.quantised],
-        inputs=state.inputs, outputs=state.outputs,
+        inputs=state.inputs, outputs=state.outputs, choices=state.choices,
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
                   "starved_experts": state.calibration.starved, "plans": state.plans})
@@ -154,7 +167,7 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
                   trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
-                  dump: str | os.PathLike | None = None,
+                  choices: Choices | None = None, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -169,6 +182,9 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
         of one is at work beside the products of another. Its latency is that of all.
     bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
         ``{"experts": 4}`` halves what experts weigh.
+    choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
+        of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
+        one of them; they share all constants that are equal. Samples are calibrated with each.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
         before is read from `dump`.
@@ -190,7 +206,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace, frames, bits or {})
+    state = State(Path(path), config, samples, trace, frames, bits or {},
+                  check_choices(choices or {}))
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -218,25 +235,28 @@ def model_ports(model: ir.Model) -> tuple[Ports, Ports]:
 
 
 def _dump(folder: Path, stage: str, state: State) -> None:
-    """The model as ONNX, all else as a pickle beside it; complete files only."""
+    """The models as ONNX, all else as a pickle beside them; complete files only."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model = state.model
-        ir.save(model, Path(temporary) / "model.onnx")
-        state.model = None
-        try:
-            (Path(temporary) / "state.pickle").write_bytes(pickle.dumps(state))
-        finally:
-            state.model = model
-        for name in ("model.onnx", "state.pickle"):
+        names = _model_names(state)
+        for name, model in zip(names, state.models, strict=True):
+            ir.save(model, Path(temporary) / name)
+        rest = replace(state, models=[])
+        (Path(temporary) / "state.pickle").write_bytes(pickle.dumps(rest))
+        for name in (*names, "state.pickle"):
             os.replace(Path(temporary) / name, folder / f"{stage}.{name}")
+
+
+def _model_names(state: State) -> list[str]:
+    """Of the models in a dump: ``model.onnx``, those of further choices ``model1.onnx``, …"""
+    return [f"model{number or ''}.onnx" for number in range(len(combinations(state.choices)))]
 
 
 def _resume(folder: Path, stage: str, wanted: State) -> State:
     """The state after `stage`; a dump is the user's own file, like a pickle of theirs."""
     try:
         state = pickle.loads((folder / f"{stage}.state.pickle").read_bytes())
-        state.model = ir.load(folder / f"{stage}.model.onnx")
+        state.models = [ir.load(folder / f"{stage}.{name}") for name in _model_names(state)]
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise CompileError(f"Dump folder {folder} must hold the stage {stage!r}: run the stages up "
                            f"to it with the same folder first ({error})") from error
@@ -244,6 +264,9 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         raise CompileError(f"Dump folder {folder} must be of the configuration "
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
+    if state.choices != wanted.choices:
+        raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
+                           f"{state.choices}: start at load")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
     state.frames, state.bits = wanted.frames, wanted.bits
     return state

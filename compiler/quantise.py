@@ -44,11 +44,13 @@ HEADROOM = 1.5  # of the residual grid over the largest calibrated value
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0)."""
+    """A device step before it has addresses (those of its ports' regions are 0). choice : as of
+    `DeviceStep`."""
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
+    choice: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,21 @@ class Embedding:
 
 
 def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
-             calibration: Calibration, precision: Precision | None = None) -> QuantisedStep:
+             calibration: Calibration, precision: Precision | None = None,
+             variants: Sequence[Sequence[ir.Node]] | None = None) -> QuantisedStep:
     """Quantise the nodes of one device step.
 
     nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
-    the values that enter and leave the step.
+    the values that enter and leave the step; variants : the same nodes with each choice's constants
+    (None: `nodes` alone), which are to have equal integers wherever their constants are equal.
 
     Raises
     ------
     CompileError
         A tensor without calibration samples, or nodes in an order that no device step may have.
     """
-    return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision()).run()
+    return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision(),
+                      variants or [nodes]).run()
 
 
 def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -82,9 +87,11 @@ def _without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 
 class _Quantiser:
-    def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision):
+    def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
+                 variants: Sequence[Sequence[ir.Node]]):
         named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
         self.nodes = nodes
+        self.variants = [{node.name: node for node in variant} for variant in variants]
         self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
         self.calibration, self.precision = calibration, precision
         self.result = QuantisedStep()
@@ -279,12 +286,15 @@ class _Quantiser:
         return dataclasses.replace(tensor, tensor=output, rows=rows)
 
     def _demand(self, value: ir.Value, channels: int) -> np.ndarray:
-        """Largest weight that meets each channel of a value, over all its consumers."""
+        """Largest weight that meets each channel of a value, over all its consumers in all
+        variants."""
         largest = np.zeros(channels)
         for node in self._consumers(value):
             if node.op_type in ("Linear", "Route", "Experts"):
-                weight = node.inputs[3 if node.op_type == "Experts" else 1].const_value.numpy()
-                largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
+                for variant in self.variants:
+                    inputs = variant[node.name].inputs
+                    weight = inputs[3 if node.op_type == "Experts" else 1].const_value.numpy()
+                    largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
             elif node.op_type in ("TakeToken", "MeanTokens"):
                 largest = np.maximum(largest, self._demand(node.outputs[0], channels))
         return largest

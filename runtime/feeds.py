@@ -7,7 +7,7 @@ import numpy as np
 
 from moeware.hw.arch.program import Program
 
-__all__ = ["FeedError", "NodeArg", "check_feeds", "check_names"]
+__all__ = ["FeedError", "NodeArg", "check_feeds", "check_names", "take_choice"]
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
            "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(int32)": np.int32,
@@ -20,7 +20,8 @@ class FeedError(ValueError):
 
 @dataclass(frozen=True)
 class NodeArg:
-    """An input or output of the model, as in ONNX Runtime; the first axis is the batch."""
+    """An input or output of the model, as in ONNX Runtime; the first axis is the batch, but for a
+    choice (see `Program`), which has the shape []."""
 
     name: str
     shape: list[str | int]
@@ -36,6 +37,32 @@ def check_names(program: Program, names: Sequence[str] | None) -> list[str]:
     return list(names or known)
 
 
+def take_choice(program: Program, feeds: Mapping[str, object]
+                ) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """The values of the program's choices (integers, or arrays that hold one), and the other feeds.
+
+    Raises
+    ------
+    FeedError
+        A choice is missing, is not one integer, or not one that the program was compiled for.
+    """
+    choice: dict[str, int] = {}
+    for name, allowed in program.choices.items():
+        if name not in feeds:
+            raise FeedError(f"Feeds must have the input {name!r} (one of {allowed}), not only "
+                            f"{sorted(feeds)}")
+        value = np.asarray(feeds[name])
+        if value.dtype.kind not in "iu" or value.size != 1:
+            raise FeedError(f"Feed {name!r} must be one integer for the whole run (one of "
+                            f"{allowed}), not {value.dtype} {list(value.shape)}: run frames of "
+                            "different values one after another")
+        choice[name] = int(value.item())
+        if choice[name] not in allowed:
+            raise FeedError(f"Feed {name!r} must be one of {allowed}, not {choice[name]}: compile "
+                            "the model with this choice, too")
+    return choice, {name: value for name, value in feeds.items() if name not in choice}
+
+
 def check_feeds(program: Program, feeds: Mapping[str, np.ndarray]) -> int:
     """That `feeds` has each input as an array [frames, *shape] of its type, for one number of
     frames of at least one; returns that number.
@@ -47,7 +74,8 @@ def check_feeds(program: Program, feeds: Mapping[str, np.ndarray]) -> int:
     known = [name for name, _, _ in program.inputs]
     for name in feeds:
         if name not in known:
-            raise FeedError(f"Feed must be one of the inputs {known}, not {name!r}")
+            raise FeedError(f"Feed must be one of the inputs {[*known, *program.choices]}, not "
+                            f"{name!r}")
     frames: int | None = None
     for name, shape, kind in program.inputs:
         expected = f"{kind} ['batch', {', '.join(map(str, shape))}]"

@@ -9,7 +9,7 @@ import numpy as np
 from moeware.hw.arch.program import DeviceStep, HostStep, Program
 
 from .device import Device, DeviceError, DeviceLost, Progress, check_digest, open_device
-from .feeds import FeedError, NodeArg, check_feeds, check_names
+from .feeds import FeedError, NodeArg, check_feeds, check_names, take_choice
 from .host_step import run_host_step
 
 __all__ = ["FeedError", "NodeArg", "PlacementError", "Session"]
@@ -101,31 +101,34 @@ class Session:
         return [dict(frame) for frame in self._counters]
 
     def get_inputs(self) -> list[NodeArg]:
-        return [NodeArg(name, ["batch", *shape], kind)
-                for name, shape, kind in self.program.inputs]
+        inputs = [NodeArg(name, ["batch", *shape], kind)
+                  for name, shape, kind in self.program.inputs]
+        return inputs + [NodeArg(name, [], "tensor(int64)") for name in self.program.choices]
 
     def get_outputs(self) -> list[NodeArg]:
         return [NodeArg(name, ["batch", *shape], kind)
                 for name, shape, kind in self.program.outputs]
 
-    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray], *,
+    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray | int], *,
             progress: Progress | None = None) -> list[np.ndarray]:
-        """Outputs, each [batch, ...], for feeds [batch, ...] by the name of the input.
+        """Outputs, each [batch, ...], for feeds [batch, ...] by the name of the input. A choice of
+        the program, such as a task, is one integer for the whole batch.
 
         output_names : which outputs, in which order; None for all.
 
         Raises
         ------
         FeedError
-            A feed is missing, unknown, empty, or of another type or shape; an unknown output.
+            A feed is missing, unknown, empty, or of another type or shape; a choice that the program was
+            not compiled for; an unknown output.
         DeviceError
             The device failed; `DeviceLost` only without `fallback`.
         """
         names = check_names(self.program, output_names)
-        frames = check_feeds(self.program, feeds)
-        values = dict(feeds)
+        choice, values = take_choice(self.program, feeds)
+        frames = check_feeds(self.program, values)
         self._counters = []
-        for step in self.program.steps:
+        for step in self.program.steps_of(choice):
             if isinstance(step, HostStep):
                 values |= run_host_step(step, values)
             else:

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,7 +161,8 @@ class DeviceStep:
     `Region.of_frame`); entry : byte address of its first instruction; operations : the same in the
     quantised graph; macs : multiply-accumulates of a frame, experts counted as often as they are
     chosen; layers : names, as reports give them; layer_of : uint16 [instructions but END], the
-    number of the layer that an instruction is of.
+    number of the layer that an instruction is of; choice : the values of the program's choices that
+    the step is for.
     """
 
     entry: int
@@ -172,17 +174,19 @@ class DeviceStep:
     frames: int = 1
     layers: list[str] = field(default_factory=list)
     layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
+    choice: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class HostStep:
     """A part of the model that the host runs: an ONNX model with float inputs and outputs, and why
-    each of its nodes is not on the accelerator."""
+    each of its nodes is not on the accelerator. choice : as of `DeviceStep`."""
 
     model: bytes
     inputs: list[str]
     outputs: list[str]
     reasons: dict[str, str]
+    choice: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -192,7 +196,9 @@ class Program:
     image : the DRAM's contents from address 0: instructions, weights, parameters, constants;
     dram_bytes : what the program needs in all, with inputs, outputs and probes behind the image;
     inputs, outputs : (name, shape without the batch axis, onnx type) of the model; placement : the
-    line that says what runs where; metadata : JSON-able facts for reports.
+    line that says what runs where; metadata : JSON-able facts for reports. choices : inputs of the
+    model that are one integer for a whole run, such as its task, and the values that they may have;
+    every combination of values has its own steps.
     """
 
     config: Config
@@ -203,6 +209,13 @@ class Program:
     outputs: list[tuple[str, tuple[int, ...], str]]
     placement: str
     metadata: dict = field(default_factory=dict)
+    choices: dict[str, list[int]] = field(default_factory=dict)
+
+    def steps_of(self, choice: Mapping[str, int] | None = None) -> list[DeviceStep | HostStep]:
+        """The steps of a run, in order. choice : a value for each of `choices`; None: the first."""
+        if choice is None:
+            choice = {name: values[0] for name, values in self.choices.items()}
+        return [step for step in self.steps if step.choice == choice]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file; an existing one is replaced only by a complete new one."""
@@ -210,15 +223,15 @@ class Program:
         steps = []
         for step in self.steps:
             if isinstance(step, HostStep):
-                arrays[f"host{len(steps)}"] = np.frombuffer(step.model, np.uint8)
-                steps.append({"kind": "host", "model": f"host{len(steps)}", "inputs": step.inputs,
-                              "outputs": step.outputs, "reasons": step.reasons})
-            else:
-                arrays[f"layers{len(steps)}"] = step.layer_of
                 steps.append({
-                    "kind": "device", "entry": step.entry, "macs": step.macs,
-                    "frames": step.frames,
-                    "layers": step.layers, "layer_of": f"layers{len(steps)}",
+                    "kind": "host", "choice": step.choice,
+                    "model": quantised.keep(np.frombuffer(step.model, np.uint8), arrays),
+                    "inputs": step.inputs, "outputs": step.outputs, "reasons": step.reasons})
+            else:
+                steps.append({
+                    "kind": "device", "choice": step.choice, "entry": step.entry,
+                    "macs": step.macs, "frames": step.frames, "layers": step.layers,
+                    "layer_of": quantised.keep(step.layer_of, arrays),
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
@@ -226,7 +239,7 @@ class Program:
         arrays["manifest"] = np.frombuffer(json.dumps({
             "config": self.config.to_dict(), "digest": self.config.digest,
             "dram_bytes": self.dram_bytes, "steps": steps, "inputs": self.inputs,
-            "outputs": self.outputs, "placement": self.placement,
+            "outputs": self.outputs, "placement": self.placement, "choices": self.choices,
             "metadata": self.metadata}).encode(), np.uint8)
         payload = io.BytesIO()
         np.savez_compressed(payload, **arrays)
@@ -279,11 +292,13 @@ class Program:
         for entry in manifest["steps"]:
             if entry["kind"] == "host":
                 steps.append(HostStep(model=arrays[entry["model"]].tobytes(), inputs=entry["inputs"],
-                                      outputs=entry["outputs"], reasons=entry["reasons"]))
+                                      outputs=entry["outputs"], reasons=entry["reasons"],
+                                      choice=entry["choice"]))
             else:
                 steps.append(DeviceStep(
                     entry=entry["entry"], macs=entry["macs"], frames=entry["frames"],
                     layers=entry["layers"], layer_of=arrays[entry["layer_of"]],
+                    choice=entry["choice"],
                     inputs=[_port(port) for port in entry["inputs"]],
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})
@@ -293,7 +308,7 @@ class Program:
                    for side in ("inputs", "outputs")}
         return cls(config=config, image=arrays["image"].tobytes(),
                    dram_bytes=manifest["dram_bytes"], steps=steps, placement=manifest["placement"],
-                   metadata=manifest["metadata"], **tensors)
+                   metadata=manifest["metadata"], choices=manifest["choices"], **tensors)
 
 
 def _region(fields: dict) -> Region:

@@ -12,6 +12,7 @@ An operation never changes a tensor; `output` is a new name. Arithmetic is that 
 """
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = [
     "Operation",
     "Route",
     "from_arrays",
+    "keep",
     "to_arrays",
 ]
 
@@ -170,13 +172,20 @@ OPERATIONS = {kind.__name__: kind
               for kind in (Constant, Linear, AddLinear, Norm, Attention, Route, Experts)}
 
 
+def keep(array: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
+    """Add an array to `arrays`, equal ones once; returns its key, which depends on nothing else."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).ravel())
+    key = f"array-{digest.hexdigest()}"
+    arrays[key] = array
+    return key
+
+
 def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray]) -> list[dict]:
-    """JSON-able description of the operations; their arrays are added to `arrays` under new keys."""
+    """JSON-able description of the operations; their arrays are added to `arrays` (see `keep`)."""
     def store(value):
         if isinstance(value, np.ndarray):
-            key = f"array{len(arrays)}"
-            arrays[key] = value
-            return {"array": key}
+            return {"array": keep(value, arrays)}
         if isinstance(value, Affine):
             return {"affine": {f.name: store(getattr(value, f.name))
                                for f in dataclasses.fields(value)}}

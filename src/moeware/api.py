@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,8 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     model : path of the ONNX file.
     config : as `find_config` takes it.
     calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
-    options : as `moeware.compiler.pipeline.compile_model` takes them; None is returned where they
+    options : as `moeware.compiler.pipeline.compile_model` takes them, for example
+        ``choices={"task": [0, 1]}``; None is returned where they
         stop before the last stage.
 
     Raises
@@ -76,16 +77,19 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     CompileError, ConfigError
     """
     from moeware.compiler.calibrate import load_samples
+    from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
     from moeware.compiler.load import load
     from moeware.compiler.pipeline import compile_model, model_ports
     if isinstance(calibration, (str, os.PathLike)):
-        calibration = load_samples(calibration, model_ports(fuse(load(Path(model))))[0])
+        choices = check_choices(options.get("choices") or {})
+        first = fuse(load(Path(model), combinations(choices)[0]))
+        calibration = load_samples(calibration, model_ports(first)[0], choices)
     return compile_model(model, find_config(config), dict(calibration or {}), **options)
 
 
 def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, dram=None,
-             feeds: Mapping[str, np.ndarray] | None = None) -> list[Timeline]:
+             feeds: Mapping[str, np.ndarray | int] | None = None) -> list[Timeline]:
     """Cycles of a program, estimated without its gateware.
 
     Parameters
@@ -94,7 +98,7 @@ def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, d
     clock_hz, dram : clock of the accelerator, and its memory, a `moeware.sim.dram.DramTiming`
         (default: `SDRAM_16BIT`).
     feeds : inputs [frames, ...] by name, whose tokens choose the experts; without them every expert
-        gets the same share.
+        gets the same share, and the program runs with the first value of each of its choices.
 
     Returns
     -------
@@ -108,7 +112,7 @@ def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, d
     cycles = (dram or SDRAM_16BIT).cycles(program.config.bus_bytes, clock_hz)
     memory = DramCycles(**{name: getattr(cycles, name) for name, _ in cycles._fields_})
     if feeds is None:
-        steps = [step for step in program.steps if isinstance(step, DeviceStep)]
+        steps = [step for step in program.steps_of() if isinstance(step, DeviceStep)]
         return [of_step(program, step, memory) for step in steps]
     from moeware.runtime.chosen import Chooser
     chooser = Chooser()
@@ -116,7 +120,8 @@ def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, d
     return [of_step(program, step, memory, choices) for step, choices in chooser.choices]
 
 
-def profile(program: Program | str | os.PathLike, feeds: Mapping[str, np.ndarray], **options):
+def profile(program: Program | str | os.PathLike, feeds: Mapping[str, np.ndarray | int],
+            **options):
     """Run a program on simulated gateware and see where the cycles go.
 
     Parameters
@@ -142,18 +147,19 @@ class Session(session.Session):
 
     Parameters
     ----------
-    config, calibration : for an ONNX file, as `compile` takes them.
+    config, calibration, choices : for an ONNX file, as `compile` takes them.
     model, device, options : as `moeware.runtime.session.Session` takes them.
     """
 
     def __init__(self, model: Program | str | os.PathLike, device: str = "auto", *,
                  config: Config | str | os.PathLike | None = None,
-                 calibration: Calibration | None = None, **options):
+                 calibration: Calibration | None = None,
+                 choices: Mapping[str, Sequence[int]] | None = None, **options):
         if not isinstance(model, Program) and Path(model).suffix in MODEL_SUFFIXES:
             if config is None or calibration is None:
                 raise ValueError("Session on an ONNX file must have a config and calibration data; "
                                  "or compile the model once and open the program")
-            compiled = compile(model, config, calibration)
+            compiled = compile(model, config, calibration, choices=choices)
             assert compiled is not None
             model = compiled
         super().__init__(model, device, **options)

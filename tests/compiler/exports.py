@@ -275,6 +275,42 @@ class Vit(nn.Module):
         return self.head(x.mean(1) if self.pool == "mean" else x[:, 0])
 
 
+class TaskGate(nn.Module):
+    """One gate for each of two tasks; ``form`` says how the task selects it: "index" or "select"."""
+
+    def __init__(self, form="index"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, EXPERTS, DIM))
+        self.bias = nn.Parameter(torch.randn(2, EXPERTS))
+        self.form, self.task = form, None
+
+    def forward(self, x):
+        if self.form == "select":
+            index = self.task.reshape(1)
+            return F.linear(x, *(each.index_select(0, index)[0] for each in (self.weight, self.bias)))
+        shape = self.weight.shape[1:]
+        return F.linear(x, self.weight[self.task].reshape(shape),
+                        self.bias[self.task].reshape(shape[:1]))
+
+
+class Tasks(nn.Module):
+    """``forward(image, task)`` of a model with a `TaskGate`."""
+
+    def __init__(self, form="index"):
+        super().__init__()
+        torch.manual_seed(4)
+        mixer = Moe()
+        mixer.gate = TaskGate(form)
+        # The task's gate meets wide features: it has a say in how they are smoothed.
+        self.inner, self.gate = vit(mixer=mixer), mixer.gate
+        with torch.no_grad():
+            self.gate.weight[1, :, :4] *= 8
+
+    def forward(self, image, task):
+        self.gate.task = task
+        return self.inner(image)
+
+
 def vit(attention=None, mixer=None, norm=None, **options):
     """A one-block model with random weights (norms and biases included), in eval mode."""
     torch.manual_seed(5)
@@ -299,13 +335,17 @@ def example(frames=1, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def export(model, path, opset=20, dynamo=True, dynamic=True):
-    """Write ``model`` to ``path``; the batch axis is dynamic where ``dynamic``."""
-    image = torch.from_numpy(example(2 if dynamic else 1))
-    options = {"opset_version": opset, "input_names": ["image"], "output_names": ["logits"]}
+def export(model, path, opset=20, dynamo=True, dynamic=True, task=None):
+    """Write ``model`` to ``path``; the batch axis is dynamic where ``dynamic``. ``task``: an example
+    for a second input."""
+    inputs = {"image": torch.from_numpy(example(2 if dynamic else 1))}
+    if task is not None:
+        inputs["task"] = task
+    options = {"opset_version": opset, "input_names": list(inputs), "output_names": ["logits"]}
     if dynamo:
         if dynamic:
-            options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+            fixed = (None,) * (len(inputs) - 1)
+            options["dynamic_shapes"] = ({0: torch.export.Dim("batch")}, *fixed)
         options.update(dynamo=True, external_data=False, verbose=False)
     else:
         if dynamic:
@@ -314,7 +354,7 @@ def export(model, path, opset=20, dynamo=True, dynamic=True):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (image,), str(path), **options)
+        torch.onnx.export(model, tuple(inputs.values()), str(path), **options)
     return path
 
 

@@ -1,21 +1,31 @@
 """Say where each node of a model would run, and why, without compiling or building anything."""
 
+from moeware.cli.choices import add_choices_option
+
 HELP = "say which nodes of a model run on the accelerator"
 
 
 def configure(parser) -> None:
     parser.add_argument("model", help="ONNX file")
+    add_choices_option(parser)
     parser.add_argument("--strict", action="store_true",
                         help="exit status 1 if a node would run on the host")
 
 
 def run(arguments) -> dict:
+    return placement(arguments.model, dict(arguments.choices), strict=arguments.strict)
+
+
+def placement(model: str, choices: dict[str, list[int]] | None = None, *, strict: bool) -> dict:
+    """The facts about an ONNX file, with the first value of each of its choices."""
+    from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
     from moeware.compiler.load import load
     from moeware.compiler.partition import describe, partition, report
-    parts = partition(fuse(load(arguments.model)))
+    first = combinations(check_choices(choices or {}))[0]
+    parts = partition(fuse(load(model, first)))
     facts = report(parts)
-    return {"ok": not (arguments.strict and facts["host_nodes"]), "model": arguments.model,
+    return {"ok": not (strict and facts["host_nodes"]), "model": model,
             "placement": describe(parts), **facts}
 
 

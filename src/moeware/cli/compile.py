@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from moeware.cli.choices import add_choices_option
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "compile an ONNX model to a program"
@@ -23,6 +24,7 @@ def configure(parser) -> None:
                         help="bits of a layer's weights, 8, 4 or 2; LAYER is a layer's name, one of "
                         "its experts (Experts_1/expert3), or 'experts' or 'linear' for all such "
                         "layers; repeatable")
+    add_choices_option(parser)
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
     parser.add_argument("--stop", default="emit", help="last stage")
@@ -42,7 +44,7 @@ def run(arguments) -> dict:
     with stages_bar("compile") as progress:
         program = moeware.compile(
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
-            frames=arguments.frames, bits=dict(arguments.bits),
+            frames=arguments.frames, bits=dict(arguments.bits), choices=dict(arguments.choices),
             dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
@@ -51,7 +53,8 @@ def run(arguments) -> dict:
     return {"program": str(output), "file_bytes": output.stat().st_size,
             "placement": program.placement, "config_digest": f"{program.config.digest:#010x}",
             "image_bytes": len(program.image), "dram_bytes": program.dram_bytes,
-            "macs_per_frame": sum(getattr(step, "macs", 0) for step in program.steps),
+            "macs_per_frame": sum(getattr(step, "macs", 0) for step in program.steps_of()),
+            "choices": program.choices,
             "estimate": _estimate(program, arguments), "metadata": program.metadata}
 
 

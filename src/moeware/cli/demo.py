@@ -37,8 +37,7 @@ def run(arguments) -> dict:
     with np.load(samples, allow_pickle=False) as archive:
         data = dict(archive)
     config = moeware.find_config(arguments.config)
-    arguments.model, arguments.strict = str(model), True
-    facts: dict = {"model": str(model), "check": check.run(arguments),
+    facts: dict = {"model": str(model), "check": check.placement(str(model), strict=True),
                    "config": config.to_dict(), "config_digest": f"{config.digest:#010x}"}
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)

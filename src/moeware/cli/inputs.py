@@ -3,6 +3,7 @@
 import os
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ __all__ = ["mean_counters", "read_inputs", "write_outputs"]
 
 
 def read_inputs(path: str, program: Program, *, array: str | None = None,
-                frames: int | None = None) -> dict[str, np.ndarray]:
+                first: int = 0, frames: int | None = None,
+                choice: Mapping[str, int] | None = None) -> dict[str, np.ndarray | int]:
     """Feeds for a session: arrays [frames, ...] by input name.
 
     path : an ``.npz`` file with an array for each input, or, for a model of one input, an ``.npy``
     file or an ``.npz`` file whose only array, or whose array called `array`, it is; frames : take
-    only so many.
+    only so many, from `first` on; choice : values of the program's choices, which count more than
+    arrays of their names.
 
     Raises
     ------
@@ -34,6 +37,8 @@ def read_inputs(path: str, program: Program, *, array: str | None = None,
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"Inputs {path} must be a .npz or .npy file of numpy arrays: "
                          f"{error}") from error
+    chosen = {name: arrays.pop(name) for name in program.choices if name in arrays}
+    chosen |= choice or {}
     if array is not None and array not in arrays:
         raise ValueError(f"Array of {path} must be one of {sorted(arrays)}, not {array!r}")
     if len(names) == 1 and names[0] not in arrays:
@@ -44,7 +49,8 @@ def read_inputs(path: str, program: Program, *, array: str | None = None,
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ValueError(f"Inputs {path} must have arrays for {names}, but lack {missing}")
-    return {name: arrays[name][:frames] for name in names}
+    last = None if frames is None else first + frames
+    return {name: arrays[name][first:last] for name in names} | chosen
 
 
 def write_outputs(path: str, outputs: dict[str, np.ndarray]) -> None:

@@ -7,6 +7,7 @@ https://ui.perfetto.dev) and roofline.png. On a board only its counters can be h
 import json
 from pathlib import Path
 
+from moeware.cli.choices import add_choice_option
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "show where the cycles of a run go"
@@ -16,6 +17,7 @@ def configure(parser) -> None:
     parser.add_argument("program", help="program file from `moeware compile`")
     parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
     parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    add_choice_option(parser)
     parser.add_argument("--frame", type=int, default=0, help="which frame (default: 0, the first)")
     parser.add_argument("-o", "--output", default=str(Path("build", "profile")),
                         help="folder for the results (default: build/profile)")
@@ -31,9 +33,9 @@ def run(arguments) -> dict:
     program = Program.load(arguments.program)
     if arguments.frame < 0:
         raise ValueError(f"Frame to profile must be 0 or more, not {arguments.frame}")
-    feeds = {name: values[arguments.frame:] for name, values in read_inputs(
-        arguments.inputs, program, array=arguments.array, frames=arguments.frame + 1).items()}
-    if not all(len(values) for values in feeds.values()):
+    feeds = read_inputs(arguments.inputs, program, array=arguments.array, first=arguments.frame,
+                        frames=1, choice=dict(arguments.choose))
+    if not all(len(feeds[name]) for name, _, _ in program.inputs):
         raise ValueError(f"Frame to profile must be one of {arguments.inputs}, not "
                          f"{arguments.frame}")
     out = Path(arguments.output)

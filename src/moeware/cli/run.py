@@ -2,6 +2,8 @@
 
 import time
 
+from moeware.cli.choices import add_choice_option
+
 HELP = "run a program on inputs from a file"
 
 
@@ -9,6 +11,7 @@ def configure(parser) -> None:
     parser.add_argument("program", help="program file from `moeware compile`")
     parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
     parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    add_choice_option(parser)
     parser.add_argument("--frames", type=int, help="run only so many")
     parser.add_argument("-o", "--output", help=".npz file for the outputs")
     parser.add_argument("--device", default="auto",
@@ -29,7 +32,7 @@ def run(arguments) -> dict:
         arguments.program, arguments.device, strict=arguments.strict, port=arguments.port,
         fallback=not arguments.no_fallback, timeout_s=arguments.timeout)
     feeds = read_inputs(arguments.inputs, session.program, array=arguments.array,
-                        frames=arguments.frames)
+                        frames=arguments.frames, choice=dict(arguments.choose))
     began = time.perf_counter()
     with frames_bar("run") as progress:
         results = session.run(None, feeds, progress=progress)

@@ -2,6 +2,8 @@
 
 import time
 
+from moeware.cli.choices import add_choice_option
+
 HELP = "run a program on the golden device or on simulated gateware; compare devices"
 DEVICES = {"RTL": "rtl", "golden": "golden", "PyTorch": "torch"}  # as people know them
 
@@ -10,6 +12,7 @@ def configure(parser) -> None:
     parser.add_argument("program", help="program file from `moeware compile`")
     parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
     parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    add_choice_option(parser)
     parser.add_argument("--frames", type=int, default=1, help="run so many (default: 1)")
     parser.add_argument("--device", action="append", choices=list(DEVICES.values()),
                         help="repeatable (default: rtl; with --compare: all)")
@@ -23,7 +26,8 @@ def run(arguments) -> dict:
     from moeware.hw.arch.program import Program
     from moeware.runtime.device import open_device
     program = Program.load(arguments.program)
-    feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames)
+    feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames,
+                        choice=dict(arguments.choose))
     wanted = arguments.device or (DEVICES.values() if arguments.compare else ["rtl"])
     devices = {name: open_device(device, program.config) for name, device in DEVICES.items()
                if device in wanted}

@@ -1,0 +1,38 @@
+"""Inputs that are one integer for a whole run, such as a task, as options of commands."""
+
+import argparse
+
+__all__ = ["add_choice_option", "add_choices_option"]
+
+
+def add_choices_option(parser) -> None:
+    """``--choices task=0,1``: dictionary pairs of a name and its values."""
+    parser.add_argument("--choices", action="append", type=_values, default=[],
+                        metavar="INPUT=VALUES",
+                        help="an integer input that is chosen per run, such as a task, and its "
+                        "values (task=0,1); repeatable")
+
+
+def add_choice_option(parser) -> None:
+    """``--choose task=1``: dictionary pairs of a name and its value."""
+    parser.add_argument("--choose", action="append", type=_value, default=[],
+                        metavar="INPUT=VALUE",
+                        help="value of an input that is chosen per run (task=1), where the inputs' "
+                        "file does not hold it; repeatable")
+
+
+def _values(text: str) -> tuple[str, list[int]]:
+    name, equals, values = text.partition("=")
+    try:
+        if name and equals:
+            return name, [int(value) for value in values.split(",")]
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be an input and its values, as task=0,1, not {text!r}")
+
+
+def _value(text: str) -> tuple[str, int]:
+    name, values = _values(text)
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"must be an input and one value, as task=1, not {text!r}")
+    return name, values[0]
