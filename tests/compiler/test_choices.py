@@ -9,6 +9,7 @@ import torch
 
 import moeware
 from moeware import cli
+from moeware.compiler.calibrate import Calibration, merged
 from moeware.compiler.errors import CompileError
 from moeware.compiler.pipeline import STAGES, compile_model
 from moeware.hw.arch import isa
@@ -108,6 +109,25 @@ def test_tasks_share_what_is_equal(made, program):
     assert kinds == {"weight", "up", "down"}
     assert [(port.scale, port.offset) for port in first.inputs + first.outputs] == [
         (port.scale, port.offset) for port in second.inputs + second.outputs]
+
+
+def test_grids_are_those_of_all_tasks(made):
+    def scales(tasks: list[int]) -> set[float]:
+        made_for = compile_model(made()[1], CONFIGS[0], CALIBRATION, choices={"task": tasks})
+        return {step.outputs[0].scale for step in made_for.steps}
+    first, second = scales([0]), scales([1])
+    assert first != second
+    assert scales([0, 1]) == scales([1, 0]) == {max(first | second)}
+
+
+def test_merged_calibrations_hold_equal_samples_once():
+    first, second = (Calibration(
+        {"same": np.ones((2, 3)), "x": np.full((2, 3), task), f"expert{task}": np.zeros((1, 3))},
+        {"experts": np.array([1, task])}, frames=2) for task in (0, 1))
+    found = merged([first, second])
+    assert {name: rows.shape for name, rows in found.samples.items()} == {
+        "same": (2, 3), "x": (4, 3), "expert0": (1, 3), "expert1": (1, 3)}
+    assert found.tokens["experts"].tolist() == [2, 1] and found.frames == 2
 
 
 def test_tasks_take_turns_on_one_board_without_a_reload(program):
