@@ -27,13 +27,13 @@ class Target:
 
 
 _INT8 = (
-    # What is placed and routed for the ULX3S. With memories for two frames it would take about as many
-    # block RAMs as the device has.
+    # Sized for the device's multipliers and block RAMs, not placed and routed at this clock. A bank of
+    # activations holds the keys and queries of two heads, so that one is made while the other is used.
     Target(
         name="ecp5-85f", clock_hz=100e6, dram=SDRAM_16BIT,
         text="ECP5-85F size: 16-bit SDRAM at 133 MHz",
         config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=2, bus_bytes=8,
-                      activation_banks=4, activation_words=4096, residual_words=12544,
+                      activation_banks=4, activation_words=4608, residual_words=12544,
                       weight_words=1024, param_words=512, narrow=1, tables=4, row_words=96,
                       max_rows=256, max_experts=16, max_chosen=2, queue=8),
         flight={"activation_words": 5632, "residual_words": 24832, "max_rows": 260}),

@@ -80,10 +80,11 @@ def _place(buffers: list[Buffer], uses: dict[int, _Use], words: int, bank: int, 
     placed: list[Buffer] = []
     for buffer in buffers:
         buffer.address = None
-        start = max(0, min(buffer.bank * bank, words - buffer.words))
+        start = buffer.bank * bank
+        if buffer.words > bank:  # the bank does not matter; below all others, or above
+            start = words - buffer.words if bank and start + bank == words else 0
         for rest, own in rooms if buffer.bank else ROOMS[-2:]:
             live = _beside(buffer, placed, uses, rest)
-            # A buffer that is larger than its bank goes on into the next ones.
             end = start + bank if own and buffer.words <= bank else words
             buffer.address = _lowest(buffer.words, live, start, end)
             if buffer.address is None and not own:

@@ -40,8 +40,8 @@ class Norm(Engine):
     through two stages, the variance and its inverse root."""
 
     VARIANCE, ROOT = 12, 19  # cycles between rows
-    VARIANCE_LATENCY, ROOT_LATENCY = 11, 43
-    FIRST, LAST = 9, 20  # from the start to the first sums, but for its words; from the last word
+    VARIANCE_LATENCY, ROOT_LATENCY = 11, 45
+    FIRST, LAST = 10, 20  # from the start to the first sums, but for its words; from the last word
     SCALE = 3  # from the start to the moments where no statistics are taken
 
     def __init__(self, clock: Clock, config: Config):
@@ -76,11 +76,11 @@ class Attention(Engine):
     one, the last value word of a pass over the keys waits for the write-back of the pass before."""
 
     FIRST, GROUP_READ = 4, 10  # cycles before the first group's query words; of a group at least
-    SCORES, SUMS = 16, 12  # from the last key word to the second stage, and through that
-    PASS = 23  # cycles between the ends of two passes at least
-    WRITE, LAST = 12, 1  # write-back of a pass, besides its results; from there to done
+    SCORES, SUMS = 16, 13  # from the last key word to the second stage, and through that
+    PASS = 24  # cycles between the ends of two passes at least
+    WRITE, LAST = 13, 1  # write-back of a pass, besides its results; from there to done
     GROUP, RELEASE = 7, 2  # between groups of the second stage; until a score buffer is free
-    RECIPROCAL, INTERVAL, ROWS_PER_DIVIDER = 22, 18, 4
+    RECIPROCAL, INTERVAL, ROWS_PER_DIVIDER = 24, 18, 4
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
@@ -130,7 +130,7 @@ class Linear(Engine):
     GROUP, ROW = 3, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 27  # from the last product to the last result, but for the adder tree's stages
     ACCUMULATE = 4
-    ROUTE, ROUTE_ROW = 35, 18  # the router's latency; cycles of a row at least
+    ROUTE, ROUTE_ROW = 37, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
