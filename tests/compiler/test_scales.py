@@ -9,6 +9,7 @@ from moeware.compiler.scales import (
     encode_scales,
     function_table,
     grid,
+    shifted_grid,
 )
 from moeware.hw.arch import numerics
 
@@ -74,7 +75,22 @@ def test_tables_hold_the_rounded_function(function):
     exact = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "sigmoid": torch.sigmoid,
              "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
              "silu": torch.nn.functional.silu, "tanh": torch.tanh}[function]
-    table = function_table(function, 0.03, 0.02)
-    for byte in (0, 1, 127, 128, 200, 255):
-        argument = torch.tensor((byte - 256 if byte > 127 else byte) * 0.03, dtype=torch.float64)
-        assert table[byte] == np.clip(np.rint(exact(argument).item() / 0.02), -128, 127)
+    for offsets in ((0.0, 0.0), (0.4, 1.1)):
+        table = function_table(function, (0.03, offsets[0]), (0.02, offsets[1]))
+        for byte in (0, 1, 127, 128, 200, 255):
+            argument = (byte - 256 if byte > 127 else byte) * 0.03 + offsets[0]
+            value = exact(torch.tensor(argument, dtype=torch.float64)).item() - offsets[1]
+            assert table[byte] == np.clip(np.rint(value / 0.02), -128, 127)
+
+
+def test_a_shifted_grid_spends_all_integers_on_one_side():
+    samples = np.random.default_rng(3).uniform(0, 2, (4096, 8))
+    step, offset = shifted_grid(samples)
+    assert step == pytest.approx(2 / 255, rel=0.03) and step < 0.6 * grid(samples)
+    integers = np.clip(np.rint((samples - offset) / step), -128, 127)
+    assert np.abs(integers * step + offset - samples).max() <= 1.6 * step
+    assert shifted_grid(np.zeros((3, 2))) == (1.0, 0.0)
+    # What a GELU flattens may clip.
+    spread = np.random.default_rng(4).normal(0, 3, (4096, 8))
+    step, offset = shifted_grid(spread, of=FUNCTION["gelu"])
+    assert offset - 128 * step > spread.min() / 2
