@@ -1,5 +1,6 @@
 """Cycles of LINEAR, ATTENTION and NORM, as the contracts of their units say."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from moeware.compiler.estimate_dram import Clock
@@ -14,7 +15,7 @@ def ceil_log2(value: int) -> int:
     return (value - 1).bit_length()
 
 
-class Engine:
+class Engine(ABC):
     """An engine whose times are known when it takes an instruction; as `estimate_dma.Loads`."""
 
     def __init__(self, clock: Clock, config: Config):
@@ -30,9 +31,9 @@ class Engine:
         self.clock.at(self._free, self.on_ready)
         done(cycle)
 
+    @abstractmethod
     def times(self, work: Work, start: int) -> tuple[int, int]:
         """The cycle from which the next instruction is taken, and that in which this one is done."""
-        raise NotImplementedError
 
 
 class Norm(Engine):
