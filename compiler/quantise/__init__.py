@@ -1,0 +1,59 @@
+"""Float canonical nodes to the quantised graph.
+
+Weights are int8, or narrower where `Precision` says so, per output channel (experts: per expert and
+channel), activations int8 per tensor, the residual stream int16 on one grid. Three exact identities
+are used before anything is rounded:
+
+- a key's bias adds one number to all scores of a row, which softmax does not see: it is dropped;
+- a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
+  what follows;
+- LayerNorm's scale and shift move into the weights that follow. In exchange each channel of the
+  normalised tensor is scaled so that tensor and weights share the rounding error (SmoothQuant,
+  Xiao et al. 2023, section 4, with alpha = 1/2).
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from moeware.compiler.calibrate import Calibration
+from moeware.compiler.canonical import attributes
+from moeware.compiler.precision import Precision
+from moeware.compiler.quantise.attention import Attention
+from moeware.compiler.quantise.experts import Experts
+from moeware.compiler.quantise.rows import Rows
+from moeware.compiler.quantise.state import QuantisedStep
+from moeware.compiler.quantise.stream import Stream
+
+__all__ = ["QuantisedStep", "quantise"]
+
+
+def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
+             calibration: Calibration, precision: Precision | None = None,
+             variants: Sequence[Sequence[ir.Node]] | None = None) -> QuantisedStep:
+    """Quantise the nodes of one device step.
+
+    nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
+    the values that enter and leave the step; variants : the same nodes with each choice's constants
+    (None: `nodes` alone), which are to have equal integers wherever their constants are equal.
+
+    Raises
+    ------
+    CompileError
+        A tensor without calibration samples, or nodes in an order that no device step may have.
+    """
+    return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision(),
+                      variants or [nodes]).run()
+
+
+class _Quantiser(Stream, Rows, Attention, Experts):
+    """Node after node by the rule of its operator."""
+
+    def run(self) -> QuantisedStep:
+        for value in self.inputs:
+            self._input(value)
+        for node in self.nodes:
+            getattr(self, f"_{node.op_type}")(node, **attributes(node))
+        for value in self.outputs:
+            self._output(value)
+        return self.result

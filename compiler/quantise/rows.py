@@ -1,0 +1,127 @@
+"""What works row by row: normalisation, products, pointwise functions."""
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import attributes
+from moeware.compiler.errors import CompileError
+from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.quantise.state import State, without
+from moeware.compiler.scales import (
+    FUNCTION,
+    encode_scales,
+    function_table,
+    grid,
+    shifted_grid,
+)
+from moeware.compiler.weights import Tensor, scaled_weights, smoothed_norm
+from moeware.hw.arch import numerics
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.isa import NormMode
+
+__all__ = ["Rows"]
+
+
+class Rows(State):
+    """Rules for LayerNorm, Linear and Pointwise."""
+
+    def _LayerNorm(self, node, epsilon):
+        value, source = node.outputs[0], self._tensor(node.inputs[0])
+        gamma, beta = (array.astype(np.float64) for array in self._constants(node))
+        channels = len(gamma)
+        live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
+        demand = self._demand(value, channels) * np.abs(gamma)
+        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand)
+        scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
+        multiplier, shift = encode_scales(scale)
+        integer_epsilon = round(epsilon * (channels / source.step) ** 2)
+        affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
+        self.norms[value.name] = (
+            q.Norm(name=node.name, output=value.name, source=source.tensor,
+                   first_row=source.first_row, rows=source.rows, mode=NormMode.LAYER,
+                   epsilon=integer_epsilon, affine=affine),
+            Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta, rows=source.rows))
+        if any(user.op_type != "TakeToken" for user in self._consumers(value)):
+            self.values[value.name] = self._norm(value.name, value.name, 0, source.rows)
+
+    def _norm(self, norm: str, output: str, first_row: int, rows: int) -> Tensor:
+        """Emit some rows of a LayerNorm as the tensor `output`."""
+        operation, tensor = self.norms[norm]
+        self._add(dataclasses.replace(operation, output=output, rows=rows,
+                                      first_row=operation.first_row + first_row))
+        return dataclasses.replace(tensor, tensor=output, rows=rows)
+
+    def _demand(self, value: ir.Value, channels: int) -> np.ndarray:
+        """Largest weight that meets each channel of a value, over all its consumers in all
+        variants."""
+        largest = np.zeros(channels)
+        for node in self._consumers(value):
+            if node.op_type in ("Linear", "Route", "Experts"):
+                for variant in self.variants:
+                    inputs = variant[node.name].inputs
+                    weight = inputs[3 if node.op_type == "Experts" else 1].const_value.numpy()
+                    largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
+            elif node.op_type in ("TakeToken", "MeanTokens"):
+                largest = np.maximum(largest, self._demand(node.outputs[0], channels))
+        return largest
+
+    def _Linear(self, node):
+        value, consumers = node.outputs[0], self._consumers(node.outputs[0])
+        if value in self.outputs or consumers[0].op_type in ("Add", "Pointwise"):
+            self.pending[value.name] = node
+            return
+        weight, bias = self._constants(node)
+        samples, shift = self.calibration.rows(value.name), None
+        users = [user for user in consumers if user.op_type == "Attention"]
+        roles = {user.inputs.index(value) for user in users}
+        if roles and roles <= {1, 2}:
+            samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
+            bias = np.zeros_like(bias)
+            if roles == {1, 2}:
+                raise CompileError(f"Node {node.name!r} must be key or value of attention, not both")
+            # A LayerNorm's shift reaches keys and values as a bias, too.
+            source = self._tensor(node.inputs[0])
+            if source.shift is not None:
+                lifted = weight.astype(np.float64) @ source.shift
+                samples = without(samples, lifted)
+                shift = None if shift is None else shift + lifted
+                bias = -lifted
+            # The attention unit has one stride for query, key and value: shared heads are repeated.
+            a = attributes(users[0])
+            if a["heads"] != a["kv_heads"]:
+                heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
+                order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
+                weight, bias, samples = weight[order], bias[order], samples[..., order]
+                shift = None if shift is None else shift[order]
+        gain = None
+        if len(users) == len(consumers) == 1 and roles == {2}:
+            gain = self._value_gain(users[0], samples, shift)
+            samples, weight, bias = samples / gain, weight / gain[:, None], bias / gain
+        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift, gain=gain)
+
+    def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
+                     shift=None, gain=None, mean=0.0) -> None:
+        source = self._tensor(node.inputs[0])
+        bits = self.precision.of(node.name, "linear")
+        integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
+        self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
+                           affine=affine, table=table, bits=bits))
+        step, offset = after or (step, 0.0)
+        self.values[value.name] = Tensor(value.name, step, shift=shift, gain=gain, offset=offset,
+                                         mean=mean, rows=source.rows)
+
+    def _Pointwise(self, node, function):
+        linear = self.pending.pop(node.inputs[0].name, None)
+        if linear is None:
+            raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
+        before = shifted_grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
+        samples = self.calibration.rows(node.outputs[0].name)
+        weight, bias = self._constants(linear)
+        # Only what multiplies by weights can take an offset along.
+        plain = all(user.op_type == "Linear" for user in self._consumers(node.outputs[0]))
+        after = shifted_grid(samples) if plain else (grid(samples), 0.0)
+        self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
+                          table=function_table(function, before, after), after=after,
+                          mean=samples.mean(0))

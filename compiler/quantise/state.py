@@ -1,0 +1,158 @@
+"""A device step while it is quantised: its ends, its grids, what has been emitted."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.calibrate import Calibration
+from moeware.compiler.canonical import attributes, shape
+from moeware.compiler.errors import CompileError
+from moeware.compiler.precision import WEIGHT_BITS, Precision
+from moeware.compiler.weights import Tensor, scaled_weights
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.program import Port, Region
+
+__all__ = ["Embedding", "QuantisedStep", "State", "without"]
+
+HEADROOM = 1.5  # of the residual grid over the largest calibrated value
+
+
+@dataclass
+class QuantisedStep:
+    """A device step before it has addresses (those of its ports' regions are 0). choice : as of
+    `DeviceStep`."""
+
+    operations: list[q.Operation] = field(default_factory=list)
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+    choice: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The start of the stream, not emitted yet: a constant, and patches from `first_row` on."""
+
+    constant: np.ndarray
+    first_row: int
+    patches: ir.Node
+
+
+def without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Samples less their shift; zero where nothing but the rounding of float32 is left."""
+    rest = samples - np.asarray(shift, np.float64)
+    return np.where(np.abs(rest) > 2.0**-20 * np.abs(samples).max(), rest, 0.0)
+
+
+class State:
+    """What the rules for the canonical operators share: consumers, grids, the step so far.
+
+    pending : Linear or Experts by the value that its consumer will emit; norms : all rows of a
+    LayerNorm's value.
+    """
+
+    def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
+                 variants: Sequence[Sequence[ir.Node]]):
+        named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
+        self.nodes = nodes
+        self.variants = [{node.name: node for node in variant} for variant in variants]
+        self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
+        self.calibration, self.precision = calibration, precision
+        self.result = QuantisedStep()
+        self.values: dict[str, Tensor | Embedding] = {}
+        self.pending: dict[str, ir.Node] = {}  # Linear or Experts that its consumer will emit
+        self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # LayerNorm value -> all its rows
+        self.stream_step = self._stream_step()
+
+    # Consumers, grids, weights
+
+    def _consumers(self, value: ir.Value) -> list[ir.Node]:
+        return [node for node in self.nodes if value in node.inputs]
+
+    def _stream_step(self) -> float:
+        """One grid for the whole residual stream, so that adding needs no rescaling."""
+        stream = [value for node in self.nodes for value in node.outputs
+                  if node.op_type in ("PatchEmbed", "ClassToken", "AddConstant", "Add")]
+        stream += [value for value in self.inputs if len(shape(value)) == 3]
+        largest = max((np.abs(self.calibration.rows(value.name)).max() for value in stream),
+                      default=0.0)
+        # The normalisation unit holds epsilon in 48 bits; a finer grid would resolve only what
+        # epsilon drowns.
+        finest = max((shape(node.outputs[0])[-1] * math.sqrt(attributes(node)["epsilon"])
+                      for node in self.nodes if node.op_type == "LayerNorm"), default=0.0)
+        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) if largest else 1.0
+
+    def _tensor(self, value: ir.Value) -> Tensor:
+        found = self.values[value.name]
+        if isinstance(found, Embedding):
+            found = self._emit_embedding(value.name, found)
+        return found
+
+    def _add(self, operation: q.Operation) -> None:
+        self.result.operations.append(operation)
+
+    # Ends of the step
+
+    def _input(self, value: ir.Value) -> None:
+        dims = shape(value)
+        consumers = self._consumers(value)
+        patches = [node for node in consumers if node.op_type == "PatchEmbed"]
+        if patches:
+            node = patches[0]
+            a = attributes(node)
+            rows, columns = a["height"] // a["ph"], a["width"] // a["pw"]
+            split = (a["channels"], rows, a["ph"], columns, a["pw"])
+            order = (1, 3, 0, 2, 4)
+            channels = a["channels"] * a["ph"] * a["pw"]
+            samples = self.calibration.rows(value.name)
+            low, high = float(samples.min(initial=0)), float(samples.max(initial=0))
+            step = (high - low) / 255 or 1.0
+            offset, mean = low + 128 * step, float(samples.mean())
+            region = Region(memory=Memory.ACTIVATION, rows=rows * columns, channels=channels,
+                            address=0)
+        else:
+            if len(dims) != 3:
+                raise CompileError(f"Input {value.name!r} of a device step must be an image or a "
+                                   f"residual stream, not of shape {dims}")
+            split, order, step, offset = dims[1:], (0, 1), self.stream_step, 0.0
+            mean = 0.0
+            region = Region(memory=Memory.RESIDUAL, rows=dims[1], channels=dims[2], address=0)
+        self.values[value.name] = Tensor(value.name, step, offset=offset, mean=mean, rows=region.rows)
+        self.result.inputs.append(Port(name=value.name, tensor=value.name, shape=dims[1:],
+                                       scale=step, offset=offset, split=split, order=order,
+                                       region=region))
+
+    def _output(self, value: ir.Value) -> None:
+        dims = shape(value)
+        if value.name in self.pending:
+            self._head(value)
+        tensor = self._tensor(value)
+        rows = dims[1] if len(dims) == 3 else 1
+        region = Region(memory=Memory.RESIDUAL, rows=rows, channels=dims[-1], address=0)
+        self.result.outputs.append(Port(
+            name=value.name, tensor=tensor.tensor, shape=dims[1:], scale=tensor.step,
+            split=(rows, dims[-1]), order=(0, 1), region=region))
+
+    def _head(self, value: ir.Value) -> None:
+        """A Linear that leaves the step: wide, on a grid of its own."""
+        node = self.pending.pop(value.name)
+        source = self._tensor(node.inputs[0])
+        step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
+        self._add_linear(node, value.name, source, step, residual=None)
+        self.values[value.name] = Tensor(value.name, step, rows=source.rows)
+
+    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+                    residual: str | None, first_row: int = 0) -> None:
+        bits = self.precision.of(node.name, "linear")
+        weight, affine = scaled_weights(*self._constants(node), source, step, 16,
+                                        limit=WEIGHT_BITS[bits])
+        self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
+                              residual=residual, first_row=first_row, weight=weight, affine=affine,
+                              bits=bits))
+
+    @staticmethod
+    def _constants(node: ir.Node, first: int = 1) -> list[np.ndarray]:
+        return [value.const_value.numpy() for value in node.inputs[first:]]
