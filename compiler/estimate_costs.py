@@ -131,7 +131,7 @@ class Linear(Engine):
     GROUP, ROW = 3, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 27  # from the last product to the last result, but for the adder tree's stages
     ACCUMULATE = 4
-    ROUTE, ROUTE_ROW = 37, 18  # the router's latency; cycles of a row at least
+    ROUTE, ROUTE_ROW = 40, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)

@@ -82,20 +82,21 @@ class BurstOrder(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.order = order = fifo.SyncFIFOBuffered(
+        m.submodules.order = order = fifo.SyncFIFO(
             width=self._layout.size, depth=BURSTS_IN_FLIGHT)
-        front = data.View(self._layout, order.r_data)
-        due = Signal(len(front.beats), init=1)  # which word of the front burst moves next
-        last = self.moved & (due == front.beats)
+        following = data.View(self._layout, order.r_data)
+        left = Signal(len(following.beats))  # words of the burst whose words are due
+        final = Signal()  # left == 1
+        takes = ~self.active | (self.moved & final)
         m.d.comb += [
             order.w_data.eq(self.burst.payload), order.w_en.eq(self.burst.valid),
-            self.burst.ready.eq(order.w_rdy),
-            self.active.eq(order.r_rdy), self.client.eq(front.client), order.r_en.eq(last),
+            self.burst.ready.eq(order.w_rdy), order.r_en.eq(takes),
         ]
-        with m.If(self.moved):
-            m.d.sync += due.eq(due + 1)
-        with m.If(last):
-            m.d.sync += due.eq(1)
+        with m.If(takes):
+            m.d.sync += [self.active.eq(order.r_rdy), self.client.eq(following.client),
+                         left.eq(following.beats), final.eq(following.beats == 1)]
+        with m.Elif(self.moved):
+            m.d.sync += [left.eq(left - 1), final.eq(left == 2)]
         return m
 
 

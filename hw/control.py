@@ -16,11 +16,11 @@ __all__ = ["ControlUnit"]
 class ControlUnit(wiring.Component):
     """Serves the registers of `arch.registers` and counts what happens during a run.
 
-    One access every two cycles; its response comes in the cycle after it and waits as long as the
+    One access every three cycles; its response comes two cycles after it and waits as long as the
     host lets it. Registers that do not exist, and writes to those that cannot be written, read as
     0 and do nothing. START during a run does nothing; START with a `PROGRAM` that is not a multiple
     of `ALIGNMENT` is refused: it ends at once, with DONE and ERROR. Counters start at 0 with each
-    START, hold still after the end and wrap at 32 bits. The states of an engine that are counted
+    START, hold still from the cycle after the end on and wrap at 32 bits. The states of an engine that are counted
     exclude each other but for "stalled", which is part of "busy".
 
     Members
@@ -61,9 +61,12 @@ class ControlUnit(wiring.Component):
         asked, begin = Signal(), Signal()
         m.d.sync += begin.eq(asked)
 
-        m.d.comb += request.ready.eq(~response.valid)
+        # Which register was asked for is known in one cycle, and looked up in the next.
+        looks, index = Signal(), Signal.like(request.p.index)
+        m.d.comb += request.ready.eq(~response.valid & ~looks)
         accessed = request.valid & request.ready
-        with m.If(accessed):
+        m.d.sync += [looks.eq(accessed), index.eq(request.p.index)]
+        with m.If(looks):
             m.d.sync += response.valid.eq(1)
         with m.Elif(response.ready):
             m.d.sync += response.valid.eq(0)
@@ -87,11 +90,11 @@ class ControlUnit(wiring.Component):
         values = {Register.MAGIC: MAGIC, Register.DIGEST: self.config.digest,
                   Register.STATUS: status, Register.PROGRAM: self.program}
         values |= self._counters(m, begin, running)
-        with m.If(accessed):
+        with m.If(looks):
             m.d.sync += response.payload.eq(0)
-            with m.Switch(request.p.index):
-                for index, value in values.items():
-                    with m.Case(index):
+            with m.Switch(index):
+                for register, value in values.items():
+                    with m.Case(register):
                         m.d.sync += response.payload.eq(value)
         return m
 
@@ -104,8 +107,11 @@ class ControlUnit(wiring.Component):
         counts = {}
         for index, event in events.items():
             counts[index] = count = Signal(32, name=f"count_{index}")
+            # Events are known late in their cycle, and counters are wide.
+            counted = Signal(name=f"counted_{index}")
+            m.d.sync += counted.eq(running & event)
             with m.If(begin):
                 m.d.sync += count.eq(0)
-            with m.Elif(running & event):
+            with m.Elif(counted):
                 m.d.sync += count.eq(count + 1)
         return counts

@@ -73,8 +73,11 @@ class HostLink(wiring.Component):
 
         m.submodules.request_crc = request_crc = catalog.CRC32_ISO_HDLC(8).create()
         m.submodules.response_crc = response_crc = catalog.CRC32_ISO_HDLC(8).create()
-        m.d.comb += [received.ready.eq(1),
-                     request_crc.data.eq(received.payload), response_crc.data.eq(sent.payload)]
+        # The CRC of the response takes a byte from a register, the cycle after it was sent.
+        begun, counts = Signal(), Signal()
+        m.d.comb += [received.ready.eq(1), request_crc.data.eq(received.payload)]
+        m.d.sync += [response_crc.start.eq(begun), response_crc.valid.eq(counts & sent.ready),
+                     response_crc.data.eq(sent.payload)]
 
         # --- Payload buffer: written and read at `position` by the byte, register or bus word -----
 
@@ -119,7 +122,8 @@ class HostLink(wiring.Component):
         alignment = max(ALIGNMENT, self._bus_bytes)
         last_bits = exact_log2(alignment)
         offset = header.address[:exact_log2(MAX_PAYLOAD)]
-        length_is_right = Mux(
+        length_is_right = Signal()  # of a header that came two cycles ago or earlier
+        m.d.sync += length_is_right.eq(Mux(
             on_registers,
             (header.length[:2] == 0) & (header.length != 0) & (header.address < REGISTERS)
             & (header.address[:8] + (header.length >> 2) <= REGISTERS),
@@ -127,7 +131,7 @@ class HostLink(wiring.Component):
                 (header.length[:last_bits] == 0) & (header.length != 0)
                 & (header.address[:last_bits] == 0) & (offset + header.length <= MAX_PAYLOAD)
                 & (header.address < self._memory_bytes),
-                header.length == 0))
+                header.length == 0)))
         done_tag = Signal(9)  # tag of the last WRITE_REGISTERS, and that there is one
 
         # --- Pause within a request ---------------------------------------------------------------
@@ -273,14 +277,13 @@ class HostLink(wiring.Component):
                 m.d.comb += [
                     sent.valid.eq(1),
                     sent.payload.eq(response_header.word_select(position[:3], 8)),
-                    response_crc.start.eq(position == 0),
-                    response_crc.valid.eq(sent.ready & (position != 0)),
+                    begun.eq(position == 0), counts.eq(position != 0),
                 ]
                 with m.If(sent.ready):
                     m.d.sync += position.eq(position + 1)
                     with m.If(position == RESPONSE_HEADER.size - 1):
                         m.d.sync += position.eq(0)
-                        m.next = "SEND CRC"
+                        m.next = "LAST BYTE COUNTS"
                         with m.If(header.length != 0):
                             m.next = "FETCH BYTE"
             with m.State("FETCH BYTE"):
@@ -293,14 +296,16 @@ class HostLink(wiring.Component):
                         Const(int.from_bytes(identity, "little"), 8 * len(identity)).word_select(
                             position[:4], 8),
                         fetched(1))),
-                    response_crc.valid.eq(sent.ready),
+                    counts.eq(1),
                 ]
                 with m.If(sent.ready):
                     m.d.sync += position.eq(position + 1)
                     m.next = "FETCH BYTE"
                     with m.If(position + 1 == header.length):
                         m.d.sync += position.eq(0)
-                        m.next = "SEND CRC"
+                        m.next = "LAST BYTE COUNTS"
+            with m.State("LAST BYTE COUNTS"):
+                m.next = "SEND CRC"
             with m.State("SEND CRC"):
                 m.d.comb += [sent.valid.eq(1),
                              sent.payload.eq(response_crc.crc.word_select(position[:2], 8))]

@@ -45,36 +45,35 @@ class Chunker(wiring.Component):
     def elaborate(self, platform):
         m = Module()
 
-        pending = Signal()
-        word = Signal(32)
-        words = Signal.like(self.burst.p.beats)
-
-        room = CHUNK_WORDS - word[:exact_log2(CHUNK_WORDS)]
-        last = words <= room
-        size = Mux(last, words, room)
-
-        # Whoever sends bursts must not wait for whoever admits chunks in the same cycle, nor for
-        # the arithmetic here.
-        m.submodules.bursts = bursts = RegisterSlice(Burst)
+        # Whoever sends bursts must not wait for whoever admits chunks in the same cycle.
         m.submodules.chunks = chunks = RegisterSlice(Chunk)
-        wiring.connect(m, wiring.flipped(self.burst), bursts.input)
-        burst = bursts.output
+        burst = self.burst
         wiring.connect(m, chunks.output, wiring.flipped(self.chunk))
-        advance = chunks.input.ready
-        m.d.comb += burst.ready.eq(~pending | (advance & last))
 
+        # First where the burst ends, counted from the start of its first group; then its groups.
+        bits = exact_log2(CHUNK_WORDS)
+        length = len(burst.p.beats) + 1
+        known, pending = Signal(), Signal()
+        start, end = Signal(32), Signal(length)  # end: the last word
+        word, more, tail = Signal(32), Signal(length - bits), Signal(bits)
+        last = Signal()  # more == 0
+        advance, taken = Signal(), Signal()
         m.d.comb += [
+            advance.eq(pending & chunks.input.ready), taken.eq(known & (~pending | advance & last)),
+            burst.ready.eq(~known | taken),
             chunks.input.valid.eq(pending), chunks.input.p.word.eq(word),
-            chunks.input.p.words.eq(size), chunks.input.p.last.eq(last),
+            chunks.input.p.words.eq(Mux(last, tail + 1, CHUNK_WORDS) - word[:bits]),
+            chunks.input.p.last.eq(last),
         ]
+        first = (burst.p.address >> exact_log2(self._bus_bytes))[:32]
+        with m.If(burst.ready):
+            m.d.sync += [known.eq(burst.valid), start.eq(first),
+                         end.eq(first[:bits] + burst.p.beats - 1)]
         with m.If(advance):
-            m.d.sync += [word.eq(word + size), words.eq(words - size)]
+            m.d.sync += [word.eq((word[bits:] + 1) << bits), more.eq(more - 1), last.eq(more == 1)]
             with m.If(last):
                 m.d.sync += pending.eq(0)
-        with m.If(burst.valid & burst.ready):
-            m.d.sync += [
-                pending.eq(1),
-                word.eq(burst.p.address >> exact_log2(self._bus_bytes)),
-                words.eq(burst.p.beats),
-            ]
+        with m.If(taken):
+            m.d.sync += [pending.eq(1), word.eq(start), more.eq(end[bits:]), tail.eq(end[:bits]),
+                         last.eq(end[bits:] == 0)]
         return m

@@ -4,7 +4,7 @@ from amaranth import Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["RegisterSlice"]
+__all__ = ["RegisterSlice", "sliced"]
 
 
 class RegisterSlice(wiring.Component):
@@ -37,3 +37,11 @@ class RegisterSlice(wiring.Component):
         with m.Elif(self.input.valid):
             m.d.sync += kept.eq(1)
         return m
+
+
+def sliced(m: Module, name: str, source):
+    """The stream `source`, of the output of a component, behind a slice that becomes the submodule
+    `name`_slice."""
+    m.submodules[f"{name}_slice"] = part = RegisterSlice(source.payload.shape())
+    wiring.connect(m, source, part.input)
+    return part.output

@@ -123,45 +123,53 @@ class Drain(wiring.Component):
             "parameter": self.parameter.shape(),
             "channel": 16,  # from channel 0
             "left": 16,  # channels from here on
+            "final": 1,  # they are at most `lanes`
             "offset": 20,  # words from channel 0
             "part": range(parts),
         })
         at, after, begin, origin = (Signal(position, name=name)
                                     for name in ("at", "after", "begin", "origin"))
+        single = Signal()  # a row of the instruction is one word
         word_full = Mux(held.target == Target.ACTIVATION, at.part == parts - 1, 1)
         m.d.comb += [
             origin.parameter.eq(after.parameter), origin.left.eq(held.channels),
+            origin.final.eq(single),
             after.parameter.eq(at.parameter + 1), after.channel.eq(at.channel + lanes),
-            after.left.eq(at.left - lanes), after.offset.eq(at.offset + word_full),
+            after.left.eq(at.left - lanes), after.final.eq(at.left <= 2 * lanes),
+            after.offset.eq(at.offset + word_full),
             after.part.eq(Mux(word_full, 0, at.part + 1)),
         ]
 
         busy, word = Signal(), Signal.like(self.word)
         words = per_group(config, held, config.outputs // lanes)
-        channels_done, row_done, group_done = Signal(), Signal(), Signal()
+        last_word = Signal()  # of the output group
+        row_done, group_done = Signal(), Signal()
         m.d.comb += [
             self.stepped.eq(busy & self.space), self.held.eq(busy & ~self.space),
-            channels_done.eq(at.left <= lanes),
-            row_done.eq(channels_done | (word == words - 1)),
+            row_done.eq(at.final | last_word),
             group_done.eq(row_done & target.last),
             self.row.eq(row), self.word.eq(word), self.parameter.eq(at.parameter),
             self.release.eq(self.stepped & target.last),
-            self.drained.eq(self.stepped & group_done & channels_done),
+            self.drained.eq(self.stepped & group_done & at.final),
             finish.eq(self.drained & target.end),
         ]
         with m.If(self.stepped):
-            m.d.sync += [at.eq(after), word.eq(word + 1)]
+            m.d.sync += [at.eq(after), word.eq(word + 1), last_word.eq(word + 2 == words)]
             with m.If(row_done):
-                m.d.sync += [word.eq(0), row.eq(row + 1), at.eq(begin)]
+                m.d.sync += [word.eq(0), last_word.eq(words == 1), row.eq(row + 1), at.eq(begin)]
             with m.If(group_done):
                 m.d.sync += [busy.eq(0), row.eq(0), at.eq(after), begin.eq(after)]
-                with m.If(channels_done):
+                with m.If(at.final):
                     m.d.sync += [at.eq(origin), begin.eq(origin), group.eq(group + 1)]
         with m.If(self.load):
             m.d.sync += busy.eq(1)
+        short = Signal()
+        m.d.comb += short.eq(job.channels <= lanes)
         with m.If(self.jobs.valid & self.jobs.ready):
-            m.d.sync += [held.eq(job), active.eq(1), at.left.eq(job.channels),
-                         begin.left.eq(job.channels)]
+            m.d.sync += [held.eq(job), active.eq(1), single.eq(short),
+                         last_word.eq(per_group(config, job, config.outputs // lanes) == 1)]
+            m.d.sync += [start for position in (at, begin) for start in (
+                position.left.eq(job.channels), position.final.eq(short))]
         with m.Elif(finish):
             m.d.sync += active.eq(0)
 

@@ -90,22 +90,23 @@ class Fill(wiring.Component):
         half, group = Signal(), Signal(range(groups))
         occupied, kept = Signal(range(3)), Signal(range(groups + 1))  # halves, row targets
         bank, word = Signal(range(config.tokens)), Signal(13)
+        last = Signal()  # as seen from the row's second word on: the word is the last
         taken, row_done, group_done = Signal(), Signal(), Signal()
         m.d.comb += [
             self.read.address.valid.eq(
                 self.rows.valid & (occupied != 2) & (kept != groups)),
             self.read.address.payload.eq(row.source + word),
             taken.eq(self.read.address.valid & self.read.address.ready),
-            row_done.eq(taken & (word + 1 == row.source_words)),
+            row_done.eq(taken & (last | row.single)),
             group_done.eq(row_done & ((bank == config.tokens - 1) | row.end)),
             self.rows.ready.eq(row_done),
         ]
         m.d.sync += [occupied.eq(occupied + group_done - self.release),
                      kept.eq(kept + group_done - self.drained)]
         with m.If(taken):
-            m.d.sync += word.eq(word + 1)
+            m.d.sync += [word.eq(word + 1), last.eq(word + 2 == row.source_words)]
         with m.If(row_done):
-            m.d.sync += [word.eq(0), bank.eq(bank + 1)]
+            m.d.sync += [word.eq(0), last.eq(0), bank.eq(bank + 1)]
         with m.If(group_done):
             m.d.sync += [bank.eq(0), half.eq(~half), group.eq(group + 1),
                          self.counts[half].eq(bank + 1),

@@ -19,15 +19,15 @@ class Issue(wiring.Component):
 
     It waits for a filled half of the tile memory, and at the last word of an output group for the
     group's parameters and for the results of the groups before: these must have left the drain
-    registers `latency` cycles later, when the new results get there, come what may. So what they
-    have still to write must fit into the write-back buffer already (`outstanding <= space`) and
-    take no longer than that (`busy_for <= latency`). The array itself never stalls. The results of
-    an instruction for the router also wait until all before are written.
+    registers `latency` cycles later, when the new results get there, come what may. So all that
+    was issued must fit into the write-back buffer already (`slack >= 0`), and what is left of it in
+    the drain registers by then must be nothing (`late == 0`). The array itself never stalls. The
+    results of an instruction for the router also wait until all before are written.
 
     Parameters
     ----------
     latency : `DotArray.latency`
-    capacity : most that `space` can be
+    capacity : results that the write-back buffer takes
 
     Members
     -------
@@ -40,10 +40,8 @@ class Issue(wiring.Component):
     ready : In(1)
     tails : In(stream.Signature(range(most + 1)))
         As in `Parameters`.
-    space : In(range(capacity + 1))
-        Results that the write-back buffer is sure to take.
-    stepped : In(1)
-        Results leave the drain registers in this cycle.
+    written : In(1)
+        A result left the write-back buffer.
     held : In(1)
         Results wait in the drain registers in this cycle.
     work : Out(Work(config))
@@ -64,8 +62,7 @@ class Issue(wiring.Component):
             "release": Out(1),
             "ready": In(1),
             "tails": In(stream.Signature(range(most + 1))),
-            "space": In(range(capacity + 1)),
-            "stepped": In(1),
+            "written": In(1),
             "held": In(1),
             "work": Out(Work(config)),
             "weight": Out(20),
@@ -79,7 +76,10 @@ class Issue(wiring.Component):
 
         half, filled, ready = Signal(), Signal(range(3)), Signal(14)
         word, address, left = Signal(13), Signal(range(2 * config.row_words)), Signal(16)
-        last_group, issue, complete = Signal(), Signal(), Signal()
+        # Flags stand beside the counters that they speak of, so that no path begins with a
+        # comparison: whether the word or group is the last one, and whether it is the only one.
+        last_word, last_group, only_word, only_group = Signal(), Signal(), Signal(), Signal()
+        issue, complete = Signal(), Signal()
 
         # The instruction in work; `settled`: for long enough that `tail_steps` are its own.
         held = Signal(job.shape())
@@ -102,45 +102,52 @@ class Issue(wiring.Component):
             full = Mux(held.narrow, full << 1, full)
         m.d.comb += steps.eq(Mux(last_group, Mux(half, tail_steps[1], tail_steps[0]), full))
 
-        busy_for = Signal(range(self.latency + most_steps + 1))
-        outstanding = Signal(range(self.latency + most_steps + 1))
+        # Room in the write-back buffer less what is on its way there; steps of the last group issued
+        # that the next one's results would meet in the drain registers.
+        slack = Signal(range(-2 * most_steps, self.capacity + 1), init=self.capacity)
+        late = Signal(range(most_steps))
         free = Signal()  # results of another output group may come
         m.d.comb += [
             self.work.enable.eq(issue), self.work.first.eq(word == 0),
-            self.work.last.eq(word + 1 == held.source_words), self.work.address.eq(address),
-            last_group.eq(left <= outputs),
-            free.eq((ready != 0) & (busy_for <= self.latency) & (outstanding <= self.space)
-                    & (settled | ~last_group)
-                    & (~alone | (outstanding == 0) & (self.space == self.capacity))),
-            issue.eq(active & (filled != 0) & (~self.work.last | free)),
-            complete.eq(issue & self.work.last),
+            self.work.last.eq(last_word), self.work.address.eq(address),
+            free.eq((ready != 0) & (late == 0) & (slack >= 0) & (settled | ~last_group)
+                    & (~alone | (slack == self.capacity))),
+            issue.eq(active & (filled != 0) & (~last_word | free)),
+            complete.eq(issue & last_word),
             self.release.eq(complete & last_group),
         ]
         m.d.sync += [
             filled.eq(filled + self.filled - self.release),
             ready.eq(ready + self.ready - complete),
-            outstanding.eq(outstanding + Mux(complete, steps, 0) - self.stepped),
+            slack.eq(slack + self.written - Mux(complete, steps, 0)),
         ]
         with m.If(complete):
-            m.d.sync += [busy_for.eq(self.latency + steps - 1), alone.eq(0)]
-        with m.Elif((busy_for != 0) & ~self.held):
-            m.d.sync += busy_for.eq(busy_for - 1)
+            m.d.sync += [late.eq(steps - 1), alone.eq(0)]
+        with m.Elif((late != 0) & ~self.held):
+            m.d.sync += late.eq(late - 1)
 
         base = Mux(half, config.row_words, 0)
         other_base = Mux(half, 0, config.row_words)
         with m.If(issue):
             m.d.sync += [word.eq(word + 1), address.eq(address + 1),
+                         last_word.eq(word + 2 == held.source_words),
                          self.weight.eq(self.weight + 1)]
-            with m.If(self.work.last):
-                m.d.sync += [word.eq(0), address.eq(base), left.eq(left - outputs)]
+            with m.If(last_word):
+                m.d.sync += [word.eq(0), address.eq(base), last_word.eq(only_word),
+                             left.eq(left - outputs), last_group.eq(left <= 2 * outputs)]
                 with m.If(last_group):
                     m.d.sync += [half.eq(~half), address.eq(other_base), left.eq(held.channels),
-                                 self.weight.eq(held.weight)]
+                                 last_group.eq(only_group), self.weight.eq(held.weight)]
         if config.narrow:
             m.d.comb += self.work.narrow.eq(held.narrow)
+        starts_last, starts_only = Signal(), Signal()
+        m.d.comb += [starts_last.eq(job.channels <= per_group(config, job, config.outputs)),
+                     starts_only.eq(job.source_words == 1)]
         with m.If(load):
             m.d.sync += [held.eq(job), active.eq(1), alone.eq(job.target == Target.ROUTER),
-                         left.eq(job.channels), self.weight.eq(job.weight)]
+                         left.eq(job.channels), self.weight.eq(job.weight),
+                         last_word.eq(starts_only), only_word.eq(starts_only),
+                         last_group.eq(starts_last), only_group.eq(starts_last)]
         with m.Elif(finish):
             m.d.sync += active.eq(0)
         return m

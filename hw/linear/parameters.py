@@ -1,6 +1,6 @@
 """Bias and scale of the channels, fetched ahead of the results."""
 
-from amaranth import Module, Mux, Signal, signed
+from amaranth import Module, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
@@ -69,32 +69,42 @@ class Parameters(wiring.Component):
                      tails.r_en.eq(self.tails.ready)]
 
         rows, left, word = Signal(13), Signal(16), Signal.like(tails.w_data)
+        # Flags stand beside the counters that they speak of.
+        working, last_pass = Signal(), Signal()  # rows != 0, rows <= tokens
+        pass_done, single = Signal(), Signal()  # left <= lanes, as at the start of a pass
+        last_word = Signal()  # of an output group
         room = Signal(range(self.depth + 1), init=self.depth)
         address = Signal(20)
-        taken, pass_done, group_done, finish = Signal(), Signal(), Signal(), Signal()
+        taken, group_done, finish = Signal(), Signal(), Signal()
         held, first = Signal(job.shape()), Signal()  # the job in work, and whether in its first pass
         words = per_group(config, held, config.outputs // config.lanes)
         m.d.comb += [
-            self.read.address.valid.eq((rows != 0) & (room != 0) & tails.w_rdy),
+            self.read.address.valid.eq(working & (room != 0) & tails.w_rdy),
             self.read.address.payload.eq(address),
             taken.eq(self.read.address.valid & self.read.address.ready),
-            pass_done.eq(left <= config.lanes),
-            group_done.eq(pass_done | (word == words - 1)),
+            group_done.eq(pass_done | last_word),
         ]
         m.d.sync += room.eq(room - taken + self.release)
         with m.If(taken):
-            m.d.sync += [address.eq(address + 1), left.eq(left - config.lanes), word.eq(word + 1)]
+            m.d.sync += [address.eq(address + 1), left.eq(left - config.lanes),
+                         pass_done.eq(left <= 2 * config.lanes), word.eq(word + 1),
+                         last_word.eq(word + 2 == words)]
             with m.If(group_done):
-                m.d.sync += word.eq(0)
+                m.d.sync += [word.eq(0), last_word.eq(words == 1)]
             with m.If(pass_done):
-                m.d.sync += [address.eq(held.param), left.eq(held.channels), first.eq(0),
-                             rows.eq(Mux(finish, 0, rows - config.tokens))]
+                m.d.sync += [address.eq(held.param), left.eq(held.channels), pass_done.eq(single),
+                             first.eq(0), rows.eq(rows - config.tokens),
+                             last_pass.eq(rows <= 2 * config.tokens), working.eq(~last_pass)]
+        short = Signal()
+        m.d.comb += short.eq(job.channels <= config.lanes)
         with m.If(self.jobs.valid & self.jobs.ready):
-            m.d.sync += [held.eq(job), first.eq(1), rows.eq(job.rows), left.eq(job.channels),
-                         address.eq(job.param)]
+            m.d.sync += [held.eq(job), first.eq(1), address.eq(job.param), rows.eq(job.rows),
+                         working.eq(1), last_pass.eq(job.rows <= config.tokens),
+                         left.eq(job.channels), pass_done.eq(short), single.eq(short),
+                         last_word.eq(per_group(config, job, config.outputs // config.lanes) == 1)]
         m.d.comb += [
-            finish.eq(taken & pass_done & (rows <= config.tokens)),
-            self.jobs.ready.eq((rows == 0) | finish),
+            finish.eq(taken & pass_done & last_pass),
+            self.jobs.ready.eq(~working | finish),
             # Only the last output group can be shorter than the others, so this one is it.
             tails.w_data.eq(word + 1), tails.w_en.eq(taken & pass_done & first),
         ]

@@ -22,6 +22,7 @@ class Row(data.StructLayout):
         super().__init__({
             "source": 20,  # first activation word
             "source_words": range(config.row_words + 1),
+            "single": 1,  # source_words == 1
             "destination": 20,  # first word in the target memory; router: the number of the row
             "weight": 16,  # gate weight of the queue entry
             "end": 1,  # last row of its instruction
@@ -127,6 +128,7 @@ class RowAddresses(wiring.Component):
         m.d.sync += source.eq(bases.source + product)
         m.d.comb += [
             complete.source.eq(source), complete.source_words.eq(bases.source_words),
+            complete.single.eq(bases.source_words == 1),
             complete.destination.eq(bases.destination + product),
             complete.weight.eq(_delayed(m, self.entry.p.weight, both)[-1]),
             complete.end.eq(_delayed(m, end, both)[-1]),

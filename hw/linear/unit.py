@@ -154,8 +154,8 @@ class LinearUnit(wiring.Component):
             array.weights.eq(self.weight_read.data.payload),
 
             drain.load.eq(array.load), drain.space.eq(writeback.space != 0),
-            issue.space.eq(writeback.space), issue.stepped.eq(drain.stepped),
-            issue.held.eq(drain.held), writeback.reserve.eq(drain.stepped),
+            issue.written.eq(writeback.written), issue.held.eq(drain.held),
+            writeback.reserve.eq(drain.stepped),
             array.row.eq(drain.row), array.word.eq(drain.word),
             parameters.at.eq(drain.parameter), parameters.release.eq(drain.release),
 

@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from ..arch.config import Config
 from ..arch.isa import Target
 from ..interfaces import Logits, ReadPort, WritePort
+from ..slices import RegisterSlice
 from .drain import Place
 from .residual import ResidualUpdate
 
@@ -26,6 +27,8 @@ class WriteBack(wiring.Component):
     reserve : In(1)
         A result will come: only while `space` is not 0.
     space : Out(range(depth + 1))
+    written : Out(1)
+        A result was written one cycle ago: `space` grows.
     ended : Out(1)
         The last result of an instruction, not for the router, was written one cycle ago.
     place_valid : In(1)
@@ -44,6 +47,7 @@ class WriteBack(wiring.Component):
         super().__init__({
             "reserve": In(1),
             "space": Out(range(depth + 1), init=depth),
+            "written": Out(1),
             "ended": Out(1),
             "place_valid": In(1),
             "place": In(Place(config)),
@@ -66,17 +70,18 @@ class WriteBack(wiring.Component):
         connect(m, update.read, flipped(self.residual_read))
         connect(m, update.write, flipped(self.residual_write))
 
-        # A register behind the buffers keeps their read time out of the paths through the ports.
-        valid, place, results = Signal(), Signal(self.place.shape()), Signal(self.results.shape())
-        load, taken, written = Signal(), Signal(), Signal()
-        m.d.comb += load.eq(values.r_rdy & (~valid | taken))
-        with m.If(load):
-            m.d.sync += [valid.eq(1), place.eq(places.r_data), results.eq(values.r_data)]
-        with m.Elif(taken):
-            m.d.sync += valid.eq(0)
+        # Registers behind the buffers keep their read time, and their counters, out of the paths
+        # through the ports.
+        m.submodules.leaving = leaving = RegisterSlice(data.StructLayout(
+            {"place": self.place.shape(), "results": self.results.shape()}))
+        valid, place, results = leaving.output.valid, leaving.output.p.place, leaving.output.p.results
+        taken = leaving.output.ready
+        load = leaving.input.valid & leaving.input.ready
         m.d.comb += [
             places.w_data.eq(self.place), places.w_en.eq(self.place_valid),
             values.w_data.eq(self.results), values.w_en.eq(self.results_valid),
+            leaving.input.valid.eq(values.r_rdy),
+            leaving.input.p.place.eq(places.r_data), leaving.input.p.results.eq(values.r_data),
             places.r_en.eq(load), values.r_en.eq(load),
         ]
         write, logits = self.activation_write.write, self.logits
@@ -104,11 +109,9 @@ class WriteBack(wiring.Component):
             with m.Case(Target.ROUTER):
                 m.d.comb += [logits.valid.eq(valid), direct.eq(valid & logits.ready),
                              taken.eq(direct)]
-        m.d.comb += [
-            written.eq(direct | residual.valid & residual.ready),
-        ]
         m.d.sync += [
-            self.space.eq(self.space - self.reserve + written),
+            self.written.eq(direct | residual.valid & residual.ready),
+            self.space.eq(self.space - self.reserve + self.written),
             self.ended.eq(direct & place.end & (place.target == Target.ACTIVATION) | update.ended),
         ]
         return m

@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..interfaces import Logits, QueuePort, RouteSetup
+from ..slices import RegisterSlice, sliced
 from .buffer import LogitBuffer
 from .choose import Choose
 from .gate import Gate
@@ -18,8 +19,8 @@ __all__ = ["Router"]
 class Router(wiring.Component):
     """Chooses experts for each token row, and queues the token with its gate weight at each.
 
-    A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in order, an entry
-    (token, weight) is appended to the queue of each of its `chosen` experts:
+    A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in
+    order, an entry (token, weight) is appended to the queue of each of its `chosen` experts:
     `numerics.chosen_experts` and `numerics.gate_weights`. Limits: ``1 <= chosen <= max_chosen``,
     ``chosen <= experts <= max_experts``, ``rows <= max_rows``.
 
@@ -44,7 +45,7 @@ class Router(wiring.Component):
     """
 
     ROW_INTERVAL = 18
-    LATENCY = Weigh.LATENCY + Gate.LATENCY + 3
+    LATENCY = Weigh.LATENCY + Gate.LATENCY + 3 * RegisterSlice.LATENCY + 3
 
     def __init__(self, config: Config):
         self.config = config
@@ -83,22 +84,24 @@ class Router(wiring.Component):
             self.logits.ready.eq(buffer.logits.ready & active),
         ]
         wiring.connect(m, wiring.flipped(self.queue), queues.queue)
-        wiring.connect(m, buffer.first, choose.logits)
-        wiring.connect(m, buffer.second, weigh.logits)
-        wiring.connect(m, weigh.weights, gate.weights)
+        # No stage waits in the same cycle for another.
+        wiring.connect(m, sliced(m, "first", buffer.first), choose.logits)
+        wiring.connect(m, sliced(m, "second", buffer.second), weigh.logits)
+        wiring.connect(m, sliced(m, "weights", weigh.weights), gate.weights)
         wiring.connect(m, gate.entries, queues.entries)
+        choices = sliced(m, "choices", choose.choices)
 
         # The choices of a row: experts to wait for its weights, and values to the softmax, not
         # earlier.
         sent = Signal()  # the experts went ahead
         m.d.comb += [
-            weigh.choices.payload.eq(choose.choices.payload),
-            gate.experts.payload.eq(Cat(choice.expert for choice in choose.choices.payload)),
-            gate.experts.valid.eq(choose.choices.valid & ~sent),
-            weigh.choices.valid.eq(choose.choices.valid & (sent | gate.experts.ready)),
-            choose.choices.ready.eq(weigh.choices.ready & (sent | gate.experts.ready)),
+            weigh.choices.payload.eq(choices.payload),
+            gate.experts.payload.eq(Cat(choice.expert for choice in choices.payload)),
+            gate.experts.valid.eq(choices.valid & ~sent),
+            weigh.choices.valid.eq(choices.valid & (sent | gate.experts.ready)),
+            choices.ready.eq(weigh.choices.ready & (sent | gate.experts.ready)),
         ]
-        with m.If(choose.choices.valid & choose.choices.ready):
+        with m.If(choices.valid & choices.ready):
             m.d.sync += sent.eq(0)
         with m.Elif(gate.experts.valid & gate.experts.ready):
             m.d.sync += sent.eq(1)
