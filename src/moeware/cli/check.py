@@ -1,6 +1,6 @@
 """Say where each node of a model would run, and why, without compiling or building anything."""
 
-from moeware.cli.choices import add_choices_option
+from moeware.cli.input_options import add_choices_option
 
 HELP = "say which nodes of a model run on the accelerator"
 

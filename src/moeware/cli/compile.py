@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moeware.cli.choices import add_choices_option
+from moeware.cli.input_options import add_choices_option
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "compile an ONNX model to a program"

@@ -7,17 +7,14 @@ https://ui.perfetto.dev) and roofline.png. On a board only its counters can be h
 import json
 from pathlib import Path
 
-from moeware.cli.choices import add_choice_option
+from moeware.cli.input_options import add_input_options
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "show where the cycles of a run go"
 
 
 def configure(parser) -> None:
-    parser.add_argument("program", help="program file from `moeware compile`")
-    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
-    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
-    add_choice_option(parser)
+    add_input_options(parser)
     parser.add_argument("--frame", type=int, default=0, help="which frame (default: 0, the first)")
     parser.add_argument("-o", "--output", default=str(Path("build", "profile")),
                         help="folder for the results (default: build/profile)")

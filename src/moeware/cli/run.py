@@ -2,16 +2,13 @@
 
 import time
 
-from moeware.cli.choices import add_choice_option
+from moeware.cli.input_options import add_input_options
 
 HELP = "run a program on inputs from a file"
 
 
 def configure(parser) -> None:
-    parser.add_argument("program", help="program file from `moeware compile`")
-    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
-    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
-    add_choice_option(parser)
+    add_input_options(parser)
     parser.add_argument("--frames", type=int, help="run only so many")
     parser.add_argument("-o", "--output", help=".npz file for the outputs")
     parser.add_argument("--device", default="auto",

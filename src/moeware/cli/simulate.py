@@ -2,17 +2,14 @@
 
 import time
 
-from moeware.cli.choices import add_choice_option
+from moeware.cli.input_options import add_input_options
 
 HELP = "run a program on the golden device or on simulated gateware; compare devices"
 DEVICES = {"RTL": "rtl", "golden": "golden", "PyTorch": "torch"}  # as people know them
 
 
 def configure(parser) -> None:
-    parser.add_argument("program", help="program file from `moeware compile`")
-    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
-    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
-    add_choice_option(parser)
+    add_input_options(parser)
     parser.add_argument("--frames", type=int, default=1, help="run so many (default: 1)")
     parser.add_argument("--device", action="append", choices=list(DEVICES.values()),
                         help="repeatable (default: rtl; with --compare: all)")

@@ -1,8 +1,9 @@
-"""Inputs that are one integer for a whole run, such as a task, as options of commands."""
+"""What a program is compiled for and run on, as options of commands: its inputs, and those that are
+one integer for a whole run, such as a task."""
 
 import argparse
 
-__all__ = ["add_choice_option", "add_choices_option"]
+__all__ = ["add_choices_option", "add_input_options"]
 
 
 def add_choices_option(parser) -> None:
@@ -13,8 +14,11 @@ def add_choices_option(parser) -> None:
                         "values (task=0,1); repeatable")
 
 
-def add_choice_option(parser) -> None:
-    """``--choose task=1``: dictionary pairs of a name and its value."""
+def add_input_options(parser) -> None:
+    """A program, its inputs, and ``--choose task=1``: dictionary pairs of a name and its value."""
+    parser.add_argument("program", help="program file from `moeware compile`")
+    parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
+    parser.add_argument("--array", help="array of the .npz file, for a model with one input")
     parser.add_argument("--choose", action="append", type=_value, default=[],
                         metavar="INPUT=VALUE",
                         help="value of an input that is chosen per run (task=1), where the inputs' "
