@@ -147,6 +147,7 @@ def test_dynamo_export_with_fixed_batch(tmp_path, name):
     check(path, expected(*blocks, ends=ends), frames=1)
 
 
+# Float attributes are float32 in the file and float64 here.
 @pytest.mark.parametrize(
     "case,operators,attributes",
     [
