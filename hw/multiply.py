@@ -1,11 +1,12 @@
 """Pipelined multipliers, as the DSP blocks of the device have them."""
 
-from amaranth import ClockSignal, Const, Instance, Module, Shape, Signal
+from amaranth import Module, Shape, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from .dsp48e2 import DSP48E2
 from .fabric import FabricMultiplier
+from .mult18x18d import Mult18x18D
 
 __all__ = ["Multipliers", "primitive_for"]
 
@@ -31,8 +32,8 @@ class Multipliers(wiring.Component):
 
     On ECP5 each is one MULT18X18D, on UltraScale+ one DSP48E2, with its own registers, which
     synthesis would not use by itself; elsewhere they are described by their behaviour, with the
-    same latency. With "fabric" they are
-    made of look-up tables, whatever the device: see `FabricMultiplier`.
+    same latency. With "fabric" they are made of look-up tables, whatever the device: see
+    `FabricMultiplier`.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ class Multipliers(wiring.Component):
         if primitive not in (None, *PRIMITIVES):
             raise ValueError(f"Multipliers.primitive must be one of {PRIMITIVES}, "
                              f"not {primitive!r}")
-        self.count, self.primitive = count, primitive
+        self.count, self.primitive, self.a_shape, self.b_shape = count, primitive, a, b
         self.product_shape = Shape(a.width + b.width, a.signed or b.signed)
         super().__init__({
             "advance": In(1),
@@ -73,7 +74,13 @@ class Multipliers(wiring.Component):
         primitive = self.primitive or primitive_for(platform)
         for i in range(self.count):
             if primitive == "ecp5":
-                m.submodules[f"multiplier_{i}"] = self._mult18x18d(i)
+                m.submodules[f"multiplier_{i}"] = block = Mult18x18D(
+                    instance=primitive_for(platform) == "ecp5")
+                # Operands stand at the top of their 18 bits: zeros below are settings of the block,
+                # copies of a sign above would each be a wire to it.
+                up = [18 - shape.width - (not shape.signed) for shape in (self.a_shape, self.b_shape)]
+                m.d.comb += [block.advance.eq(self.advance), block.a.eq(self.a[i] << up[0]),
+                             block.b.eq(self.b[i] << up[1]), self.product[i].eq(block.p[sum(up):])]
             elif primitive == "dsp48e2":
                 m.submodules[f"multiplier_{i}"] = block = DSP48E2(
                     instance=primitive_for(platform) == "dsp48e2")
@@ -93,23 +100,4 @@ class Multipliers(wiring.Component):
                 with m.If(self.advance):
                     m.d.sync += [a.eq(self.a[i]), b.eq(self.b[i]), inside.eq(a * b),
                                  product.eq(inside)]
-        return m
-
-    def _mult18x18d(self, i):
-        full = Signal(36, name=f"full_{i}")
-        operands = {"A": Signal(18, name=f"a_{i}"), "B": Signal(18, name=f"b_{i}")}
-        m = Module()
-        # Operands are extended to 18 bits with their own sign, so that both are always signed.
-        m.d.comb += [operands["A"].eq(self.a[i]), operands["B"].eq(self.b[i]),
-                     self.product[i].eq(full)]
-        ports = {
-            f"i_{name}{bit}": operand[bit]
-            for name, operand in operands.items() for bit in range(18)
-        } | {f"o_P{bit}": full[bit] for bit in range(36)}
-        for register in ("INPUTA", "INPUTB", "PIPELINE", "OUTPUT"):
-            ports |= {f"p_REG_{register}_CLK": "CLK0", f"p_REG_{register}_CE": "CE0",
-                      f"p_REG_{register}_RST": "RST0"}
-        m.submodules.dsp = Instance(
-            "MULT18X18D", **ports, i_CLK0=ClockSignal(), i_CE0=self.advance, i_RST0=Const(0),
-            i_SIGNEDA=Const(1), i_SIGNEDB=Const(1), i_SOURCEA=Const(0), i_SOURCEB=Const(0))
         return m
