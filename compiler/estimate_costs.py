@@ -42,7 +42,7 @@ class Norm(Engine):
 
     VARIANCE, ROOT = 12, 19  # cycles between rows
     VARIANCE_LATENCY, ROOT_LATENCY = 11, 45
-    FIRST, LAST = 10, 20  # from the start to the first sums, but for its words; from the last word
+    FIRST, LAST = 11, 20  # from the start to the first sums, but for its words; from the last word
     SCALE = 3  # from the start to the moments where no statistics are taken
 
     def __init__(self, clock: Clock, config: Config):

@@ -10,7 +10,7 @@ from ..arch.config import Config
 from ..arch.isa import NORM_CHANNELS, NormMode, Opcode
 from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
 from ..requantise import Requantise
-from ..slices import RegisterSlice
+from ..slices import RegisterSlice, sliced
 from .inverse_root import InverseRoot
 from .normalise import Normalise
 from .reader import RowReader
@@ -20,6 +20,7 @@ from .variance import Variance
 from .writer import RowWriter
 
 __all__ = ["NormUnit"]
+
 
 class NormUnit(wiring.Component):
     """Executes NORM: rows of the residual memory to rows of int8 in the activation memory.
@@ -87,25 +88,18 @@ class NormUnit(wiring.Component):
             statistics.words.valid.eq(word.valid & word.p.measured & queue.arriving.ready),
             word.ready.eq(queue.arriving.ready & (statistics.words.ready | ~word.p.measured)),
         ]
-        wiring.connect(m, statistics.sums, variance.sums)
+        wiring.connect(m, sliced(m, "sums", statistics.sums), variance.sums)
         wiring.connect(m, variance.moments, inverse_root.moments)
 
         self._distribute(m, residual_reader, param_reader, variance, writer)
         # `advance` of what follows enables a whole pipeline, far spread: it must neither wait for
         # what lies around it nor be waited for.
-        words, params, results = (self._slice(m, name, shape) for name, shape in (
-            ("words", residual_reader.word), ("params", param_reader.word),
-            ("results", writer.words.payload.shape())))
-        wiring.connect(m, queue.leaving, words.input)
-        wiring.connect(m, param_reader.words, params.input)
+        m.submodules.results = results = RegisterSlice(writer.words.payload.shape())
         wiring.connect(m, results.output, writer.words)
-        self._apply(m, words.output, params.output, inverse_root.scales, results.input)
+        self._apply(m, sliced(m, "words", queue.leaving), sliced(m, "params", param_reader.words),
+                    inverse_root.scales, results.input)
         self._report(m, writer.done)
         return m
-
-    def _slice(self, m, name, shape):
-        m.submodules[name] = part = RegisterSlice(shape)
-        return part
 
     def _distribute(self, m, residual_reader, param_reader, variance, writer):
         """One instruction is held until each part has taken what it needs of it."""
