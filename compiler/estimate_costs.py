@@ -127,10 +127,10 @@ class Linear(Engine):
     array works on the other; results leave it an output group at a time; the router may follow."""
 
     TAKE, TAKE_QUEUED = 2, 5  # cycles between instructions
-    ROWS, QUEUED = 5, 3  # from the start to the first row's address; more for rows of a queue
+    ROWS, QUEUED = 6, 3  # from the start to the first row's address; more for rows of a queue
     GROUP, ROW = 3, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 27  # from the last product to the last result, but for the adder tree's stages
-    ACCUMULATE = 4
+    ACCUMULATE = 5
     ROUTE, ROUTE_ROW = 40, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):

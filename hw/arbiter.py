@@ -5,6 +5,7 @@ from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from .ports import Burst, MemoryPort
+from .slices import RegisterSlice
 
 __all__ = ["BurstOrder", "MemoryArbiter", "RoundRobin"]
 
@@ -103,7 +104,8 @@ class BurstOrder(wiring.Component):
 class MemoryArbiter(wiring.Component):
     """Shares a memory port between clients: round robin per burst, reads apart from writes.
 
-    Bursts and data pass without latency; there is no gap between bursts that are waiting. Data move
+    Bursts pass in `RegisterSlice.LATENCY` cycles, data in none; there is no gap between bursts that
+    are waiting. Data move
     in the order of the bursts: a client that refuses its read data, or does not send the data of a
     write it has asked for, holds the other clients' bursts of that direction. So a client must not
     ask before it can take or give the data without help from another client. At most
@@ -172,12 +174,15 @@ class MemoryArbiter(wiring.Component):
         for index, client in enumerate(self.clients):
             wiring.connect(m, wiring.flipped(getattr(client, f"{direction}_command")),
                            robin.clients[index])
-        command = getattr(self.memory, f"{direction}_command")
+        # No client waits in the same cycle for the memory, nor for another client's burst.
+        m.submodules[f"{direction}_slice"] = passed = RegisterSlice(Burst)
+        wiring.connect(m, passed.output,
+                       wiring.flipped(getattr(self.memory, f"{direction}_command")))
         room = Cat(rooms).all()
         m.d.comb += [
-            command.payload.eq(robin.burst.payload),
-            command.valid.eq(robin.burst.valid & room),
-            robin.burst.ready.eq(command.ready & room),
+            passed.input.payload.eq(robin.burst.payload),
+            passed.input.valid.eq(robin.burst.valid & room),
+            robin.burst.ready.eq(passed.input.ready & room),
             record.client.eq(robin.chosen),
             record.beats.eq(robin.burst.p.beats),
         ]

@@ -20,8 +20,8 @@ class ControlUnit(wiring.Component):
     host lets it. Registers that do not exist, and writes to those that cannot be written, read as
     0 and do nothing. START during a run does nothing; START with a `PROGRAM` that is not a multiple
     of `ALIGNMENT` is refused: it ends at once, with DONE and ERROR. Counters start at 0 with each
-    START, hold still from the cycle after the end on and wrap at 32 bits. The states of an engine that are counted
-    exclude each other but for "stalled", which is part of "busy".
+    START, hold still from the cycle after the end on and wrap at 32 bits. The states of an engine
+    that are counted exclude each other but for "stalled", which is part of "busy".
 
     Members
     -------
@@ -57,9 +57,10 @@ class ControlUnit(wiring.Component):
         m = Module()
         request, response = self.registers.request, self.registers.response
         running, done, failed = Signal(), Signal(), Signal()
-        # START clears much, far away: it takes effect from a register, before the next access.
-        asked, begin = Signal(), Signal()
-        m.d.sync += begin.eq(asked)
+        # START clears much, far away: it takes effect from registers, before the next access.
+        asked, begin, aligned = Signal(), Signal(), Signal(init=1)
+        m.d.sync += [begin.eq(asked), aligned.eq(self.program % ALIGNMENT == 0),
+                     self.start.eq(asked & aligned)]
 
         # Which register was asked for is known in one cycle, and looked up in the next.
         looks, index = Signal(), Signal.like(request.p.index)
@@ -77,10 +78,8 @@ class ControlUnit(wiring.Component):
                 with m.Case(Register.PROGRAM):
                     m.d.sync += self.program.eq(request.p.data)
 
-        aligned = self.program % ALIGNMENT == 0
-        m.d.comb += self.start.eq(begin & aligned)
         with m.If(begin):
-            m.d.sync += [running.eq(aligned), done.eq(~aligned), failed.eq(~aligned)]
+            m.d.sync += [running.eq(self.start), done.eq(~self.start), failed.eq(~self.start)]
         with m.Elif(running):
             m.d.sync += [done.eq(self.finished), running.eq(~self.finished),
                          failed.eq(failed | self.error)]

@@ -1,11 +1,12 @@
 """Token rows from the activation memory into the tile memory of the array."""
 
-from amaranth import Module, Signal
+from amaranth import Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY, ReadPort
+from ..slices import RegisterSlice
 from .rows import Row
 
 __all__ = ["Fill", "RowTarget", "TargetWrite", "TileWrite", "groups_kept"]
@@ -46,7 +47,7 @@ class Fill(wiring.Component):
     """Copies the rows of one token group after another into alternating halves of the tile memory.
 
     One word per cycle, while a half and a place for row targets are free and `read` accepts
-    addresses. A group is `filled` when its last word is written; nothing is written for the rows
+    addresses, which are `RegisterSlice.LATENCY` cycles behind the rows. A group is `filled` when its last word is written; nothing is written for the rows
     that a ragged last group lacks. The first row after the last of an instruction begins a group.
 
     Members
@@ -92,11 +93,18 @@ class Fill(wiring.Component):
         bank, word = Signal(range(config.tokens)), Signal(13)
         last = Signal()  # as seen from the row's second word on: the word is the last
         taken, row_done, group_done = Signal(), Signal(), Signal()
+        tag = data.StructLayout({"bank": bank.shape(), "address": range(2 * config.row_words),
+                                 "done": 1})
+        m.submodules.sent = sent = RegisterSlice(data.StructLayout({"address": 20, "tag": tag}))
         m.d.comb += [
-            self.read.address.valid.eq(
-                self.rows.valid & (occupied != 2) & (kept != groups)),
-            self.read.address.payload.eq(row.source + word),
-            taken.eq(self.read.address.valid & self.read.address.ready),
+            sent.input.valid.eq(self.rows.valid & (occupied != 2) & (kept != groups)),
+            sent.input.p.address.eq(row.source + word),
+            sent.input.p.tag.bank.eq(bank), sent.input.p.tag.done.eq(group_done),
+            sent.input.p.tag.address.eq(Mux(half, config.row_words + word, word)),
+            taken.eq(sent.input.valid & sent.input.ready),
+            self.read.address.valid.eq(sent.output.valid),
+            self.read.address.payload.eq(sent.output.p.address),
+            sent.output.ready.eq(self.read.address.ready),
             row_done.eq(taken & (last | row.single)),
             group_done.eq(row_done & ((bank == config.tokens - 1) | row.end)),
             self.rows.ready.eq(row_done),
@@ -120,16 +128,14 @@ class Fill(wiring.Component):
         ]
 
         # The tile address travels beside the word on its way out of the memory.
-        place = Signal(TileWrite(config))
-        done = group_done
-        m.d.comb += [place.enable.eq(taken), place.bank.eq(bank), place.address.eq(word)]
-        with m.If(half):
-            m.d.comb += place.address.eq(config.row_words + word)
+        place = sent.output.p.tag
+        arrives = self.read.address.valid & self.read.address.ready
         for _ in range(READ_LATENCY):
-            before, place = place, Signal(TileWrite(config), name="place")
-            done_before, done = done, Signal(name="done")
-            m.d.sync += [place.enable.eq(before.enable), place.bank.eq(before.bank),
-                         place.address.eq(before.address), done.eq(done_before)]
-        m.d.comb += [self.tile.eq(place), self.tile.data.eq(self.read.data.payload),
-                     self.filled.eq(done)]
+            place_before, place = place, Signal(tag, name="place")
+            before, arrives = arrives, Signal(name="arrives")
+            m.d.sync += [place.eq(place_before), arrives.eq(before)]
+        m.d.comb += [self.tile.enable.eq(arrives), self.tile.bank.eq(place.bank),
+                     self.tile.address.eq(place.address),
+                     self.tile.data.eq(self.read.data.payload),
+                     self.filled.eq(arrives & place.done)]
         return m

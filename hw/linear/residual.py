@@ -3,10 +3,11 @@
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY, Masked, ReadPort, WritePort
+from ..slices import RegisterSlice
 
 __all__ = ["ResidualUpdate", "Update"]
 
@@ -22,7 +23,7 @@ class Update(data.StructLayout):
 class ResidualUpdate(wiring.Component):
     """Writes words to the residual memory, or adds them to what is there, saturated to 16 bits.
 
-    One word per cycle while the ports accept; an addition takes 4 cycles. A word that is still
+    One word per cycle while the ports accept; an addition takes 5 cycles. A word that is still
     being added to holds back the next addition to the same word, and all additions a word that is
     only written, so that the order of writes is the order of `updates`.
 
@@ -37,7 +38,7 @@ class ResidualUpdate(wiring.Component):
     write : Out(WritePort(16, lanes))
     """
 
-    SLOTS = READ_LATENCY + 2
+    SLOTS = READ_LATENCY + RegisterSlice.LATENCY + 2
 
     def __init__(self, config: Config):
         self.config = config
@@ -68,14 +69,17 @@ class ResidualUpdate(wiring.Component):
         put_word, put_sum = words.write_port(), sums.write_port()
         adding, retiring = words.read_port(domain="comb"), words.read_port(domain="comb")
         total = sums.read_port(domain="comb")
+        # What is compared here, and arbitration of the port, are apart.
+        m.submodules.asked = asked = RegisterSlice(20)
         taken = Signal()
         m.d.comb += [
-            read.address.valid.eq(updates.valid & update.accumulate & ~conflict
-                                  & ~busy.bit_select(take, 1)),
-            read.address.payload.eq(update.word.address),
+            asked.input.valid.eq(updates.valid & update.accumulate & ~conflict
+                                 & ~busy.bit_select(take, 1)),
+            asked.input.payload.eq(update.word.address),
+            taken.eq(asked.input.valid & asked.input.ready),
             self.busy.eq(busy.any()),
-            taken.eq(read.address.valid & read.address.ready),
         ]
+        connect(m, asked.output, flipped(read.address))
         end = Signal()
         with m.If(self.busy):
             m.d.comb += [write.payload.eq(retiring.data.word), write.p.data.eq(total.data),
@@ -87,7 +91,7 @@ class ResidualUpdate(wiring.Component):
         m.d.comb += [updates.ready.eq(Mux(update.accumulate, taken, write.ready & ~self.busy)),
                      self.ended.eq(write.valid & write.ready & end)]
 
-        arrives = taken
+        arrives = read.address.valid & read.address.ready
         for _ in range(READ_LATENCY):
             before, arrives = arrives, Signal(name="arrives")
             m.d.sync += arrives.eq(before)

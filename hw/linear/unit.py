@@ -18,6 +18,7 @@ from ..interfaces import (
     fields_layout,
     parameter_layout,
 )
+from ..slices import RegisterSlice
 from .array import DotArray
 from .drain import Drain
 from .fill import Fill
@@ -47,10 +48,10 @@ class LinearUnit(wiring.Component):
     ragged groups, whichever is more. No cycle is lost between output groups, token groups or
     instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
     more for all) are fetched while the group before is at work, and every instruction is taken
-    ``RowAddresses.LATENCY + 4`` cycles (READ_LATENCY more if `queued`) before its first row is due.
+    ``RowAddresses.LATENCY + 5`` cycles (READ_LATENCY more if `queued`) before its first row is due.
     A single instruction of one word and group takes 2 cycles, and instructions are taken every 2
     cycles at best, after a `queued` one 5. Additions to the residual stream hold back the first
-    result of an instruction that does not add, by READ_LATENCY + 2 cycles unless `residual_write`
+    result of an instruction that does not add, by READ_LATENCY + 3 cycles unless `residual_write`
     refuses; the buffer takes that up unless write-back is the limit.
 
     Order: up to `IN_FLIGHT` instructions are at work at once. Results are written, and additions
@@ -60,7 +61,7 @@ class LinearUnit(wiring.Component):
 
     Latency: a lone instruction takes, from the cycle in which it is taken to that of `done`,
     besides the fetch of the first group, the products, and the write-back of the last output group,
-    `overhead` cycles, and more where asked for: ``READ_LATENCY + 1`` to accumulate, 3 for `queued`.
+    `overhead` cycles, and more where asked for: ``READ_LATENCY + 2`` to accumulate, 3 for `queued`.
     With the router it is done in the cycle of `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the
@@ -88,8 +89,8 @@ class LinearUnit(wiring.Component):
     def __init__(self, config: Config):
         self.config = config
         self.array = DotArray(config)
-        self.overhead = (RowAddresses.LATENCY + READ_LATENCY + self.array.latency
-                         + Scale.LATENCY + 4)
+        self.overhead = (RowAddresses.LATENCY + RegisterSlice.LATENCY + READ_LATENCY
+                         + self.array.latency + Scale.LATENCY + 4)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
         in_flight = self.array.latency + Scale.LATENCY + 8
