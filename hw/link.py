@@ -146,6 +146,13 @@ class HostLink(wiring.Component):
         identity = Identity(Identity.VERSION, self._bus_bytes, self._memory_bytes).encode()
         response_header = Cat(Const(SYNC_RESPONSE, 8), status, header.tag, header.length)
 
+        # Whether `position` is that of the last unit; of a length known for two cycles.
+        at_last = {}
+        for unit_bytes in {1, 4, self._bus_bytes}:
+            last = Signal(16, name=f"last_{unit_bytes}")
+            m.d.sync += last.eq(header.length - unit_bytes)
+            at_last[unit_bytes] = position == last
+
         def give_up_on_pause():
             with m.If(expired):
                 m.next = "IDLE"
@@ -160,7 +167,7 @@ class HostLink(wiring.Component):
             """Move `position` on; `again` is the next state until it reaches the length."""
             m.d.sync += position.eq(position + unit_bytes)
             m.next = again
-            with m.If(position + unit_bytes == header.length):
+            with m.If(at_last[unit_bytes]):
                 if then is None:
                     answer(Status.OK)
                 else:
@@ -193,7 +200,7 @@ class HostLink(wiring.Component):
                     with m.If(position < MAX_PAYLOAD):
                         store(received.payload)
                     m.d.sync += position.eq(position + 1)
-                    with m.If(position + 1 == header.length):
+                    with m.If(at_last[1]):
                         m.d.sync += position.eq(0)
                         m.next = "CRC"
             with m.State("CRC"):
@@ -301,7 +308,7 @@ class HostLink(wiring.Component):
                 with m.If(sent.ready):
                     m.d.sync += position.eq(position + 1)
                     m.next = "FETCH BYTE"
-                    with m.If(position + 1 == header.length):
+                    with m.If(at_last[1]):
                         m.d.sync += position.eq(0)
                         m.next = "LAST BYTE COUNTS"
             with m.State("LAST BYTE COUNTS"):

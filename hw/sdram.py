@@ -22,14 +22,14 @@ class Countdown:
     def __init__(self, m: Module, longest: int, name: str):
         self._m = m
         self._left = Signal(range(longest), name=name)
-        self.ready = self._left == 0
+        self.ready = Signal(init=1, name=f"{name}_ready")
         with m.If(~self.ready):
-            m.d.sync += self._left.eq(self._left - 1)
+            m.d.sync += [self._left.eq(self._left - 1), self.ready.eq(self._left == 1)]
 
     def start(self, cycles: int):
         """Wait `cycles` from now, or longer where a longer wait is already running."""
         with self._m.If(self._left < cycles):
-            self._m.d.sync += self._left.eq(cycles - 1)
+            self._m.d.sync += [self._left.eq(cycles - 1), self.ready.eq(cycles == 1)]
 
 
 class SDRAMController(wiring.Component):
@@ -138,8 +138,10 @@ class SDRAMController(wiring.Component):
         })
         following, current = Signal(slot), Signal(slot)
         following_valid, current_valid = Signal(), Signal()
-        following_hit, current_hit = Signal(), Signal()  # its row is open, as of a cycle ago
-        following_checked = Signal()  # `following_hit` speaks of this slot's row
+        # What is known of the bank of either slot, as of a cycle ago, and whether it was this slot.
+        known = data.StructLayout({"hit": 1, "open": 1, "precharge": 1, "activate": 1, "cas": 1})
+        following_known, current_known = Signal(known), Signal(known)
+        following_checked = Signal()
         promote = Signal()
 
         read_fits = read.valid & (read_room >= read.p.words)
@@ -189,8 +191,12 @@ class SDRAMController(wiring.Component):
         precharge_allowed = Cat(t.ready for t in before_precharge)
         activate_allowed = Cat(t.ready for t in before_activate)
 
-        def hit(s):
-            return is_open.bit_select(s.bank, 1) & (open_row[s.bank] == s.row)
+        def look(s):
+            """Hit: its row is open; the rest: what may be done to its bank."""
+            is_open_here = is_open.bit_select(s.bank, 1)
+            return Cat(is_open_here & (open_row[s.bank] == s.row), is_open_here,
+                       *(allowed.bit_select(s.bank, 1)
+                         for allowed in (precharge_allowed, activate_allowed, cas_allowed)))
 
         # --- Command choice -----------------------------------------------------------------------
 
@@ -204,12 +210,16 @@ class SDRAMController(wiring.Component):
             promote.eq(following_valid & (~current_valid | finished)),
         ]
 
-        def prepare(s):
-            with m.If(is_open.bit_select(s.bank, 1)):
-                m.d.comb += precharge.eq(precharge_allowed.bit_select(s.bank, 1))
+        # What is known lags a command to a bank, and a new slot, by a cycle.
+        settled = Signal()
+        m.d.sync += settled.eq(~(activate | precharge | promote
+                                 | precharge_all | refresh | set_mode))
+
+        def prepare(known):
+            with m.If(known.open):
+                m.d.comb += precharge.eq(known.precharge & settled)
             with m.Else():
-                m.d.comb += activate.eq(
-                    activate_allowed.bit_select(s.bank, 1) & between_activates.ready)
+                m.d.comb += activate.eq(known.activate & between_activates.ready & settled)
 
         refresh_timer = Signal(range(cycles.refresh_interval))
         refresh_due = Signal()
@@ -242,17 +252,16 @@ class SDRAMController(wiring.Component):
             with m.State("RUN"):
                 with m.If(refresh_due):
                     m.next = "PRECHARGE"
-                with m.Elif(current_valid & current_hit & between_cas.ready
-                            & cas_allowed.bit_select(current.bank, 1)
-                            & (~current.write | before_write.ready)):
+                with m.Elif(current_valid & current_known.hit & between_cas.ready
+                            & current_known.cas & (~current.write | before_write.ready)):
                     m.d.comb += cas.eq(1)
-                with m.Elif(current_valid & ~current_hit):
+                with m.Elif(current_valid & ~current_known.hit):
                     m.d.comb += preparing.eq(current)
-                    prepare(current)
-                with m.Elif(following_valid & following_checked & ~following_hit
+                    prepare(current_known)
+                with m.Elif(following_valid & following_checked & ~following_known.hit
                             & (~current_valid | (following.bank != current.bank))):
                     m.d.comb += preparing.eq(following)
-                    prepare(following)
+                    prepare(following_known)
 
         with m.If(self.ready):
             m.d.sync += refresh_timer.eq(Mux(refresh_timer == 0, cycles.refresh_interval - 1,
@@ -264,9 +273,8 @@ class SDRAMController(wiring.Component):
 
         # --- Consequences of the command ----------------------------------------------------------
 
-        # `hit` lags an ACTIVATE or PRECHARGE by a cycle; the waits of at least 2 cycles from
-        # ACTIVATE to PRECHARGE keep the stale value from doing harm.
-        m.d.sync += [current_hit.eq(hit(current)), following_hit.eq(hit(following)),
+        # A hit cannot come of a bank that was just closed: its row was another one.
+        m.d.sync += [current_known.eq(look(current)), following_known.eq(look(following)),
                      following_checked.eq(1)]
         with m.If(cas):
             m.d.sync += [current.burst.eq(current.burst + 1), current.left.eq(current.left - 1)]
@@ -277,7 +285,7 @@ class SDRAMController(wiring.Component):
                 m.d.sync += current_valid.eq(0)
         with m.If(promote):
             m.d.sync += [current.eq(following), current_valid.eq(1),
-                         current_hit.eq(hit(following)), following_valid.eq(0)]
+                         current_known.eq(look(following)), following_valid.eq(0)]
         with m.If(admit_read | admit_write):
             m.d.sync += [
                 Cat(following.burst, following.bank, following.row).eq(

@@ -8,11 +8,11 @@ from .arbiter import MemoryArbiter
 from .arch.link import FRAME_TIMEOUT_S
 from .arch.registers import Register
 from .link import HostLink
-from .ports import RegisterAccess, RegisterPort
+from .ports import RegisterPort
 from .sdram import SDRAMController
 from .sdram_pins import SDRAMPins
 from .sdram_timing import SDRAMTiming
-from .slices import RegisterSlice
+from .slices import sliced
 from .uart import UARTReceiver, UARTTransmitter
 
 __all__ = ["StatusWatch", "System"]
@@ -136,18 +136,14 @@ class System(wiring.Component):
         wiring.connect(m, receiver.bytes, link.received)
         wiring.connect(m, link.sent, transmitter.bytes)
         # The link looks at what it received as late as it can: it meets the rest in registers.
-        m.submodules.requests = requests = RegisterSlice(RegisterAccess)
-        wiring.connect(m, link.registers.request, requests.input)
-        wiring.connect(m, requests.output, watch.host.request)
+        wiring.connect(m, sliced(m, "requests", link.registers.request), watch.host.request)
         wiring.connect(m, watch.host.response, link.registers.response)
         wiring.connect(m, watch.device, accelerator.registers)
         wiring.connect(m, accelerator.memory, arbiter.clients[0])
-        m.submodules.words = words = RegisterSlice(8 * self._bus_bytes)
         port = arbiter.clients[1]
         for name in ("read_command", "write_command", "write_data"):
-            wiring.connect(m, getattr(link.memory, name), getattr(port, name))
-        wiring.connect(m, port.read_data, words.input)
-        wiring.connect(m, words.output, link.memory.read_data)
+            wiring.connect(m, sliced(m, name, getattr(link.memory, name)), getattr(port, name))
+        wiring.connect(m, sliced(m, "read_data", port.read_data), link.memory.read_data)
         m.d.comb += link.memory.written.eq(port.written)
         wiring.connect(m, arbiter.memory, controller.memory)
         wiring.connect(m, controller.pins, wiring.flipped(self.sdram))

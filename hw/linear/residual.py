@@ -57,6 +57,7 @@ class ResidualUpdate(wiring.Component):
 
         # A ring of words in work: taken, then added to, then written, each in order.
         busy, added = Signal(self.SLOTS), Signal(self.SLOTS)
+        working = Signal(range(self.SLOTS + 1))  # words in the ring; `self.busy` says whether any
         addresses = Signal(data.ArrayLayout(20, self.SLOTS))
         take, add, retire = (Signal(range(self.SLOTS), name=name)
                              for name in ("take", "add", "retire"))
@@ -71,14 +72,19 @@ class ResidualUpdate(wiring.Component):
         total = sums.read_port(domain="comb")
         # What is compared here, and arbitration of the port, are apart.
         m.submodules.asked = asked = RegisterSlice(20)
-        taken = Signal()
+        taken, retired = Signal(), Signal()
         m.d.comb += [
             asked.input.valid.eq(updates.valid & update.accumulate & ~conflict
                                  & ~busy.bit_select(take, 1)),
             asked.input.payload.eq(update.word.address),
             taken.eq(asked.input.valid & asked.input.ready),
-            self.busy.eq(busy.any()),
+            retired.eq(self.busy & write.valid & write.ready),
         ]
+        m.d.sync += working.eq(working + taken - retired)
+        with m.If(taken):
+            m.d.sync += self.busy.eq(1)
+        with m.Elif(retired):
+            m.d.sync += self.busy.eq(working != 1)
         connect(m, asked.output, flipped(read.address))
         end = Signal()
         with m.If(self.busy):
@@ -104,7 +110,7 @@ class ResidualUpdate(wiring.Component):
             put_sum.en.eq(arrives), put_sum.addr.eq(add),
             put_sum.data.eq(Cat(_add(a, b) for a, b in zip(ours, theirs))),
         ]
-        with m.If(self.busy & write.valid & write.ready):
+        with m.If(retired):
             m.d.sync += [busy.bit_select(retire, 1).eq(0), retire.eq(_next(retire, self.SLOTS))]
         with m.If(taken):
             m.d.sync += [busy.bit_select(take, 1).eq(1), added.bit_select(take, 1).eq(0),

@@ -71,10 +71,14 @@ class Router(wiring.Component):
         finishing = Signal(Queues.LATENCY)
         active = Signal()
 
-        starts = self.setup.valid & self.setup.ready
+        # A setup clears much: it does so from a register.
+        m.submodules.setups = setups = RegisterSlice(RouteSetup)
+        wiring.connect(m, wiring.flipped(self.setup), setups.input)
+        following = setups.output.p
+        starts = setups.output.valid & setups.output.ready
         m.d.comb += [
-            self.setup.ready.eq(~active),
-            buffer.restart.eq(starts), queues.clear.eq(starts & ~self.setup.p.append),
+            setups.output.ready.eq(~active),
+            buffer.restart.eq(starts), queues.clear.eq(starts & ~following.append),
             buffer.experts.eq(setup.experts), buffer.twice.eq(~setup.over_chosen),
             weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(setup.token + row),
             self.empty.eq(queues.empty), self.done.eq(finishing[-1]),
@@ -113,8 +117,8 @@ class Router(wiring.Component):
             with m.If(row + 1 == setup.rows):
                 m.d.sync += finishing[0].eq(1)
         with m.If(starts):
-            m.d.sync += [setup.eq(self.setup.payload), row.eq(0), active.eq(1)]
-            with m.If(self.setup.p.rows == 0):
+            m.d.sync += [setup.eq(following), row.eq(0), active.eq(1)]
+            with m.If(following.rows == 0):
                 m.d.sync += finishing[0].eq(1)
         with m.If(self.done):
             m.d.sync += active.eq(0)
