@@ -3,7 +3,6 @@
 import dataclasses
 
 from amaranth import ClockSignal, Const, Elaboratable, Instance, Module, Signal
-from amaranth.lib.cdc import ResetSynchronizer
 
 from .board import PinTiming
 
@@ -92,8 +91,10 @@ def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming
 class SystemClocks(Elaboratable):
     """Drives the domains ``sync`` and ``sdram`` (the chip's clock; no logic but its pin).
 
-    ``sync`` is in reset until the PLL has locked. The place and route tool derives both frequencies
-    from that of the oscillator.
+    ``sync`` has no reset in its logic: until the PLL has locked, the device's global set/reset
+    network holds every flip-flop at its initial value. A reset of thousands of flip-flops that is
+    routed like any other signal would be the slowest path of all. The place and route tool derives
+    both frequencies from that of the oscillator.
     """
 
     def __init__(self, plan: ClockPlan, oscillator):
@@ -127,5 +128,10 @@ class SystemClocks(Elaboratable):
             i_PLLWAKESYNC=Const(0), i_ENCLKOP=Const(0), i_ENCLKOS=Const(0),
             o_CLKOP=ClockSignal("sync"), o_CLKOS=ClockSignal("sdram"), o_LOCK=locked,
         )
-        m.submodules.reset = ResetSynchronizer(~locked, domain="sync")
+        stable = [locked, Signal(), Signal()]
+        for number in (1, 2):
+            m.submodules[f"stable_{number}"] = Instance(
+                "FD1S3AX", p_GSR="DISABLED", i_CK=ClockSignal("sync"), i_D=stable[number - 1],
+                o_Q=stable[number])
+        m.submodules.release = Instance("SGSR", i_CLK=ClockSignal("sync"), i_GSR=stable[2])
         return m

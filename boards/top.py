@@ -26,12 +26,13 @@ class BoardTop(Elaboratable):
         self.board = board
         self.plan = plan_clocks(board.oscillator_hz, clock_hz or board.clock_hz, board.pins)
         self._system = System(
-            accelerator or Accelerator(config, fabric=board.fabric), config.bus_bytes, clock_hz=self.plan.clock_hz,
-            baud=board.baud, timing=board.sdram, capture_cycles=self.plan.capture_cycles)
+            accelerator or Accelerator(config, fabric=board.fabric), config.bus_bytes,
+            clock_hz=self.plan.clock_hz, baud=board.baud, timing=board.sdram,
+            capture_cycles=self.plan.capture_cycles)
 
     def elaborate(self, platform):
         m = Module()
-        m.domains.sync = ClockDomain()
+        m.domains.sync = ClockDomain(reset_less=True)
         m.domains.sdram = ClockDomain(reset_less=True)
         m.submodules.system = system = self._system
 
