@@ -98,7 +98,8 @@ def main(arguments: argparse.Namespace) -> None:
         used, units = count(config, blocks_only=arguments.blocks_only)
         record(f"xilinx-{same[0]}", f"Resources on UltraScale+, {title} configuration",
                "Synthesis of the whole accelerator, with memories for two frames in flight. "
-               + __doc__.split("\n\n")[1].partition(" Where")[0],
+               + __doc__.split("\n\n")[1].partition(" Where")[0].replace("\n", " ")
+               + (" Only blocks were counted." if arguments.blocks_only else ""),
                {"multiplications per cycle, linear unit": config.linear_macs,
                 "multiplications per cycle, attention unit": config.attention_macs,
                 "seconds to synthesise": round(time.monotonic() - started)},
