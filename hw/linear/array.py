@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY
-from ..multiply import Multipliers
+from ..shared_multiply import SharedMultipliers
 from .fill import TileWrite
 
 __all__ = ["FIELD", "TERMS", "DotArray", "Work"]
@@ -39,9 +39,15 @@ class DotArray(wiring.Component):
     """``tokens * outputs`` accumulated dot products, each `depth` wide, behind the tile memory;
     with narrow weights twice as many: those of the low halves of the bytes, then of the high ones.
 
+    The token rows share their weights: without narrow weights, two of them share a DSP48E2.
+
     One word of `Work` per cycle, without stalls. The sums of an output group are results
     `latency` cycles after their last word and stay until the next group's; `load` announces them
     one cycle ahead.
+
+    Parameters
+    ----------
+    primitive : as for `Multipliers`
 
     Members
     -------
@@ -57,14 +63,15 @@ class DotArray(wiring.Component):
         Results ``[row][word * lanes + i]``, one cycle after `row` and `word`.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, *, primitive: str | None = None):
+        self.config, self.primitive = config, primitive
         stages = _stages(config.depth)
         if config.narrow:
-            self.separate_at = READ_LATENCY + Multipliers.LATENCY + _stages(min(TERMS, config.depth))
+            self.separate_at = (READ_LATENCY + SharedMultipliers.LATENCY
+                                + _stages(min(TERMS, config.depth)))
             stages = (_stages(min(TERMS, config.depth)) + 1
                       + _stages(-(-config.depth // TERMS)))
-        self.latency = READ_LATENCY + Multipliers.LATENCY + stages + 1
+        self.latency = READ_LATENCY + SharedMultipliers.LATENCY + stages + 1
         words = (config.outputs // config.lanes) << config.narrow
         super().__init__({
             "tile": In(TileWrite(config)),
@@ -82,7 +89,8 @@ class DotArray(wiring.Component):
         tokens, outputs, depth = config.tokens, config.outputs, config.depth
 
         operand = signed(18 if config.narrow else 8)
-        m.submodules.multiply = multiply = Multipliers(signed(8), operand, tokens * outputs * depth)
+        m.submodules.multiply = multiply = SharedMultipliers(
+            signed(8), operand, tokens, outputs * depth, primitive=self.primitive)
         m.d.comb += multiply.advance.eq(1)
 
         # `work` now and after 1 to `latency` - 1 cycles, as its words, weights and sums come.
@@ -101,20 +109,18 @@ class DotArray(wiring.Component):
             if config.narrow:
                 with m.If(flags[READ_LATENCY].narrow):
                     m.d.comb += weight.eq(_packed(weights[i]))
-            for token in range(tokens):
-                m.d.comb += multiply.b[token * outputs * depth + i].eq(weight)
+            m.d.comb += multiply.b[i].eq(weight)
         for token in range(tokens):
             row = self._tile_bank(m, token)
             for i in range(outputs * depth):
-                m.d.comb += multiply.a[token * outputs * depth + i].eq(row[i % depth])
+                m.d.comb += multiply.a[i][token].eq(row[i % depth])
 
         # Sums by token, within it first those of the low halves, then those of the high ones.
         halves = 1 + config.narrow
         drain = Signal(data.ArrayLayout(signed(32), tokens * halves * outputs), reset_less=True)
         for token in range(tokens):
             for output in range(outputs):
-                at = (token * outputs + output) * depth
-                products = [multiply.product[at + i] for i in range(depth)]
+                products = [multiply.product[output * depth + i][token] for i in range(depth)]
                 totals = ([_tree(m, products)] if not config.narrow else
                           self._separated(m, products, flags[self.separate_at].narrow))
                 for half, total in enumerate(totals):
