@@ -29,7 +29,8 @@ def lower_attention(lowering: Lowering, op: q.Attention) -> None:
 def attend_blocks(lowering: Lowering, op: q.Attention, blocks: list[tuple[int, int]],
                   together: int) -> Iterator[None]:
     """Heads are made one by one and attended one by one, the last `together` of a frame block of rows
-    after block of rows; goes on behind each block that has passed all heads.
+    after block of rows, so that their last queries are made beside attention on the first; goes on
+    behind each block that has passed all heads.
 
     blocks : rows [first, last) of all frames in their order, each of one frame.
     """
@@ -38,9 +39,15 @@ def attend_blocks(lowering: Lowering, op: q.Attention, blocks: list[tuple[int, i
         own = [(a - frame * rows, b - frame * rows) for a, b in blocks if a // rows == frame]
         made: set[tuple[str, int]] = set()
         late = range(max(0, op.heads - together), op.heads)
+        rest = [(own[0][1], rows)] if len(own) > 1 else []
         for head in range(op.heads):
             _make_head(lowering, op, frame, head, made)
-            _attend_rows(lowering, op, frame, head, own[0] if head in late else (0, rows))
+            for part in own[:1] if head in late else [own[0], *rest]:
+                _make_queries(lowering, op, frame, head, part)
+                _attend_rows(lowering, op, frame, head, part)
+        for part in rest:
+            for head in late:  # beside attention on the first block
+                _make_queries(lowering, op, frame, head, part)
         yield
         for block in own[1:]:
             for head in late:
@@ -52,13 +59,20 @@ def attend_blocks(lowering: Lowering, op: q.Attention, blocks: list[tuple[int, i
 
 def _make_head(lowering: Lowering, op: q.Attention, frame: int, head: int,
                made: set[tuple[str, int]]) -> None:
-    """Keys, values and queries of a head that were not `made`, where they are made head by head."""
+    """Keys and values of a head that were not `made`, where they are made head by head."""
     at = head * op.key_heads // op.heads
-    for name, group, bank in ((op.key, at, 1), (op.value, at, 2), (op.query, head, 1)):
-        if name in lowering.split and (name, group) not in made:
-            made.add((name, group))
-            lower_head(lowering, name, frame, group, bank, first=head == 0,
-                       last=head == op.heads - 1 and name == op.query)
+    for name, bank in ((op.key, 1), (op.value, 2)):
+        if name in lowering.split and (name, at) not in made:
+            made.add((name, at))
+            lower_head(lowering, name, frame, at, bank, first=head == 0)
+
+
+def _make_queries(lowering: Lowering, op: q.Attention, frame: int, head: int,
+                  block: tuple[int, int]) -> None:
+    """The same for queries of some rows."""
+    if op.query in lowering.split:
+        lower_head(lowering, op.query, frame, head, 1, rows=block, first=head == 0,
+                   last=head == op.heads - 1)
 
 
 def _attend_rows(lowering: Lowering, op: q.Attention, frame: int, head: int,

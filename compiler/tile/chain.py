@@ -23,6 +23,7 @@ __all__ = ["Chain", "chains", "lower_chain"]
 
 BUS_SHARE = 4  # of the words that a bus moves at best, one in so many is a weight
 LEAST_CYCLES = 4096  # of a block's projection, so that beginning it costs little
+FILLED = 7 / 8  # of the activation memory, so that what comes next finds words that have rested
 MOST_BLOCKS = 3  # of one frame
 
 
@@ -112,7 +113,7 @@ def _follow(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -> 
     """What follows attention, which stays a block ahead."""
     rows = lowering.rows[chain.attention.output]
     last_frame = sum(last <= rows * (lowering.frames - 1) for _, last in blocks)
-    attended = attend_blocks(lowering, chain.attention, blocks, _together(lowering, chain))
+    attended = attend_blocks(lowering, chain.attention, blocks, _together(lowering, chain, blocks))
     ready, hidden = 0, None
     for number, block in enumerate(blocks):
         while ready < min(max(number, last_frame) + 2, len(blocks)):
@@ -127,17 +128,26 @@ def _follow(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -> 
         _down(lowering, chain, hidden, blocks[-1])
 
 
-def _together(lowering: Lowering, chain: Chain) -> int:
-    """Heads that a block passes before the next block does. Where heads are attended more slowly than
-    they are made, two: so a feed-forward network has its first rows sooner, and all of them in time."""
+def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -> int:
+    """Heads that a block passes before the next block does. Before a feed-forward network, so many
+    that the first rows have passed all heads when the last head is made."""
     op, c = chain.attention, lowering.config
     parts = [lowering.deferred.get(tensor) for tensor in (op.query, op.key, op.value)]
     if chain.up is None or None in parts:
         return 1
     rows, channels = lowering.rows[op.output], len(parts[0].weight)
-    made = rows * sum(part.weight.size for part in parts) / c.linear_macs
-    attended = 2 * rows * lowering.rows[op.key] * channels / c.attention_macs
-    return 1 + (attended > made)
+    made = rows * sum(part.weight.size for part in parts) / c.linear_macs / op.heads
+    attended = 2 * rows * lowering.rows[op.key] * channels / c.attention_macs / op.heads
+    share = lowering.frames / len(blocks)
+    wanted = next((count for count in range(1, op.heads)
+                   if attended * (op.heads - count + count * share) <= made * (op.heads - 1)),
+                  op.heads)
+    # So many heads beside what has passed attention, and a block's normalised and hidden rows.
+    head = rows * -(-channels // op.heads // c.depth)
+    others = op.heads * head * lowering.frames + share * rows * (
+        -(-chain.up.weight.shape[1] // c.depth) - (-len(chain.up.weight) // c.depth))
+    room = FILLED * c.activation_banks * c.activation_words - others
+    return max(1, min(wanted, int(room / (3 * head))))
 
 
 def _blocks(lowering: Lowering, chain: Chain) -> list[tuple[int, int]]:

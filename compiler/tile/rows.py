@@ -49,9 +49,10 @@ def linear_rows(lowering: Lowering, op: q.Linear, source: Tensor, target: Tensor
                               target=Target.ACTIVATION, **table)
 
 
-def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *, first: bool,
-               last: bool) -> None:
-    """One head of queries, keys or values of one frame.
+def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *,
+               rows: tuple[int, int] | None = None, first: bool = False, last: bool = False) -> None:
+    """One head of queries, keys or values of one frame, or rows [first, last) of it; first, last : as
+    `Assembly.product` takes them.
 
     Other frames load its weights again: their heads would take more room than that is worth.
     """
@@ -59,18 +60,18 @@ def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int,
     source, depth = lowering.tensors[op.source], lowering.config.depth
     if name not in lowering.tensors:
         lowering.tensor(name, Memory.ACTIVATION, source.rows, len(op.weight), bank)
-    target = lowering.tensors[name]
+    target, (start, stop) = lowering.tensors[name], rows or (0, source.rows)
     part = head_rows(op, group, target.groups)
     weight, affine = filled(spread(part.weight, source), part.affine,
                             np.arange(len(part.weight)), target.width * depth)
     table, span = lowering.assembly.table(op.table, op.name)
-    run = Run(source.span(frame * source.rows, (frame + 1) * source.rows),
-              target.head(frame, group))
-    lowering.assembly.product(op.name, weight, affine, [run], name=part.name,
-                              reads=span, first=first, last=last, bits=op.bits, target=Target.ACTIVATION, **table)
+    at = frame * source.rows
+    run = Run(source.span(at + start, at + stop), target.head(frame, group, start, stop))
+    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span, first=first,
+                              last=last, bits=op.bits, target=Target.ACTIVATION, **table)
     if frame == 0:
-        lowering.macs += source.rows * part.weight.size
-    if lowering.trace:
+        lowering.macs += (stop - start) * part.weight.size
+    if lowering.trace and stop == source.rows:
         lowering.probe(op, frame, group)
 
 
