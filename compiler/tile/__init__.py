@@ -27,8 +27,8 @@ from moeware.hw.arch.config import Config
 __all__ = ["PLANS", "Plan", "tile"]
 
 # From the fastest to the one that takes the least room.
-PLANS = (Plan(), Plan(ahead=False), Plan(ahead=False, blocks=2), Plan(ahead=False, blocks=4),
-         Plan(ahead=False, spill=True))
+PLANS = (Plan(), Plan(experts=1), Plan(experts=1, blocks=2), Plan(experts=1, blocks=4),
+         Plan(experts=1, spill=True))
 
 _LOWER = {
     q.Constant: lower_constant, q.Linear: lower_linear, q.AddLinear: lower_add_linear,

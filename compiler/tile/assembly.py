@@ -1,6 +1,7 @@
 """Instructions of one device step in the making: transfers, constants, matrix products."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,13 +104,19 @@ class Assembly:
         """Whether weights of so many bits go two to a multiplier."""
         return bits <= 4 and bool(self.config.narrow)
 
-    def product(self, layer: str, weight: np.ndarray, affine: q.Affine, runs: list[Run], *,
-                bits: int = 8, name: str = "", reads=(), unit: int | None = None, first: bool = True,
-                last: bool = True, **fields) -> None:
-        """LINEAR for weight int8 [channels, source columns], tile after tile.
+    def product(self, *arguments, **fields) -> None:
+        """All of `product_tiles`."""
+        for _ in self.product_tiles(*arguments, **fields):
+            pass
 
-        name : of the constants, where a layer has several products; unit : tiles start at multiples of it; first, last : cut the first, the last tile into
-        chunks of rows, so that it follows what makes the source, or leads what reads the target.
+    def product_tiles(self, layer: str, weight: np.ndarray, affine: q.Affine, runs: list[Run], *,
+                      bits: int = 8, name: str = "", reads=(), unit: int | None = None,
+                      first: bool = True, last: bool = True, **fields) -> Iterator[None]:
+        """LINEAR for weight int8 [channels, source columns], tile after tile; goes on behind each.
+
+        name : of the constants, where a layer has several products; unit : tiles start at multiples of
+        it; first, last : cut the first, the last tile into chunks of rows, so that it follows what
+        makes the source, or leads what reads the target.
         """
         c, expert, narrow = self.config, fields.get("expert"), self.narrow(bits)
         depth_words, to_activation = weight.shape[1] // c.depth, fields["target"] == Target.ACTIVATION
@@ -134,6 +141,7 @@ class Assembly:
                           rows=run.source.rows, source=run.source, source_stride=run.source.stride,
                           source_words=depth_words, weight=weights, param=param,
                           channels=stop - start, narrow=int(narrow), **place, **run.fields, **fields)
+            yield
 
     def _cut(self, runs: list[Run]) -> list[Run]:
         return [dataclasses.replace(run, source=run.source.part(a, b),

@@ -21,14 +21,14 @@ __all__ = ["Lowering", "Plan"]
 class Plan:
     """What a lowering trades for room in the activation memory.
 
-    ahead : an expert's first product stands before the second one of the expert before, which hides
-    its latency and takes another buffer of hidden values. blocks : of rows at least, that a
+    experts : that take turns in the linear unit, tile by tile, so that few and many tokens even out;
+    each takes a buffer of hidden values. blocks : of rows at least, that a
     feed-forward network's hidden values are made for, one block after another (see `tile.chain`);
     its weights are loaded for each.
     spill : every tensor lies in DRAM (see `tile.spill`).
     """
 
-    ahead: bool = True
+    experts: int = 2
     blocks: int = 1
     spill: bool = False
 
