@@ -71,8 +71,8 @@ def test_constants_that_cross_again_do_not_raise_the_bound(lowered):
     graph = lowered[0]
     again = graph, lower(graph, CONFIG, trace=False, frames=2)
     one, two = work(lowered)[1], work(again, np.concatenate([EVERY, EVERY]), frames=2)[1]
-    assert one.bytes_again == 0 < two.bytes_again  # heads of the second frame
-    assert two.bytes - two.bytes_again == one.bytes
+    assert one.bytes_spare == 0 < two.bytes_spare  # heads of the second frame
+    assert two.bytes - two.bytes_spare == one.bytes
     assert two.cycles(CONFIG, 1)["bus"] == one.cycles(CONFIG, 1)["bus"]
 
 
