@@ -22,9 +22,9 @@ class Plan:
     """What a lowering trades for room in the activation memory.
 
     experts : that take turns in the linear unit, tile by tile, so that few and many tokens even out;
-    each takes a buffer of hidden values. blocks : of rows at least, that a
-    feed-forward network's hidden values are made for, one block after another (see `tile.chain`);
-    its weights are loaded for each.
+    each takes a buffer of hidden values. blocks : of rows at least, that a feed-forward network's
+    hidden values are made for, one block after another (see `tile.chain`); its weights are loaded
+    for each.
     spill : every tensor lies in DRAM (see `tile.spill`).
     """
 
