@@ -9,8 +9,9 @@ import pytest
 from moeware.compiler.allocate import allocate
 from moeware.compiler.lowered import Buffer, Instr, Lowered
 from moeware.compiler.pace import least_times
+from moeware.compiler.synchronise import synchronise
 from moeware.compiler.tile import Plan, chain
-from moeware.hw.arch.isa import Memory, NormMode, Opcode, Target
+from moeware.hw.arch.isa import Engine, Memory, NormMode, Opcode, Target
 from moeware.sim.golden import GoldenDevice
 
 from ..hw.arch.configs import config
@@ -149,3 +150,16 @@ def test_words_that_another_engine_still_reads_are_given_away_last():
     tight = Lowered(instructions, [], [], [], [], 0)
     allocate(tight, config(2, 4, 8, 2, 2, 8, activation_banks=2, activation_words=96))
     assert d.address == b.address
+
+
+def test_products_of_experts_wait_for_the_router_of_their_own_engine():
+    """Their weights may be there before it has decided, and then nothing else keeps them."""
+    graph = transformer(3, **ROWS)
+    lowered = lower(graph, CONFIG, trace=False)
+    router, first = (next(n for n, instr in enumerate(lowered.instructions) if which(instr))
+                     for which in (lambda i: i.queue_write, lambda i: i.fields.get("conditional")
+                                   and i.opcode is Opcode.LINEAR))
+    last = max(n for n in range(router, first) if lowered.instructions[n].queue_write)
+    masks = synchronise(lowered, CONFIG)
+    assert masks[last][1] >> Engine.LINEAR & 1
+    assert masks[first][0] >> Engine.LINEAR & 1
