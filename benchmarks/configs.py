@@ -34,7 +34,7 @@ _INT8 = (
         text="ECP5-85F size: 16-bit SDRAM at 133 MHz",
         config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=2, bus_bytes=8,
                       activation_banks=4, activation_words=4608, residual_words=12544,
-                      weight_words=1024, param_words=512, narrow=1, tables=4, row_words=96,
+                      weight_words=2048, param_words=512, narrow=1, tables=4, row_words=96,
                       max_rows=256, max_experts=16, max_chosen=2, queue=8),
         flight={"activation_words": 5632, "residual_words": 24832, "max_rows": 260}),
     # A head of 64 channels is 4 output groups, as many as tokens, so that fetching rows is hidden.

@@ -20,7 +20,7 @@ DIM, HEADS, LAYERS, HIDDEN, PATCH, SIZE, CLASSES = 192, 3, 12, 768, 16, 224, 100
 TOKENS = (SIZE // PATCH) ** 2 + 1
 # What 197 tokens need more than the 129 of the reference model: a row has 24 words of activations and
 # 48 of the stream, and normalised rows live beside hidden rows of 96 words.
-MEMORIES = {"activation_words": 8192, "residual_words": 19456}
+MEMORIES = {"activation_words": 7680, "residual_words": 19456}
 
 
 class Layer(nn.Module):

@@ -25,7 +25,8 @@ class Block:
 
     linear_macs, attention_macs : as routed; narrow_macs : those of `linear_macs` with weights of 4
     bits, of which the unit makes two where it makes one else; bytes : that cross the bus, but for
-    instructions.
+    instructions; bytes_spare : those of them that need not, and do not belong to the least times: of
+    constants that crossed in the same block before, or of experts without tokens.
     """
 
     name: str
@@ -34,12 +35,13 @@ class Block:
     narrow_macs: int = 0
     attention_macs: int = 0
     bytes: int = 0
+    bytes_spare: int = 0
 
     def cycles(self, config: Config, bytes_per_cycle: float) -> dict[str, float]:
         """Least cycles of each resource."""
         return {"linear": (self.linear_macs - self.narrow_macs / 2) / config.linear_macs,
                 "attention": self.attention_macs / config.attention_macs,
-                "bus": self.bytes / bytes_per_cycle}
+                "bus": (self.bytes - self.bytes_spare) / bytes_per_cycle}
 
 
 def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[str, tuple[int, int]],
@@ -59,6 +61,8 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
     place = {op.name: block for block in found for op in block.operations}
     queues = _Queues(operations, chosen)
     narrow: set[tuple[str, int | None]] = set()  # operations, or with an expert, on 4-bit weights
+    loaded: set[tuple[int, int, int]] = set()  # constants, by the block that loads them
+    needless: dict[int, int] = {}  # bytes of buffers that were loaded before it was known who needs them
     for instr in instructions:
         name = _operation(instr.layer, place)
         if name:
@@ -70,13 +74,22 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
         fields = instr.fields
         if instr.queue_write:
             queues.route(name, fields["rows"], keep=bool(fields.get("append")))
+        if fields.get("conditional") and not queues.lengths[fields["expert"]]:
+            block.bytes_spare += sum(needless.pop(id(span.buffer), 0) for span in instr.reads)
+            continue
         if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
             narrow.add((name, fields.get("expert")))
         if instr.opcode in (Opcode.LOAD, Opcode.STORE):
-            if fields.get("conditional") and not queues.lengths[fields["expert"]]:
-                continue
-            block.bytes += config.bus_bytes * layout.beats(config, Memory(fields["memory"]),
-                                                           fields["words"])
+            size = config.bus_bytes * layout.beats(config, Memory(fields["memory"]), fields["words"])
+            block.bytes += size
+            part = fields["address"]
+            if instr.opcode is Opcode.LOAD and part.block.data is not None:
+                constant = id(block), id(part.block), part.offset
+                if constant in loaded:
+                    block.bytes_spare += size
+                elif not fields.get("conditional") and fields["memory"] != Memory.TABLE:
+                    needless[id(instr.writes[0].buffer)] = size
+                loaded.add(constant)
     sizes = dict(shapes)
     for block in found:
         for op in block.operations:

@@ -193,6 +193,7 @@ class Run:
                 "blocks": [{"name": block.name, "linear_macs": block.linear_macs,
                             "narrow_macs": block.narrow_macs,
                             "attention_macs": block.attention_macs, "bytes": block.bytes,
+                            "bytes_spare": block.bytes_spare,
                             "least_cycles": {name: round(value, 1) for name, value in block.cycles(
                                 self.target.config, self.bytes_per_cycle).items()}}
                            for block in self.blocks]}

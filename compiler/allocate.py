@@ -1,20 +1,22 @@
 """Addresses: buffers in the on-chip memories, blocks in DRAM."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Buffer, Lowered
+from moeware.compiler.pace import least_times
 from moeware.hw.arch import isa, layout
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Engine, Memory
 
 __all__ = ["allocate", "place_blocks", "rings"]
 
-# Where a buffer may go, in the order of preference: instructions that its words have rested, and
-# whether they must lie in its bank.
-ROOMS = ((96, True), (48, True), (24, True), (12, True), (96, False), (24, False), (12, False),
-         (0, True), (0, False))
+# Where a buffer may go, in the order of preference: cycles that its words have rested since the other
+# engines are done with them, as far as can be told without the bus (None: no matter), and whether they
+# must lie in its bank.
+ROOMS = ((8192, True), (2048, True), (0, True), (8192, False), (0, False), (-2048, True),
+         (-8192, False), (-32768, False), (None, True), (None, False))
 
 
 def rings(lowered: Lowered, config: Config) -> None:
@@ -34,15 +36,14 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
 
     An activation buffer lies in its bank where there is room, so that engines do not meet there; where
     banks leave gaps that are too small, all are placed without regard to them. Words that another
-    engine may still read are given away the later the more room there is, as their next owner waits
-    for it.
+    engine still reads when their next owner could begin are given away last, as that one would wait.
 
     Raises
     ------
     CompileError
         A buffer does not fit: which, and by how much.
     """
-    uses = _uses(lowered)
+    uses = _uses(lowered, config)
     for memory, words in ((Memory.ACTIVATION, config.activation_banks * config.activation_words),
                           (Memory.RESIDUAL, config.residual_words)):
         buffers = [buffer for buffer in lowered.buffers if buffer.memory is memory]
@@ -55,22 +56,25 @@ def allocate(lowered: Lowered, config: Config) -> Lowered:
 
 @dataclass
 class _Use:
-    """First and last instruction that touches a buffer, the engine of the first, those that read."""
+    """First and last instruction that touches a buffer; the engine of the first, and the cycle in
+    which that could begin; the cycle in which each engine that reads is done."""
 
     first: int
     last: int
     writer: Engine
-    readers: set[Engine]
+    start: int
+    read: dict[Engine, int] = field(default_factory=dict)
 
 
-def _uses(lowered: Lowered) -> dict[int, _Use]:
+def _uses(lowered: Lowered, config: Config) -> dict[int, _Use]:
     uses: dict[int, _Use] = {}
-    for number, instr in enumerate(lowered.instructions):
+    for number, (instr, (start, done)) in enumerate(zip(lowered.instructions,
+                                                        least_times(lowered, config))):
         for span in instr.reads + instr.writes:
-            use = uses.setdefault(id(span.buffer), _Use(number, number, instr.engine, set()))
+            use = uses.setdefault(id(span.buffer), _Use(number, number, instr.engine, start))
             use.last = number
         for span in instr.reads:
-            uses[id(span.buffer)].readers.add(instr.engine)
+            uses[id(span.buffer)].read[instr.engine] = done
     return uses
 
 
@@ -98,14 +102,15 @@ def _place(buffers: list[Buffer], uses: dict[int, _Use], words: int, bank: int, 
 
 
 def _beside(buffer: Buffer, placed: list[Buffer], uses: dict[int, _Use],
-            rest: int = 0) -> list[Buffer]:
-    """Buffers that are in use while this one is, or were within `rest` instructions before by other
-    engines than the one that will write here: an engine need not wait for itself."""
+            rest: int | None = None) -> list[Buffer]:
+    """Buffers that are in use while this one is, or whose words have not rested: since another engine
+    than the one that will write here, which need not wait for itself, is done."""
     mine, live = uses[id(buffer)], []
     for other in placed:
         use = uses[id(other)]
-        pause = rest if use.readers - {mine.writer} else 0
-        if use.first <= mine.last and mine.first <= use.last + pause:
+        tired = rest is not None and any(done + rest > mine.start for engine, done in use.read.items()
+                                         if engine is not mine.writer)
+        if use.first <= mine.last and (mine.first <= use.last or tired):
             live.append(other)
     return live
 

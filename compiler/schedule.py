@@ -15,8 +15,9 @@ def schedule(lowered: Lowered, config: Config) -> Lowered:
     """The same instructions with streamed loads moved forward.
 
     A load moves before everything but the last user of the words it overwrites (the memories are
-    rings, see `allocate.rings`), the router's decision that it depends on, and earlier loads; and it runs ahead by no more loads than the engine's queue holds, as a full queue holds up
-    dispatch. Results do not depend on it.
+    rings, see `allocate.rings`) and earlier loads; and it runs ahead by no more loads than the
+    engine's queue holds, as a full queue holds up dispatch. What so comes before the router has decided
+    loads whether or not its expert has tokens: the bus would idle else. Results do not depend on it.
     """
     rings(lowered, config)
     loads: list[tuple[Instr, int]] = []  # with the number of other instructions that come before
@@ -25,11 +26,13 @@ def schedule(lowered: Lowered, config: Config) -> Lowered:
     needed: dict[int, int] = {}
     users: dict[int, int] = {}
     homes: list[int] = []
+    decided: list[int] = []  # the number of others up to the router's decision that a load depends on
     router = 0
     for instr in lowered.instructions:
         if instr.opcode is Opcode.LOAD:
             streamed = instr.writes[0].buffer.memory in STREAMED
-            loads.append((instr, (router if instr.queue_read else 0) if streamed else len(others)))
+            loads.append((instr, 0 if streamed else len(others)))
+            decided.append(router if instr.queue_read else 0)
             homes.append(len(others))
             continue
         others.append(instr)
@@ -54,7 +57,10 @@ def schedule(lowered: Lowered, config: Config) -> Lowered:
         if number >= config.queue:
             ahead = loads[number - config.queue][0].writes[0].buffer
             floor = max(floor, needed.get(id(ahead), 0))
-        earliest.append(max(floor, earliest[-1] if earliest else 0))
+        floor = max(floor, earliest[-1] if earliest else 0)
+        if floor < decided[number]:
+            _always(instr)
+        earliest.append(floor)
     ordered: list[Instr] = []
     pending = list(zip(loads, earliest, homes))
     for place in range(len(others) + 1):
@@ -64,3 +70,9 @@ def schedule(lowered: Lowered, config: Config) -> Lowered:
             ordered.append(others[place])
     lowered.instructions = ordered
     return lowered
+
+
+def _always(instr: Instr) -> None:
+    """A load whether or not its expert has tokens."""
+    del instr.fields["conditional"], instr.fields["expert"]
+    instr.queue_read = False

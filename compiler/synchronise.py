@@ -21,7 +21,7 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
     it through a third one (vector clocks, Mattern 1989). Tokens between two engines are given and
     taken in one order, as both numbers only grow. An engine writes in the order of its instructions,
     and adds to the residual stream in that order, and no later instruction overtakes what an earlier
-    one still reads: so it waits for itself only to read activations that it wrote.
+    one still reads: so it waits for itself only to read activations or queues that it wrote.
     """
     sizes = {Memory.ACTIVATION: config.activation_banks * config.activation_words,
              Memory.RESIDUAL: config.residual_words, Memory.WEIGHT: config.weight_words,
@@ -42,7 +42,7 @@ def synchronise(lowered: Lowered, config: Config) -> list[tuple[int, int]]:
             before = written[memory][:, words].max(1)
             if writes:
                 before = np.maximum(before, read[memory][:, words].max(1))
-            if writes or memory is not Memory.ACTIVATION:
+            if writes or memory not in (Memory.ACTIVATION, QUEUES):
                 before[engine] = 0
             need = np.maximum(need, before)
         # The most recent first: it may already know of the others.

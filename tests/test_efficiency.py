@@ -67,6 +67,15 @@ def test_experts_without_tokens_cross_no_bus(lowered):
         every[3].bytes - fewer[3].bytes)
 
 
+def test_constants_that_cross_again_do_not_raise_the_bound(lowered):
+    graph = lowered[0]
+    again = graph, lower(graph, CONFIG, trace=False, frames=2)
+    one, two = work(lowered)[1], work(again, np.concatenate([EVERY, EVERY]), frames=2)[1]
+    assert one.bytes_spare == 0 < two.bytes_spare  # heads of the second frame
+    assert two.bytes - two.bytes_spare == one.bytes
+    assert two.cycles(CONFIG, 1)["bus"] == one.cycles(CONFIG, 1)["bus"]
+
+
 def test_queues_hold_the_rows_since_they_were_emptied(lowered):
     # Routed in two parts, the second of which empties the queues: experts 2 and 3 then have rows,
     # and loads of 0 and 1 are left out that stand behind.

@@ -3,12 +3,15 @@
 Wherever one engine hands over to another, an instruction is cut into chunks of rows, so that the
 next engine starts on the first rows while the last ones are still made: the first tile of a product
 follows its source chunk by chunk, and the last one leads what comes after. The heads of attention
-are made one after another, so that attention works on one while the linear unit makes the next.
+are made one after another, so that attention works on one while the linear unit makes the next; what
+follows attention row by row is made in blocks of rows, so that the linear unit works on the first ones
+while attention works on the last ones.
 """
 
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.quantise import QuantisedStep
 from moeware.compiler.tile.attention import lower_attention
+from moeware.compiler.tile.chain import Chain, chains, lower_chain
 from moeware.compiler.tile.experts import lower_experts, lower_route
 from moeware.compiler.tile.lowering import Lowering, Plan
 from moeware.compiler.tile.rows import (
@@ -24,8 +27,8 @@ from moeware.hw.arch.config import Config
 __all__ = ["PLANS", "Plan", "tile"]
 
 # From the fastest to the one that takes the least room.
-PLANS = (Plan(), Plan(ahead=False), Plan(ahead=False, blocks=2), Plan(ahead=False, blocks=4),
-         Plan(ahead=False, spill=True))
+PLANS = (Plan(), Plan(experts=1), Plan(experts=1, blocks=2), Plan(experts=1, blocks=4),
+         Plan(experts=1, spill=True))
 
 _LOWER = {
     q.Constant: lower_constant, q.Linear: lower_linear, q.AddLinear: lower_add_linear,
@@ -51,11 +54,15 @@ def tile(step: QuantisedStep, config: Config, *, trace: bool = False, frames: in
         return spill(lowering)
     for port in step.inputs:
         lowering.input(port)
-    for operation in step.operations:
-        _LOWER[type(operation)](lowering, operation)
-        made = operation.output in lowering.tensors and not lowering.is_deferred(operation)
-        if trace and made:
-            lowering.probe(operation)
+    for part in chains(lowering):
+        if isinstance(part, Chain):
+            lower_chain(lowering, part)
+            operation = part.operations[-1]
+        else:
+            operation = part
+            _LOWER[type(operation)](lowering, operation)
+            if trace and operation.output in lowering.tensors:
+                lowering.probe(operation)
         # At once, as the stream is updated in place.
         for port in step.outputs:
             if port.tensor == operation.output:

@@ -1,12 +1,13 @@
 """Instructions of one device step in the making: transfers, constants, matrix products."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from moeware.compiler.lowered import Block, Buffer, Instr, Span
-from moeware.compiler.tile.products import channel_unit, tiles, weight_words
+from moeware.compiler.tile.products import channel_unit, fits_pair, tiles, weight_words
 from moeware.compiler.tile.tensors import Tensor, chunks
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
@@ -103,37 +104,56 @@ class Assembly:
         """Whether weights of so many bits go two to a multiplier."""
         return bits <= 4 and bool(self.config.narrow)
 
-    def product(self, layer: str, weight: np.ndarray, affine: q.Affine, runs: list[Run], *,
-                bits: int = 8, name: str = "", reads=(), unit: int | None = None, first: bool = True,
-                last: bool = True, **fields) -> None:
-        """LINEAR for weight int8 [channels, source columns], tile after tile.
+    def product(self, *arguments, **fields) -> None:
+        """All of `product_tiles`."""
+        for _ in self.product_tiles(*arguments, **fields):
+            pass
 
-        name : of the constants, where a layer has several products; unit : tiles start at multiples of it; first, last : cut the first, the last tile into
-        chunks of rows, so that it follows what makes the source, or leads what reads the target.
+    def product_tiles(self, layer: str, weight: np.ndarray, affine: q.Affine, runs: list[Run], *,
+                      bits: int = 8, name: str = "", reads=(), unit: int | None = None,
+                      first: bool = True, last: bool = True, **fields) -> Iterator[None]:
+        """LINEAR for weight int8 [channels, source columns], tile after tile; goes on behind each.
+
+        name : of the constants, where a layer has several products; unit : tiles start at multiples of
+        it; first, last : cut the first tiles, the last one into chunks of rows, so that they follow
+        what makes the source, or lead what reads the target.
         """
         c, expert, narrow = self.config, fields.get("expert"), self.narrow(bits)
         depth_words, to_activation = weight.shape[1] // c.depth, fields["target"] == Target.ACTIVATION
         unit = unit or channel_unit(c, narrow, whole_words=to_activation)
         per_word = c.depth if to_activation else c.lanes
-        for start, stop in tiles(c, layer, len(weight), depth_words, unit, narrow):
+
+        def load(start: int, stop: int) -> tuple[int, int, Span, Span]:
             tile = f"{name or layer}/{start}"
             weights = self.constant(f"{tile}/weight", Memory.WEIGHT,
                                     weight_words(c, weight[start:stop], narrow), layer, expert)
             params = layout.pack_params(c, affine.bias[start:stop], affine.multiplier[start:stop],
                                         affine.shift[start:stop])
-            param = self.constant(f"{tile}/param", Memory.PARAM, params, layer, expert)
-            cut = first and start == 0 or last and stop == len(weight)
+            return start, stop, weights, self.constant(f"{tile}/param", Memory.PARAM, params, layer,
+                                                       expert)
+
+        def multiply(run: Run, start: int, stop: int, weights: Span, param: Span) -> None:
+            place, writes = {}, []
+            if run.target is not None:
+                writes = [run.target.columns(start // per_word, -(-(stop - start) // per_word))]
+                place = {"destination": writes[0], "destination_stride": run.target.stride}
+            old = writes if fields.get("accumulate") else []
+            self.emit(Opcode.LINEAR, layer, [run.source, *reads, *old, weights, param], writes,
+                      rows=run.source.rows, source=run.source, source_stride=run.source.stride,
+                      source_words=depth_words, weight=weights, param=param, channels=stop - start,
+                      narrow=int(narrow), **place, **run.fields, **fields)
+
+        ranges = tiles(c, layer, len(weight), depth_words, unit, narrow)
+        # A chunk of rows that has just come passes two tiles, as one takes less time than a chunk's
+        # normalisation or load.
+        pair = first and len(ranges) > 1 and fits_pair(c, ranges, depth_words, narrow)
+        for group in [ranges[:2], *([r] for r in ranges[2:])] if pair else [[r] for r in ranges]:
+            loaded = [load(*each) for each in group]
+            cut = first and group[0][0] == 0 or last and group[-1][1] == len(weight)
             for run in self._cut(runs) if cut else runs:
-                place, writes = {}, []
-                if run.target is not None:
-                    writes = [run.target.columns(start // per_word,
-                                                 -(-(stop - start) // per_word))]
-                    place = {"destination": writes[0], "destination_stride": run.target.stride}
-                old = writes if fields.get("accumulate") else []
-                self.emit(Opcode.LINEAR, layer, [run.source, *reads, *old, weights, param], writes,
-                          rows=run.source.rows, source=run.source, source_stride=run.source.stride,
-                          source_words=depth_words, weight=weights, param=param,
-                          channels=stop - start, narrow=int(narrow), **place, **run.fields, **fields)
+                for tile in loaded:
+                    multiply(run, *tile)
+            yield
 
     def _cut(self, runs: list[Run]) -> list[Run]:
         return [dataclasses.replace(run, source=run.source.part(a, b),

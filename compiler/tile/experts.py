@@ -1,5 +1,8 @@
 """Routing and experts."""
 
+from collections.abc import Iterator
+from itertools import zip_longest
+
 import numpy as np
 
 from moeware.compiler.tile.assembly import Run
@@ -30,45 +33,43 @@ def lower_route(lowering: Lowering, op: q.Route) -> None:
 
 
 def lower_experts(lowering: Lowering, op: q.Experts) -> None:
-    """Expert by expert, each only if it has tokens."""
-    config, source, plan = lowering.config, lowering.tensors[op.source], lowering.plan
+    """Experts group by group, each expert only if it has tokens. Those of a group take turns, tile by
+    tile: while the products of one with many tokens last, weights of one with few come in."""
+    config, source, size = lowering.config, lowering.tensors[op.source], lowering.plan.experts
     experts, hidden, _ = op.up.shape
     stream = lowering.inherit(op.output, op.residual)
     table, table_span = lowering.assembly.table(op.table, op.name)
     rows = lowering.frames * source.rows
 
-    def first(e: int) -> Tensor:
+    def first(e: int, middle: Tensor) -> Iterator[None]:
         """Hidden values of the expert's tokens."""
-        middle = Tensor(config, f"{op.output}/hidden{e}", Memory.ACTIVATION, 1, rows, hidden,
-                        bank=1 + e)
         weight, affine = filled(spread(op.up[e], source), _take(op.up_affine, e), middle.columns(),
                                 middle.stride * config.depth)
-        _expert_product(lowering, op, e, "up", weight, affine, Run(source.span(), middle.span()),
-                        reads=table_span, gather=1, target=Target.ACTIVATION, **table)
-        return middle
+        return _expert_product(lowering, op, e, "up", weight, affine,
+                               Run(source.span(), middle.span()), reads=table_span, gather=1,
+                               target=Target.ACTIVATION, **table)
 
-    def second(e: int, middle: Tensor) -> None:
-        _expert_product(lowering, op, e, "down", spread(op.down[e], middle), _take(op.down_affine, e),
-                        Run(middle.span(), stream.span()), scatter=1, gated=1, accumulate=1,
-                        target=Target.RESIDUAL)
+    def second(e: int, middle: Tensor) -> Iterator[None]:
+        return _expert_product(lowering, op, e, "down", spread(op.down[e], middle),
+                               _take(op.down_affine, e), Run(middle.span(), stream.span()), scatter=1,
+                               gated=1, accumulate=1, target=Target.RESIDUAL)
 
-    waiting: list[tuple[int, Tensor]] = []
-    for e in range(experts):
-        waiting.append((e, first(e)))
-        if len(waiting) > plan.ahead:
-            second(*waiting.pop(0))
-    for item in waiting:
-        second(*item)
+    for start in range(0, experts, size):
+        group = {e: Tensor(config, f"{op.output}/hidden{e}", Memory.ACTIVATION, 1, rows, hidden,
+                           bank=1 + e) for e in range(start, min(start + size, experts))}
+        for product in (first, second):
+            for _ in zip_longest(*[product(e, middle) for e, middle in group.items()]):
+                pass
     chosen = next(o.chosen for o in lowering.step.operations if o.output == op.route)
     lowering.macs += source.rows * chosen * (op.up[0].size + op.down[0].size)
 
 
-def _expert_product(lowering: Lowering, op: q.Experts, expert: int, which: str,
-                    weight: np.ndarray, affine: q.Affine, run: Run, **fields) -> None:
+def _expert_product(lowering: Lowering, op: q.Experts, expert: int, which: str, weight: np.ndarray,
+                    affine: q.Affine, run: Run, **fields) -> Iterator[None]:
     layer, bits = f"{op.name}/expert{expert}", 8 if op.bits is None else int(op.bits[expert])
-    lowering.assembly.product(layer, weight, affine, [run], bits=bits, name=f"{layer}/{which}",
-                              first=False, last=False, queued=1, expert=expert, queue_read=True,
-                              conditional=1, **fields)
+    return lowering.assembly.product_tiles(
+        layer, weight, affine, [run], bits=bits, name=f"{layer}/{which}", first=False, last=False,
+        queued=1, expert=expert, queue_read=True, conditional=1, **fields)
 
 
 def _take(affine: q.Affine, expert: int) -> q.Affine:

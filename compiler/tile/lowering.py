@@ -1,9 +1,10 @@
 """What the operations of one device step share while they become instructions."""
 
 import dataclasses
+from functools import cached_property
 
 from moeware.compiler.errors import CompileError
-from moeware.compiler.lowered import Block
+from moeware.compiler.lowered import Block, Span
 from moeware.compiler.quantise import QuantisedStep
 from moeware.compiler.tile.assembly import Assembly
 from moeware.compiler.tile.tensors import Tensor
@@ -20,13 +21,14 @@ __all__ = ["Lowering", "Plan"]
 class Plan:
     """What a lowering trades for room in the activation memory.
 
-    ahead : an expert's first product stands before the second one of the expert before, which hides
-    its latency and takes another buffer of hidden values. blocks : of rows, that a feed-forward
-    network's hidden values are made for, one block after another; its weights are loaded for each.
+    experts : that take turns in the linear unit, tile by tile, so that few and many tokens even out;
+    each takes a buffer of hidden values. blocks : of rows at least, that a feed-forward network's
+    hidden values are made for, one block after another (see `tile.chain`); its weights are loaded
+    for each.
     spill : every tensor lies in DRAM (see `tile.spill`).
     """
 
-    ahead: bool = True
+    experts: int = 2
     blocks: int = 1
     spill: bool = False
 
@@ -41,9 +43,9 @@ class Plan:
 class Lowering:
     """Instructions, tensors, ports and probes of a step of `frames` frames in the making.
 
-    split : tensors whose heads are made one by one, by the attention that reads them; hidden :
-    tensors that their user makes block by block; deferred : the operations of both; apart : inputs
-    with a tensor for each frame, as the room for all at once would be for a single product.
+    split : tensors whose heads are made one by one, by the attention that reads them; deferred : the
+    operations that make these; apart : inputs with a tensor for each frame, as the room for all at
+    once would be for a single product.
     """
 
     def __init__(self, step: QuantisedStep, config: Config, frames: int, trace: bool, plan: Plan):
@@ -52,7 +54,6 @@ class Lowering:
         self.assembly = Assembly(config)
         self.tensors: dict[str, Tensor] = {}
         self.groups, self.split = self._heads()
-        self.hidden = self._hidden() if plan.blocks > 1 else set()
         self.deferred: dict[str, q.Linear] = {}
         self.apart: dict[str, list[Tensor]] = {}
         self.inputs: list[tuple[Port, Block]] = []
@@ -86,13 +87,21 @@ class Lowering:
         words = -(-(len(op.weight) // heads) // c.depth)
         return words * c.depth % (c.outputs << self.assembly.narrow(op.bits)) == 0
 
-    def _hidden(self) -> set[str]:
-        """Hidden values of feed-forward networks: a Linear that only an AddLinear of as many rows
-        reads."""
-        users = [(op.source, op) for op in self.step.operations if isinstance(op, q.AddLinear)]
-        return {op.output for op in self.step.operations if isinstance(op, q.Linear)
-                for source, user in users
-                if source == op.output and user.residual and self._only_user(source, user)}
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Of each tensor of a whole step, of one frame."""
+        rows = {port.tensor: port.region.rows for port in self.step.inputs}
+        for op in self.step.operations:
+            match op:
+                case q.Constant():
+                    rows[op.output] = len(op.value)
+                case q.Norm():
+                    rows[op.output] = op.rows
+                case q.Attention():
+                    rows[op.output] = rows[op.query] if op.query is not None else 1
+                case _:
+                    rows[op.output] = rows[getattr(op, "residual", None) or op.source]
+        return rows
 
     def users(self, tensor: str) -> list[q.Operation]:
         roles = ("source", "residual", "query", "key", "value", "route")
@@ -103,9 +112,6 @@ class Lowering:
     def _only_user(self, tensor: str, op: q.Operation) -> bool:
         return ([user is op for user in self.users(tensor)] == [True]
                 and tensor not in [port.tensor for port in self.step.outputs])
-
-    def is_deferred(self, op: q.Operation) -> bool:
-        return op.output in self.split or op.output in self.hidden
 
     def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
         self.tensors[name] = Tensor(self.config, name, memory, self.frames, rows, channels,
@@ -148,6 +154,23 @@ class Lowering:
             self.probes.append((probe, self.block(name, tensor)))
         block = next(b for probe, b in self.probes if probe.tensor == operation.output)
         self.assembly.store_tensor(tensor, block, name, cut=False, frame=frame, group=group)
+
+    def probe_rows(self, operation: q.Operation, span: Span, first: int, channels: int) -> None:
+        """Store rows of a result from row `first` on, counted through all frames, if traced."""
+        if not self.trace:
+            return
+        name, rows = operation.output, self.rows[operation.output]
+        shape = Tensor(self.config, name, span.buffer.memory, self.frames, rows, channels,
+                       groups=self.groups.get(name, 1))
+        block = next((b for probe, b in self.probes if probe.tensor == name), None)
+        if block is None:
+            block = self.block(operation.name, shape)
+            self.probes.append((Probe(name=operation.name, tensor=name, region=shape.region()),
+                                block))
+        frame, row = divmod(first, rows)
+        beats = layout.beats(self.config, shape.memory, row * shape.stride)
+        self.assembly.store(span, block, operation.name, offset=block.bytes // self.frames * frame
+                            + beats * self.config.bus_bytes)
 
     def inherit(self, output: str, residual: str) -> Tensor:
         """The stream is updated in place: its old value must not be needed any more."""

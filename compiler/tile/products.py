@@ -13,7 +13,7 @@ from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 
-__all__ = ["channel_unit", "filled", "require", "spread", "tiles", "weight_words"]
+__all__ = ["channel_unit", "filled", "fits_pair", "require", "spread", "tiles", "weight_words"]
 
 SHARE = 4  # tiles that the weight memory holds: one at work, the others on their way
 
@@ -66,6 +66,13 @@ def tiles(config: Config, layer: str, channels: int, depth_words: int, unit: int
         count -= 1
     return [(start, min(start + size(count), channels))
             for start in range(0, channels, size(count))]
+
+
+def fits_pair(config: Config, ranges: list[tuple[int, int]], depth_words: int, narrow: bool) -> bool:
+    """Whether the first two tiles leave half of the memories to the next ones."""
+    group, channels = config.outputs << narrow, [stop - start for start, stop in ranges[:2]]
+    return (2 * sum(-(-size // group) * depth_words for size in channels) <= config.weight_words
+            and 2 * sum(-(-size // config.lanes) for size in channels) <= config.param_words)
 
 
 def weight_words(config: Config, weight: np.ndarray, narrow: bool) -> np.ndarray:

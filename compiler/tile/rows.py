@@ -14,7 +14,8 @@ from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import NORM_CHANNELS, Memory, Opcode, Target
 
-__all__ = ["head_rows", "lower_add_linear", "lower_constant", "lower_head", "lower_linear", "lower_norm"]
+__all__ = ["add_rows", "head_rows", "linear_rows", "lower_add_linear", "lower_constant", "lower_head",
+           "lower_linear", "lower_norm", "norm_rows"]
 
 
 def lower_constant(lowering: Lowering, op: q.Constant) -> None:
@@ -27,7 +28,7 @@ def lower_constant(lowering: Lowering, op: q.Constant) -> None:
 
 
 def lower_linear(lowering: Lowering, op: q.Linear) -> None:
-    if lowering.is_deferred(op):
+    if op.output in lowering.split:
         lowering.deferred[op.output] = op
         return
     source = lowering.tensors[op.source]
@@ -35,12 +36,12 @@ def lower_linear(lowering: Lowering, op: q.Linear) -> None:
              for bank, tensor in ((2, o.query), (1, o.key), (2, o.value))}
     target = lowering.tensor(op.output, Memory.ACTIVATION, source.rows, len(op.weight),
                              roles.get(op.output, 1))
-    _linear(lowering, op, target, Run(source.span(), target.span()))
+    linear_rows(lowering, op, source, target, Run(source.span(), target.span()))
     lowering.macs += source.rows * op.weight.size
 
 
-def _linear(lowering: Lowering, op: q.Linear, target: Tensor, run: Run) -> None:
-    source = lowering.tensors[op.source]
+def linear_rows(lowering: Lowering, op: q.Linear, source: Tensor, target: Tensor, run: Run) -> None:
+    """Some rows of `source` to some of `target`."""
     weight, affine = filled(spread(op.weight, source), op.affine, target.columns(),
                             target.stride * lowering.config.depth)
     table, span = lowering.assembly.table(op.table, op.name)
@@ -48,9 +49,10 @@ def _linear(lowering: Lowering, op: q.Linear, target: Tensor, run: Run) -> None:
                               target=Target.ACTIVATION, **table)
 
 
-def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *, first: bool,
-               last: bool) -> None:
-    """One head of queries, keys or values of one frame.
+def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *,
+               rows: tuple[int, int] | None = None, first: bool = False, last: bool = False) -> None:
+    """One head of queries, keys or values of one frame, or rows [first, last) of it; first, last : as
+    `Assembly.product` takes them.
 
     Other frames load its weights again: their heads would take more room than that is worth.
     """
@@ -58,18 +60,18 @@ def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int,
     source, depth = lowering.tensors[op.source], lowering.config.depth
     if name not in lowering.tensors:
         lowering.tensor(name, Memory.ACTIVATION, source.rows, len(op.weight), bank)
-    target = lowering.tensors[name]
+    target, (start, stop) = lowering.tensors[name], rows or (0, source.rows)
     part = head_rows(op, group, target.groups)
     weight, affine = filled(spread(part.weight, source), part.affine,
                             np.arange(len(part.weight)), target.width * depth)
     table, span = lowering.assembly.table(op.table, op.name)
-    run = Run(source.span(frame * source.rows, (frame + 1) * source.rows),
-              target.head(frame, group))
-    lowering.assembly.product(op.name, weight, affine, [run], name=part.name,
-                              reads=span, first=first, last=last, bits=op.bits, target=Target.ACTIVATION, **table)
+    at = frame * source.rows
+    run = Run(source.span(at + start, at + stop), target.head(frame, group, start, stop))
+    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span, first=first,
+                              last=last, bits=op.bits, target=Target.ACTIVATION, **table)
     if frame == 0:
-        lowering.macs += source.rows * part.weight.size
-    if lowering.trace:
+        lowering.macs += (stop - start) * part.weight.size
+    if lowering.trace and stop == source.rows:
         lowering.probe(op, frame, group)
 
 
@@ -84,9 +86,6 @@ def head_rows(op: q.Linear, head: int, heads: int) -> q.Linear:
 
 
 def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
-    if op.source in lowering.deferred:
-        _feed_forward(lowering, lowering.deferred[op.source], op)
-        return
     source = lowering.tensors[op.source]
     if op.residual is None:
         target = lowering.tensor(op.output, Memory.RESIDUAL, source.rows, len(op.weight))
@@ -103,47 +102,40 @@ def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
             at = frame * target.rows + op.first_row
             runs.append(Run(rows, target.span(at, at + source.rows)))
     for part in [[run] for run in runs] if op.source in lowering.apart else [runs]:
-        _add_linear(lowering, op, source, part)
+        add_rows(lowering, op, source, part)
     lowering.macs += source.rows * op.weight.size
 
 
-def _add_linear(lowering: Lowering, op: q.AddLinear, source: Tensor, runs: list[Run]) -> None:
+def add_rows(lowering: Lowering, op: q.AddLinear, source: Tensor, runs: list[Run]) -> None:
+    """Some rows of `source`, or of what lies like it, to some of the stream."""
     lowering.assembly.product(op.name, spread(op.weight, source), op.affine, runs, bits=op.bits,
                               target=Target.RESIDUAL, accumulate=int(op.residual is not None))
 
 
-def _feed_forward(lowering: Lowering, up: q.Linear, down: q.AddLinear) -> None:
-    """Both products for one block of rows after another."""
-    source, stream = lowering.tensors[up.source], lowering.inherit(down.output, down.residual)
-    rows = lowering.frames * source.rows
-    pieces = chunks(lowering.config, 0, rows)
-    size = -(-len(pieces) // lowering.plan.blocks)
-    for number in range(0, len(pieces), size):
-        first, last = pieces[number][0], pieces[min(number + size, len(pieces)) - 1][1]
-        block = Tensor(lowering.config, f"{up.output}/{first}", Memory.ACTIVATION, 1, last - first,
-                       len(up.weight), bank=1)
-        _linear(lowering, up, block, Run(source.span(first, last), block.span()))
-        _add_linear(lowering, down, block, [Run(block.span(), stream.span(first, last))])
-    lowering.macs += source.rows * (up.weight.size + down.weight.size)
-
-
 def lower_norm(lowering: Lowering, op: q.Norm) -> None:
     c, source = lowering.config, lowering.tensors[op.source]
-    channels = source.channels
-    require(-(-channels // c.depth), c.row_words, f"A row of {op.name}", "row_words")
-    if channels > NORM_CHANNELS:
-        raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
-                           f"{channels}")
-    target = lowering.tensor(op.output, Memory.ACTIVATION, op.rows, channels)
-    words = layout.pack_params(c, op.affine.bias, op.affine.multiplier, op.affine.shift)
-    require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
-    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
+    target = lowering.tensor(op.output, Memory.ACTIVATION, op.rows, source.channels)
     if op.rows == source.rows:
         pieces = [(a, b, a) for a, b in chunks(c, 0, lowering.frames * op.rows)]
     else:
         pieces = [(a, b, frame * source.rows + op.first_row + a - frame * op.rows)
                   for frame in range(lowering.frames)
                   for a, b in chunks(c, frame * op.rows, (frame + 1) * op.rows)]
+    norm_rows(lowering, op, source, target, pieces)
+
+
+def norm_rows(lowering: Lowering, op: q.Norm, source: Tensor, target: Tensor,
+              pieces: list[tuple[int, int, int]]) -> None:
+    """Rows [first, last) of `target` from those of `source` that begin at `row`, for each piece
+    (first, last, row)."""
+    c, channels = lowering.config, source.channels
+    require(-(-channels // c.depth), c.row_words, f"A row of {op.name}", "row_words")
+    if channels > NORM_CHANNELS:
+        raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
+                           f"{channels}")
+    words = layout.pack_params(c, op.affine.bias, op.affine.multiplier, op.affine.shift)
+    require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
+    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
     for first, last, row in pieces:
         read, write = source.span(row, row + last - first), target.span(first, last)
         lowering.assembly.emit(Opcode.NORM, op.name, [read, params], [write], rows=last - first,
