@@ -135,7 +135,7 @@ class Linear(Engine):
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
-        self._latency = self.LATENCY + -(-ceil_log2(config.depth) // 2)
+        self._latency = self.LATENCY + ceil_log2(config.depth)
         self._fetched = self._array = self._done = 0
         self._released = [0, 0]
 

@@ -69,7 +69,7 @@ class SDRAMController(wiring.Component):
         The chip is initialised.
     """
 
-    LATENCY = 7
+    LATENCY = 8
 
     def __init__(self, bus_bytes: int, clock_hz: float, timing: SDRAMTiming = SDRAMTiming(),
                  capture_cycles: int = 1):
@@ -324,41 +324,46 @@ class SDRAMController(wiring.Component):
         pins = self.pins
         all_banks = 1 << 10  # A10 of a PRECHARGE
         mode = cycles.cas << 4 | exact_log2(burst)  # sequential bursts, also for writes
+        # A command is known late in its cycle, and the pins and the words are far away: it reaches
+        # them from a register.
+        decided = Signal(data.StructLayout({
+            "ras": 1, "cas": 1, "we": 1, "bank": timing.bank_bits, "address": len(pins.address)}))
         m.d.sync += [
-            pins.clock_enable.eq(1),
-            pins.cs.eq(1),
-            pins.ras.eq(activate | precharge | precharge_all | refresh | set_mode),
-            pins.cas.eq(cas | refresh | set_mode),
-            pins.we.eq((cas & current.write) | precharge | precharge_all | set_mode),
-            pins.bank.eq(Mux(set_mode, 0, Mux(cas, current.bank, preparing.bank))),
-            pins.dqm.eq(Mux(self.ready, 0, 0b11)),
+            decided.ras.eq(activate | precharge | precharge_all | refresh | set_mode),
+            decided.cas.eq(cas | refresh | set_mode),
+            decided.we.eq((cas & current.write) | precharge | precharge_all | set_mode),
+            decided.bank.eq(Mux(set_mode, 0, Mux(cas, current.bank, preparing.bank))),
+            pins.clock_enable.eq(1), pins.cs.eq(1), pins.dqm.eq(Mux(self.ready, 0, 0b11)),
+            *(pins_part.eq(decided[name]) for name, pins_part in (
+                ("ras", pins.ras), ("cas", pins.cas), ("we", pins.we), ("bank", pins.bank),
+                ("address", pins.address))),
         ]
         with m.If(cas):
-            m.d.sync += pins.address.eq(current.burst << exact_log2(burst))
+            m.d.sync += decided.address.eq(current.burst << exact_log2(burst))
         with m.Elif(activate):
-            m.d.sync += pins.address.eq(preparing.row)
+            m.d.sync += decided.address.eq(preparing.row)
         with m.Elif(set_mode):
-            m.d.sync += pins.address.eq(mode)
+            m.d.sync += decided.address.eq(mode)
         with m.Else():
-            m.d.sync += pins.address.eq(Mux(precharge_all, all_banks, 0))
+            m.d.sync += decided.address.eq(Mux(precharge_all, all_banks, 0))
 
         part = current.burst[:exact_log2(parts)]  # of its bus word
         out = Signal(16 * burst)
-        used = cas & current.write & part.all()
+        writing_part, write_starts, write_ends = Signal.like(part), Signal(), Signal()
         m.d.comb += pins.dq_o.eq(out[:16])
-        if burst > 1:  # the next word is needed later: a command is known late in its cycle
-            m.d.sync += writes.r_en.eq(used)
-        else:
-            m.d.comb += writes.r_en.eq(used)
-        with m.If(cas & current.write):
-            m.d.sync += [out.eq(writes.r_data.word_select(part, len(out))), pins.dq_oe.eq(1)]
+        m.d.sync += [writing_part.eq(part), write_starts.eq(cas & current.write),
+                     write_ends.eq(between_cas.ready),
+                     writes.r_en.eq(cas & current.write & part.all())]
+        with m.If(write_starts):
+            m.d.sync += [out.eq(writes.r_data.word_select(writing_part, len(out))),
+                         pins.dq_oe.eq(1)]
         with m.Else():
             m.d.sync += out.eq(out >> 16)
-            with m.If(between_cas.ready):
+            with m.If(write_ends):
                 m.d.sync += pins.dq_oe.eq(0)
 
         # The last column of a burst reaches `dq_i` this long after its command reached `pins`.
-        arriving = Signal(cycles.cas + self._capture_cycles + burst)
+        arriving = Signal(cycles.cas + self._capture_cycles + burst + 1)
         earlier = Signal(16 * (burst - 1))  # columns of the burst before the present one
         columns = Cat(earlier, pins.dq_i)
         word = Signal(8 * self._bus_bytes)

@@ -139,12 +139,13 @@ class System(wiring.Component):
         wiring.connect(m, sliced(m, "requests", link.registers.request), watch.host.request)
         wiring.connect(m, watch.host.response, link.registers.response)
         wiring.connect(m, watch.device, accelerator.registers)
-        wiring.connect(m, accelerator.memory, arbiter.clients[0])
-        port = arbiter.clients[1]
-        for name in ("read_command", "write_command", "write_data"):
-            wiring.connect(m, sliced(m, name, getattr(link.memory, name)), getattr(port, name))
-        wiring.connect(m, sliced(m, "read_data", port.read_data), link.memory.read_data)
-        m.d.comb += link.memory.written.eq(port.written)
+        for client, memory, port in (("accelerator", accelerator.memory, arbiter.clients[0]),
+                                     ("link", link.memory, arbiter.clients[1])):
+            for name in ("read_command", "write_command", "write_data"):
+                wiring.connect(m, sliced(m, f"{client}_{name}", getattr(memory, name)),
+                               getattr(port, name))
+            wiring.connect(m, sliced(m, f"{client}_read_data", port.read_data), memory.read_data)
+            m.d.comb += memory.written.eq(port.written)
         wiring.connect(m, arbiter.memory, controller.memory)
         wiring.connect(m, controller.pins, wiring.flipped(self.sdram))
         m.d.comb += [

@@ -12,7 +12,7 @@ from .fill import TileWrite
 
 __all__ = ["FIELD", "TERMS", "DotArray", "Work"]
 
-_LEVELS = 2  # levels of an adder tree between registers
+_LEVELS = 1  # levels of an adder tree between registers
 
 # Two weights w1, w0 of 4 bits make one operand ``w1 * 2**FIELD + w0`` of 18 bits, and its products
 # with activations can be added, TERMS of them, before the two sums are told apart: that of w0 lies

@@ -40,8 +40,8 @@ class Issue(wiring.Component):
     ready : In(1)
     tails : In(stream.Signature(range(most + 1)))
         As in `Parameters`.
-    written : In(1)
-        A result left the write-back buffer.
+    written : In(2)
+        Results that left the write-back buffer.
     held : In(1)
         Results wait in the drain registers in this cycle.
     work : Out(Work(config))
@@ -62,7 +62,7 @@ class Issue(wiring.Component):
             "release": Out(1),
             "ready": In(1),
             "tails": In(stream.Signature(range(most + 1))),
-            "written": In(1),
+            "written": In(2),
             "held": In(1),
             "work": Out(Work(config)),
             "weight": Out(20),

@@ -50,19 +50,19 @@ class LinearUnit(wiring.Component):
     more for all) are fetched while the group before is at work, and every instruction is taken
     ``RowAddresses.LATENCY + 5`` cycles (READ_LATENCY more if `queued`) before its first row is due.
     A single instruction of one word and group takes 2 cycles, and instructions are taken every 2
-    cycles at best, after a `queued` one 5. Additions to the residual stream hold back the first
-    result of an instruction that does not add, by READ_LATENCY + 3 cycles unless `residual_write`
+    cycles at best, after a `queued` one 5. Additions to the residual stream hold back the last
+    result of an instruction for another memory, by READ_LATENCY + 3 cycles unless `residual_write`
     refuses; the buffer takes that up unless write-back is the limit.
 
-    Order: up to `IN_FLIGHT` instructions are at work at once. Results are written, and additions
-    to the residual stream made, in the order of instructions; sources, weights, parameters and
-    queues are read ahead of that. An instruction for the router overlaps the one before up to its
+    Order: up to `IN_FLIGHT` instructions are at work at once, and end in order. Within a memory
+    results are written, and additions made, in the order of instructions; sources, weights,
+    parameters and queues are read ahead of that. An instruction for the router overlaps the one before up to its
     first result, and the next is taken when the router has finished.
 
     Latency: a lone instruction takes, from the cycle in which it is taken to that of `done`,
     besides the fetch of the first group, the products, and the write-back of the last output group,
-    `overhead` cycles, and more where asked for: ``READ_LATENCY + 2`` to accumulate, 3 for `queued`.
-    With the router it is done in the cycle of `route_done`.
+    `overhead` cycles, and more where asked for: 1 into the activation memory, ``READ_LATENCY + 2``
+    to accumulate, 3 for `queued`. With the router it is done in the cycle of `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the
     write-back buffer is full, and a refused fetch only when its group is due.
@@ -93,7 +93,7 @@ class LinearUnit(wiring.Component):
                          + self.array.latency + Scale.LATENCY + 4)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
-        in_flight = self.array.latency + Scale.LATENCY + 8
+        in_flight = self.array.latency + Scale.LATENCY + 10
         self.buffer = 1 << (in_flight - 1).bit_length()
         super().__init__({
             "engine": Out(EngineSignature(Opcode.LINEAR)),

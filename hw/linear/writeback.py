@@ -1,6 +1,6 @@
 """Results into the activation memory, the residual memory or the router."""
 
-from amaranth import Cat, Module, Signal, signed
+from amaranth import Cat, Module, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out, connect, flipped
@@ -18,17 +18,16 @@ __all__ = ["WriteBack"]
 class WriteBack(wiring.Component):
     """Buffers up to `depth` results and writes them, one word per cycle, to their target.
 
-    Whoever sends results reserves their place in advance: `space` counts what is left. Results are
-    written in order, whatever their targets: additions to the residual stream, which take longer,
-    hold back the first result that is none.
+    Whoever sends results reserves their place in advance: `space` counts what is left. Instructions
+    end in order: their last results are written in order, whatever their targets.
 
     Members
     -------
     reserve : In(1)
         A result will come: only while `space` is not 0.
     space : Out(range(depth + 1))
-    written : Out(1)
-        A result was written one cycle ago: `space` grows.
+    written : Out(2)
+        Results that were written one cycle ago: `space` grows.
     ended : Out(1)
         The last result of an instruction, not for the router, was written one cycle ago.
     place_valid : In(1)
@@ -47,7 +46,7 @@ class WriteBack(wiring.Component):
         super().__init__({
             "reserve": In(1),
             "space": Out(range(depth + 1), init=depth),
-            "written": Out(1),
+            "written": Out(2),
             "ended": Out(1),
             "place_valid": In(1),
             "place": In(Place(config)),
@@ -85,11 +84,17 @@ class WriteBack(wiring.Component):
             places.r_en.eq(load), values.r_en.eq(load),
         ]
         write, logits = self.activation_write.write, self.logits
+        m.submodules.arranged = arranged = RegisterSlice(data.StructLayout(
+            {"word": write.payload.shape(), "end": 1}))
+        word = arranged.input.p.word
         m.d.comb += [
-            write.p.address.eq(place.address),
-            write.p.data.eq(Cat(value[:8] for value in results).replicate(config.depth // lanes)),
-            write.p.mask.eq(Cat(place.mask & (place.part == part).replicate(lanes)
-                                for part in range(config.depth // lanes))),
+            word.address.eq(place.address),
+            word.data.eq(Cat(value[:8] for value in results).replicate(config.depth // lanes)),
+            word.mask.eq(Cat(place.mask & (place.part == part).replicate(lanes)
+                             for part in range(config.depth // lanes))),
+            arranged.input.p.end.eq(place.end),
+            write.payload.eq(arranged.output.p.word), write.valid.eq(arranged.output.valid),
+            arranged.output.ready.eq(write.ready),
             update.updates.p.word.address.eq(place.address),
             update.updates.p.word.data.eq(Cat(value[:16] for value in results)),
             update.updates.p.word.mask.eq(place.mask),
@@ -97,21 +102,24 @@ class WriteBack(wiring.Component):
             logits.p.row.eq(place.row), logits.p.channel.eq(place.channel),
             logits.p.logits.eq(results),
         ]
+        # The last result of an instruction waits for those before it that go elsewhere.
         residual = self.residual_write.write
-        direct = Signal()  # past the residual memory
         with m.Switch(place.target):
             with m.Case(Target.ACTIVATION):
-                m.d.comb += [write.valid.eq(valid & ~update.busy),
-                             direct.eq(write.valid & write.ready), taken.eq(direct)]
+                may = ~(place.end & update.busy)
+                m.d.comb += [arranged.input.valid.eq(valid & may),
+                             taken.eq(may & arranged.input.ready)]
             with m.Case(Target.RESIDUAL):
-                m.d.comb += [update.updates.valid.eq(valid),
-                             taken.eq(valid & update.updates.ready)]
+                may = ~(place.end & arranged.output.valid)
+                m.d.comb += [update.updates.valid.eq(valid & may),
+                             taken.eq(may & update.updates.ready)]
             with m.Case(Target.ROUTER):
-                m.d.comb += [logits.valid.eq(valid), direct.eq(valid & logits.ready),
-                             taken.eq(direct)]
+                m.d.comb += [logits.valid.eq(valid), taken.eq(logits.ready)]
+        arrives = write.valid & write.ready
         m.d.sync += [
-            self.written.eq(direct | residual.valid & residual.ready),
+            self.written.eq(arrives + (residual.valid & residual.ready)
+                            + (logits.valid & logits.ready)),
             self.space.eq(self.space - self.reserve + self.written),
-            self.ended.eq(direct & place.end & (place.target == Target.ACTIVATION) | update.ended),
+            self.ended.eq(arrives & arranged.output.p.end | update.ended),
         ]
         return m
