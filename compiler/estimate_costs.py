@@ -130,7 +130,7 @@ class Linear(Engine):
     ROWS, QUEUED = 6, 3  # from the start to the first row's address; more for rows of a queue
     GROUP, ROW = 3, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 27  # from the last product to the last result, but for the adder tree's stages
-    ACCUMULATE = 5
+    ACTIVATE, ACCUMULATE = 1, 5
     ROUTE, ROUTE_ROW = 40, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):
@@ -166,7 +166,8 @@ class Linear(Engine):
                 for row in range(rows):  # its logits come one row after another
                     came = left - last * (rows - 1 - row) // rows + self._latency
                     routed = max(routed + each, came)
-        self._done = max(self._done + 1, left + self._latency + self.ACCUMULATE * i.accumulate)
+        more = self.ACTIVATE if i.target == Target.ACTIVATION else self.ACCUMULATE * i.accumulate
+        self._done = max(self._done + 1, left + self._latency + more)
         if i.target == Target.ROUTER:
             self._done = (routed + self.ROUTE + 2 * i.chosen
                           + i.channels * (1 if i.over_chosen else 2))
