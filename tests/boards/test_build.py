@@ -99,7 +99,9 @@ def test_the_top_uses_the_pins_of_the_board():
     netlist = files["top.il"]
     netlist = netlist.decode() if isinstance(netlist, bytes) else netlist
     count = {cell: netlist.count(f"cell \\{cell} ") for cell in (
-        "EHXPLLL", "ODDRX1F", "IFS1P3DX", "OFS1P3DX")}
+        "EHXPLLL", "ODDRX1F", "IFS1P3DX", "OFS1P3DX", "SGSR")}
     # 16 data pins in; 16 data, 22 command and address pins, 5 lights and tx out.
     assert count["EHXPLLL"] == 1 and count["ODDRX1F"] == 1 and count["IFS1P3DX"] == 16
     assert count["OFS1P3DX"] >= 16 + 22 + 6
+    # A reset goes by the global network alone, none is routed to the flip-flops.
+    assert count["SGSR"] == 1 and " \\rst\n" not in netlist
