@@ -105,11 +105,10 @@ class MemoryArbiter(wiring.Component):
     """Shares a memory port between clients: round robin per burst, reads apart from writes.
 
     Bursts pass in `RegisterSlice.LATENCY` cycles, data in none; there is no gap between bursts that
-    are waiting. Data move
-    in the order of the bursts: a client that refuses its read data, or does not send the data of a
-    write it has asked for, holds the other clients' bursts of that direction. So a client must not
-    ask before it can take or give the data without help from another client. At most
-    `BURSTS_IN_FLIGHT` bursts of a direction wait for their data.
+    are waiting. Data move in the order of the bursts: a client that refuses its read data, or does
+    not send the data of a write it has asked for, holds the other clients' bursts of that direction.
+    So a client must not ask before it can take or give the data without help from another client. At
+    most `BURSTS_IN_FLIGHT` bursts of a direction wait for their data.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from .slices import RegisterSlice
+from .slices import sliced
 
 __all__ = ["Divide", "Justify", "Reciprocal"]
 
@@ -174,20 +174,16 @@ class Reciprocal(wiring.Component):
         # is at most 2**16: 17 bits, of which only the power of two itself needs the top one.
         m.submodules.divide = divide = Divide(48, 32, 17)
         length = Signal(6)
-        m.submodules.arriving = arriving = RegisterSlice(32)
-        m.submodules.justified = justified = RegisterSlice(justify.justified.payload.shape())
-
-        wiring.connect(m, wiring.flipped(self.totals), arriving.input)
-        wiring.connect(m, arriving.output, justify.values)
-        wiring.connect(m, justify.justified, justified.input)
+        wiring.connect(m, sliced(m, "totals", wiring.flipped(self.totals)), justify.values)
+        justified = sliced(m, "justified", justify.justified)
         m.d.comb += [
             divide.operands.p.numerator.eq(Const(1 << 47, 48)),
-            divide.operands.p.denominator.eq(justified.output.p.mantissa),
-            divide.operands.valid.eq(justified.output.valid),
-            justified.output.ready.eq(divide.operands.ready),
+            divide.operands.p.denominator.eq(justified.p.mantissa),
+            divide.operands.valid.eq(justified.valid),
+            justified.ready.eq(divide.operands.ready),
         ]
         with m.If(divide.operands.valid & divide.operands.ready):
-            m.d.sync += length.eq(justified.output.p.length)
+            m.d.sync += length.eq(justified.p.length)
         quotient = divide.quotients.payload
         m.d.comb += [
             self.reciprocals.p.r.eq(quotient[:16] | quotient[16].replicate(16)),

@@ -40,8 +40,8 @@ class RegisterSlice(wiring.Component):
 
 
 def sliced(m: Module, name: str, source):
-    """The stream `source`, of the output of a component, behind a slice that becomes the submodule
-    `name`_slice."""
+    """The stream that leaves `source` (an output of a part, or an input of one's own, flipped) behind
+    a slice that becomes the submodule `name`_slice."""
     m.submodules[f"{name}_slice"] = part = RegisterSlice(source.payload.shape())
     wiring.connect(m, source, part.input)
     return part.output

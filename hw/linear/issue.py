@@ -19,14 +19,13 @@ class Issue(wiring.Component):
 
     It waits for a filled half of the tile memory, and at the last word of an output group for the
     group's parameters and for the results of the groups before: these must have left the drain
-    registers `latency` cycles later, when the new results get there, come what may. So all that
-    was issued must fit into the write-back buffer already (`slack >= 0`), and what is left of it in
-    the drain registers by then must be nothing (`late == 0`). The array itself never stalls. The
-    results of an instruction for the router also wait until all before are written.
+    registers when the new results get there, `DotArray.latency` cycles later, come what may. So all
+    that was issued must fit into the write-back buffer already (`slack >= 0`), and what is left of
+    it in the drain registers by then must be nothing (`late == 0`). The array itself never stalls.
+    The results of an instruction for the router also wait until all before are written.
 
     Parameters
     ----------
-    latency : `DotArray.latency`
     capacity : results that the write-back buffer takes
 
     Members
@@ -51,8 +50,8 @@ class Issue(wiring.Component):
 
     JOB = ("source_words", "weight", "channels", "target", "narrow")
 
-    def __init__(self, config: Config, latency: int, capacity: int):
-        self.config, self.latency, self.capacity = config, latency, capacity
+    def __init__(self, config: Config, capacity: int):
+        self.config, self.capacity = config, capacity
         most = (config.outputs // config.lanes) << config.narrow
         super().__init__({
             "jobs": In(stream.Signature(job_layout(config, *self.JOB))),

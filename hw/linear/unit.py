@@ -116,7 +116,7 @@ class LinearUnit(wiring.Component):
         m.submodules.rows = rows = RowAddresses(config)
         m.submodules.fill = fill = Fill(config)
         m.submodules.array = array = self.array
-        m.submodules.issue = issue = Issue(config, array.latency, self.buffer)
+        m.submodules.issue = issue = Issue(config, self.buffer)
         m.submodules.parameters = parameters = Parameters(config)
         m.submodules.drain = drain = Drain(config, parameters.depth)
         m.submodules.scale = scale = Scale(config)

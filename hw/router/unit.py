@@ -72,12 +72,11 @@ class Router(wiring.Component):
         active = Signal()
 
         # A setup clears much: it does so from a register.
-        m.submodules.setups = setups = RegisterSlice(RouteSetup)
-        wiring.connect(m, wiring.flipped(self.setup), setups.input)
-        following = setups.output.p
-        starts = setups.output.valid & setups.output.ready
+        setups = sliced(m, "setup", wiring.flipped(self.setup))
+        following = setups.p
+        starts = setups.valid & setups.ready
         m.d.comb += [
-            setups.output.ready.eq(~active),
+            setups.ready.eq(~active),
             buffer.restart.eq(starts), queues.clear.eq(starts & ~following.append),
             buffer.experts.eq(setup.experts), buffer.twice.eq(~setup.over_chosen),
             weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(setup.token + row),
