@@ -61,7 +61,8 @@ class RoundRobin(wiring.Component):
 class BurstOrder(wiring.Component):
     """Remembers whose the words of the bursts in flight are, and how many.
 
-    A burst can be popped word by word from the cycle after next on; no gap between bursts.
+    A burst can be popped word by word from the cycle after next on; no gap between bursts. `depth`
+    bursts wait behind the one whose words are due.
 
     Members
     -------
@@ -74,7 +75,8 @@ class BurstOrder(wiring.Component):
         One of them moves in this cycle.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, depth: int):
+        self.depth = depth
         self._layout = data.StructLayout({"client": range(count), "beats": 13})
         super().__init__({
             "burst": In(stream.Signature(self._layout)),
@@ -84,7 +86,7 @@ class BurstOrder(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.order = order = fifo.SyncFIFO(
-            width=self._layout.size, depth=BURSTS_IN_FLIGHT)
+            width=self._layout.size, depth=self.depth)
         following = data.View(self._layout, order.r_data)
         left = Signal(len(following.beats))  # words of the burst whose words are due
         final = Signal()  # left == 1
@@ -135,8 +137,8 @@ class MemoryArbiter(wiring.Component):
         m = Module()
         clients, memory = self.clients, self.memory
 
-        m.submodules.reads = reads = BurstOrder(self._count)
-        m.submodules.writes = writes = BurstOrder(self._count)
+        m.submodules.reads = reads = BurstOrder(self._count, BURSTS_IN_FLIGHT)
+        m.submodules.writes = writes = BurstOrder(self._count, BURSTS_IN_FLIGHT)
         m.submodules.acknowledgements = acknowledgements = fifo.SyncFIFOBuffered(
             width=len(writes.client), depth=BURSTS_IN_FLIGHT)
         writer = self._admit(m, "write", [writes.burst.ready, acknowledgements.w_rdy],

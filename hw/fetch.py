@@ -115,10 +115,12 @@ class Fetch(wiring.Component):
             valid = have != 0
             filled, emptied, used = bus_bits // bits, have - 1, window >> bits
             joined = word
-        with m.If(taken):
-            m.d.sync += [have.eq(emptied), window.eq(used)]
-        with m.Elif(word_valid & ~valid):
+        # `taken`, which the queues decide late, implies `valid`, and enables nothing wide on the way
+        # from buses narrower than an instruction.
+        with m.If(word_valid & ~valid):
             m.d.sync += [have.eq(filled), window.eq(joined)]
+        with m.Elif(taken):
+            m.d.sync += [have.eq(emptied), window.eq(used)]
         with m.If(~running):  # never full, so that it swallows what is still to come
             m.d.sync += have.eq(0)
         m.d.comb += word_taken.eq(~valid)

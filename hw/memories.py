@@ -10,7 +10,10 @@ from amaranth.lib.wiring import In, Out
 
 from .interfaces import READ_LATENCY, ReadPort, WritePort
 
-__all__ = ["BankedMemory", "FairArbiter", "locate"]
+__all__ = ["BankedMemory", "FairArbiter", "locate", "pieces"]
+
+PIECE_WORDS = 512  # of the widest block RAM of ECP5
+MOST_PIECES = 3
 
 
 class FairArbiter(wiring.Component):
@@ -52,29 +55,31 @@ class FairArbiter(wiring.Component):
 def locate(address: Value, banks: int, words: int) -> tuple[Value, Value]:
     """Bank and word within it of a linear address; `words` need not be a power of two. An address
     past the end falls somewhere into the memory: it is answered, with a word that means nothing."""
-    width = max(words - 1, 1).bit_length()
     if banks == 1:
-        return Const(0, 1), address[:width]
-    bits = (banks - 1).bit_length()
-    if words & (words - 1) == 0:
-        bank = address[width:width + bits]
-        if banks & (banks - 1):
-            bank = Mux(bank >= banks, banks - 1, bank)
-        return bank, address[:width]
-    bank, offset = Const(0, bits), address
+        return Const(0, 1), address[:max(words - 1, 1).bit_length()]
+    # Only what tells one page from another, the largest power of two that divides a bank, is
+    # compared: with sizes that are not odd, a handful of bits.
+    low = (words & -words).bit_length() - 1
+    pages = words >> low
+    upper, bank = address[low:low + (banks * pages - 1).bit_length()], Const(0, (banks - 1).bit_length())
+    page = upper
     for number in range(1, banks):
-        past = address >= number * words
-        bank = Mux(past, number, bank)
-        offset = Mux(past, (address - number * words)[:width], offset[:width])
-    return bank, offset[:width]
+        past = upper >= number * pages
+        bank, page = Mux(past, number, bank), Mux(past, upper - number * pages, page)
+    return bank, Cat(address[:low], page[:(pages - 1).bit_length()])
 
 
-def _select(grants: list[Value], values: list[Value]) -> Value:
-    """The value of the client that was granted: an or of masked values, no priority chain."""
-    if len(values) == 1:
-        return values[0]
-    return reduce(or_, (value & grant.replicate(len(value))
-                        for grant, value in zip(grants, values)))
+def pieces(words: int) -> list[range]:
+    """The words of each of the parts that a bank is made of: few powers of two and a rest, so that
+    block RAMs are deep and hardly a word is chosen among several."""
+    found, first = [], 0
+    while first < words:
+        size = 1 << ((words - first).bit_length() - 1)
+        if size < PIECE_WORDS or len(found) == MOST_PIECES - 1:
+            size = words - first
+        found.append(range(first, first + size))
+        first += size
+    return found
 
 
 class BankedMemory(wiring.Component):
@@ -83,10 +88,11 @@ class BankedMemory(wiring.Component):
     Word a lies in bank ``a // words``. Each bank serves one reader and one writer per cycle and
     different banks serve different clients in the same cycle; where several want one bank,
     `FairArbiter` chooses. A word arrives `READ_LATENCY` cycles after its address is accepted: one
-    in a register between the arbiter and the many block RAMs of a bank, one in them, one in a
-    register behind, which keeps their long clock-to-output time off every other path. A read sees each write that was accepted in an earlier cycle, but
-    of one in the same cycle anything between the two words: so no logic guards against it
-    (`no_rw_check`). Nothing ever stalls a word that is under way. Words start as zeros.
+    in which the arbiter's choice reaches registers, one in a register between the clients and the
+    many block RAMs of a bank, one in these, one in a register behind, which keeps their long
+    clock-to-output time off every other path. A read sees each write that was accepted in an
+    earlier cycle, but of one in the same cycle anything between the two words: so no logic guards
+    against it (`no_rw_check`). Nothing ever stalls a word that is under way. Words start as zeros.
 
     Members
     -------
@@ -103,62 +109,48 @@ class BankedMemory(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        read_banks = [locate(port.address.payload, self.banks, self.words)
-                      for port in self.readers]
-        write_banks = [locate(port.write.p.address, self.banks, self.words)
-                       for port in self.writers]
+        read_banks, read_words = zip(*(self._located(m, f"read_{i}", port.address.payload)
+                                       for i, port in enumerate(self.readers)))
+        write_banks, write_words = zip(*(self._located(m, f"write_{i}", port.write.p.address)
+                                         for i, port in enumerate(self.writers)))
+        written = [(_registered(m, f"written_{i}", port.write.p.data),
+                    _registered(m, f"mask_{i}", port.write.p.mask))
+                   for i, port in enumerate(self.writers)]
         read_grants = [[] for _ in self.readers]
         write_grants = [[] for _ in self.writers]
         outputs = []
-
         for number in range(self.banks):
-            width = self.cell_bits * self.cells
-            memory = Memory(shape=unsigned(width), depth=self.words, init=[],
-                            attrs={"no_rw_check": 1})
-            m.submodules[f"bank_{number}"] = memory
-            read = memory.read_port(domain="comb")
-            write = memory.write_port(granularity=self.cell_bits if self.cells > 1 else None)
-
-            grants = self._arbitrate(m, f"read_{number}", read_grants,
-                                     [port.address.valid & (bank == number)
-                                      for port, (bank, _) in zip(self.readers, read_banks)])
-            address = Signal.like(read.addr, name=f"read_address_{number}", reset_less=True)
-            m.d.sync += address.eq(_select(grants, [word for _, word in read_banks]))
-            m.d.comb += read.addr.eq(address)
-            # A register behind an asynchronous port becomes the RAM's own read port in synthesis;
-            # only from this form does yosys drop the guard against collisions.
-            word = Signal(width, name=f"word_{number}", reset_less=True)
-            output = Signal(width, name=f"output_{number}", reset_less=True)
-            m.d.sync += [word.eq(read.data), output.eq(word)]
-            outputs.append(output)
-
-            grants = self._arbitrate(m, f"write_{number}", write_grants,
+            reads = self._arbitrate(m, f"read_grants_{number}", read_grants,
+                                    [port.address.valid & (bank == number)
+                                     for port, bank in zip(self.readers, read_banks)])
+            writes = self._arbitrate(m, f"write_grants_{number}", write_grants,
                                      [port.write.valid & (bank == number)
-                                      for port, (bank, _) in zip(self.writers, write_banks)])
-            for target, values in (
-                    (write.addr, [word for _, word in write_banks]),
-                    (write.data, [port.write.p.data for port in self.writers]),
-                    (write.en, [port.write.p.mask & grant.replicate(self.cells)
-                                for port, grant in zip(self.writers, grants)])):
-                register = Signal(len(target), name=f"write_{number}", reset_less=True)
-                m.d.sync += register.eq(_select(grants, values))
-                m.d.comb += target.eq(register)
+                                      for port, bank in zip(self.writers, write_banks)])
+            outputs.append(self._bank(
+                m, number, _select(reads, read_words), _select(writes, write_words),
+                _select(writes, [data for data, _ in written]),
+                _select(writes, [mask for _, mask in written], always=False)))
 
-        for port, granted, (bank, _) in zip(self.readers, read_grants, read_banks):
+        for port, granted, bank in zip(self.readers, read_grants, read_banks):
             accepted = Cat(granted).any()
             arrives = accepted
             for stage in range(READ_LATENCY):
-                later, valid = Signal.like(bank, name=f"bank_{stage}"), Signal(name=f"valid_{stage}")
-                m.d.sync += [later.eq(bank), valid.eq(arrives)]
-                bank, arrives = later, valid
+                bank = _registered(m, f"bank_{stage}", bank)
+                arrives = _registered(m, f"valid_{stage}", arrives, reset_less=False)
             m.d.comb += [port.address.ready.eq(accepted), port.data.valid.eq(arrives),
                          Value.cast(port.data.payload).eq(Array(outputs)[bank])]
         for port, granted in zip(self.writers, write_grants):
             m.d.comb += port.write.ready.eq(Cat(granted).any())
         return m
 
+    def _located(self, m, name, address):
+        """The bank of an address, and a cycle later its word there."""
+        bank, word = locate(address, self.banks, self.words)
+        return bank, _registered(m, f"{name}_word", word)
+
     def _arbitrate(self, m, name, granted, requests):
-        """The grant of one side of a bank to each client; also appended to `granted` by client."""
+        """The grant of one side of a bank to each client, a cycle late; without delay it is appended
+        to `granted` by client."""
         if len(requests) == 1:
             grants = requests
         else:
@@ -167,4 +159,46 @@ class BankedMemory(wiring.Component):
             grants = list(arbiter.grant)
         for client, grant in zip(granted, grants):
             client.append(grant)
-        return grants
+        return list(_registered(m, name, Cat(grants), reset_less=False))
+
+    def _bank(self, m, number, read_word, write_word, write_data, write_mask):
+        """The block RAMs of a bank; returns the word that was read, 3 cycles later."""
+        address = _registered(m, f"read_address_{number}", read_word)
+        target = _registered(m, f"write_address_{number}", write_word)
+        value = _registered(m, f"write_data_{number}", write_data)
+        words = []
+        for place, piece in enumerate(pieces(self.words)):
+            memory = Memory(shape=unsigned(len(value)), depth=max(2, len(piece)), init=[],
+                            attrs={"no_rw_check": 1})
+            m.submodules[f"bank_{number}_{place}"] = memory
+            read = memory.read_port(domain="comb")
+            write = memory.write_port(granularity=self.cell_bits if self.cells > 1 else None)
+            here = (write_word >= piece.start) & (write_word < piece.stop)
+            m.d.comb += [
+                read.addr.eq(address), write.addr.eq(target), write.data.eq(value),
+                write.en.eq(_registered(m, f"write_{number}_{place}",
+                                        write_mask & here.replicate(len(write_mask)))),
+            ]
+            # A register behind an asynchronous port becomes the RAM's own read port in synthesis;
+            # only from this form does yosys drop the guard against collisions.
+            words.append(_registered(m, f"word_{number}_{place}", read.data))
+        above = [address >= piece.start for piece in pieces(self.words)[1:]]
+        chosen = words[0]
+        for word, past in zip(words[1:], above):
+            chosen = Mux(_registered(m, f"piece_{number}", past), word, chosen)
+        return _registered(m, f"output_{number}", chosen)
+
+
+def _registered(m, name, value, *, reset_less=True):
+    register = Signal(len(value), name=name, reset_less=reset_less)
+    m.d.sync += register.eq(value)
+    return register
+
+
+def _select(grants: list[Value], values: list[Value], *, always: bool = True) -> Value:
+    """The value of the client that was granted: an or of masked values, no priority chain. Without
+    a grant it is 0, or where `always` and there is one client, its value."""
+    if always and len(values) == 1:
+        return values[0]
+    return reduce(or_, (value & grant.replicate(len(value))
+                        for grant, value in zip(grants, values)))

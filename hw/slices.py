@@ -12,6 +12,9 @@ class RegisterSlice(wiring.Component):
 
     One element a cycle, `LATENCY` cycle later. `input` is refused only while two elements wait.
 
+    The two places take turns, so that whether `output` is taken, which is known late in a cycle,
+    enables nothing as wide as an element.
+
     Members
     -------
     input : In(stream.Signature(shape))
@@ -27,15 +30,24 @@ class RegisterSlice(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         arriving, leaving = Value.cast(self.input.payload), Value.cast(self.output.payload)
-        spare, kept = Signal(len(arriving), reset_less=True), Signal()
-        m.d.comb += self.input.ready.eq(~kept)
-        with m.If(~kept):
-            m.d.sync += spare.eq(arriving)
-        with m.If(self.output.ready | ~self.output.valid):
-            m.d.sync += [leaving.eq(Mux(kept, spare, arriving)),
-                         self.output.valid.eq(kept | self.input.valid), kept.eq(0)]
-        with m.Elif(self.input.valid):
-            m.d.sync += kept.eq(1)
+        places = [Signal(len(arriving), reset_less=True, name=f"place_{i}") for i in (0, 1)]
+        put, get = Signal(), Signal()  # the place that is next
+        count, full = Signal(range(3)), Signal()
+        takes, gives = Signal(), Signal()
+        m.d.comb += [
+            self.input.ready.eq(~full), takes.eq(self.input.valid & ~full),
+            gives.eq(self.output.valid & self.output.ready),
+            leaving.eq(Mux(get, places[1], places[0])),
+        ]
+        # A place that is free may take anything, so that only `put` enables it.
+        for number, place in enumerate(places):
+            with m.If((put == number) & ~full):
+                m.d.sync += place.eq(arriving)
+        m.d.sync += [put.eq(put ^ takes), get.eq(get ^ gives)]
+        with m.If(takes & ~gives):
+            m.d.sync += [count.eq(count + 1), full.eq(count == 1), self.output.valid.eq(1)]
+        with m.Elif(gives & ~takes):
+            m.d.sync += [count.eq(count - 1), full.eq(0), self.output.valid.eq(count == 2)]
         return m
 
 

@@ -146,7 +146,11 @@ class System(wiring.Component):
                                getattr(port, name))
             wiring.connect(m, sliced(m, f"{client}_read_data", port.read_data), memory.read_data)
             m.d.comb += memory.written.eq(port.written)
-        wiring.connect(m, arbiter.memory, controller.memory)
+        memory = arbiter.memory
+        for name in ("read_command", "write_command", "write_data"):
+            wiring.connect(m, getattr(memory, name), getattr(controller.memory, name))
+        wiring.connect(m, sliced(m, "read_data", controller.memory.read_data), memory.read_data)
+        m.d.comb += memory.written.eq(controller.memory.written)
         wiring.connect(m, controller.pins, wiring.flipped(self.sdram))
         m.d.comb += [
             receiver.line.eq(self.rx), self.tx.eq(transmitter.line),

@@ -5,9 +5,9 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
+from ..credit import CreditQueue
 from ..exp2 import Exp2, Octaves
 from ..interfaces import READ_LATENCY
-from ..slices import RegisterSlice
 from .shapes import Group, Pass, Weights, delayed, difference_bits, score_shape
 
 __all__ = ["PassReader"]
@@ -19,7 +19,7 @@ class PassReader(wiring.Component):
 
     One key a cycle, plus `GROUP_CYCLES` between groups. A pass begins while the one before is still
     on its way; its last value word waits until the results of the one before have left
-    (`sums_free`). A value word refused by `address` holds everything before it.
+    (`sums_free`). While a value word is refused by `address`, those behind it wait in a queue.
 
     Members
     -------
@@ -28,8 +28,7 @@ class PassReader(wiring.Component):
     maxima : In(data.ArrayLayout(score_shape(config), queries))
         Taken with the group.
     score_address : Out(range(max_rows))
-    score_advance : Out(1)
-        Read: the scores are to come one cycle of this later.
+        The scores are to come a cycle later.
     scores : In(data.ArrayLayout(score_shape(config), queries))
     released : Out(1)
         All scores of the group have been read.
@@ -52,7 +51,7 @@ class PassReader(wiring.Component):
         scores = data.ArrayLayout(score_shape(config), config.queries)
         super().__init__({
             "groups": In(stream.Signature(Group(config))), "maxima": In(scores),
-            "score_address": Out(range(config.max_rows)), "score_advance": Out(1),
+            "score_address": Out(range(config.max_rows)),
             "scores": In(scores), "released": Out(1),
             "address": Out(stream.Signature(20)),
             "arrives": Out(1), "weights": Out(Weights(config)),
@@ -63,58 +62,59 @@ class PassReader(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         queries = self.config.queries
-        advance = Signal()
-        m.d.comb += self.score_advance.eq(advance)
+        layout = data.StructLayout({"address": 20, "weights": Weights(self.config)})
+        cycles = 3 + Octaves.LATENCY + Exp2.LATENCY
+        m.submodules.sent = sent = CreditQueue(layout, cycles)
 
         # What travels beside a score until its value word is read.
         place_layout = data.StructLayout({
             "first": 1, "last": 1, "counted": 1, "address": 20, "hidden": queries})
-        emit, place = Signal(), Signal(place_layout)
-        group, maxima = self._walk(m, advance, emit, place)
+        place = Signal(place_layout)
+        group, maxima = self._walk(m, sent, place)
 
         # Cycle 1: scores from the memory. 2: their copy. 3: differences.
         scores = Signal(self.scores.shape(), reset_less=True)
         differences = Signal(data.ArrayLayout(difference_bits(self.config), queries),
                              reset_less=True)
         multiplier, shift = Signal(16, reset_less=True), Signal(6, reset_less=True)
-        with m.If(advance):
-            m.d.sync += [
-                scores.eq(self.scores),
-                multiplier.eq(group.multiplier), shift.eq(group.shift),
-            ]
-            m.d.sync += [differences[row].eq(maxima[row] - scores[row]) for row in range(queries)]
+        m.d.sync += [scores.eq(self.scores), multiplier.eq(group.multiplier), shift.eq(group.shift)]
+        m.d.sync += [differences[row].eq(maxima[row] - scores[row]) for row in range(queries)]
 
-        cycles = 3 + Octaves.LATENCY + Exp2.LATENCY
-        valid = delayed(m, emit, cycles, enable=advance, name="valid", reset_less=False)
-        place = delayed(m, place, cycles, enable=advance, name="place")
-        probabilities = []
+        place = delayed(m, place, cycles, name="place")
+        element = sent.element
+        m.d.comb += [
+            sent.arrives.eq(delayed(m, sent.enters, cycles, name="valid", reset_less=False)),
+            element.address.eq(place.address), element.weights.first.eq(place.first),
+            element.weights.last.eq(place.last), element.weights.counted.eq(place.counted),
+        ]
         for row in range(queries):
             m.submodules[f"octaves_{row}"] = octaves = Octaves(
                 difference_bits(self.config), primitive=self.primitive)
             m.submodules[f"exp2_{row}"] = exp2 = Exp2()
             m.d.comb += [
-                octaves.advance.eq(advance), octaves.difference.eq(differences[row]),
+                octaves.advance.eq(1), octaves.difference.eq(differences[row]),
                 octaves.multiplier.eq(multiplier), octaves.shift.eq(shift),
-                exp2.advance.eq(advance), exp2.steps.eq(octaves.steps),
+                exp2.advance.eq(1), exp2.steps.eq(octaves.steps),
+                element.weights.probability[row].eq(
+                    Mux(place.hidden[row], 0, exp2.probability)),
             ]
-            probabilities.append(Mux(place.hidden[row], 0, exp2.probability))
-        self._issue(m, advance, valid, place, probabilities)
+        self._issue(m, sent.output)
         return m
 
-    def _walk(self, m, advance, emit, place):
-        """Emits the place of one key after another; returns the group and its maxima."""
+    def _walk(self, m, sent, place):
+        """Lets one key after another enter, with its place; returns the group and its maxima."""
         group = Signal(Group(self.config))
         maxima = Signal(self.maxima.shape(), reset_less=True)
         key, over = Signal(13), Signal(signed(15))
         word, base, cursor = Signal(8), Signal(20), Signal(20)
         running, last_key, last_word = Signal(), Signal(), Signal()
-        leaves = Signal()
+        emit, leaves = Signal(), Signal()
 
         m.d.comb += [
             last_word.eq(word == group.words - 1),
             # `passes` holds one pass: the next one does not end before it has left.
-            emit.eq(running & ~(last_key & self.passes.valid)),
-            leaves.eq(emit & advance & last_key),
+            emit.eq(running & sent.room & ~(last_key & self.passes.valid)),
+            sent.enters.eq(emit), leaves.eq(emit & last_key),
             self.score_address.eq(key),
             place.first.eq(key == 0), place.last.eq(last_key), place.counted.eq(word == 0),
             place.address.eq(cursor),
@@ -123,7 +123,7 @@ class PassReader(wiring.Component):
 
         with m.If(self.passes.ready):
             m.d.sync += self.passes.valid.eq(0)
-        with m.If(emit & advance):
+        with m.If(emit):
             m.d.sync += [key.eq(key + 1), over.eq(over + 1), cursor.eq(cursor + group.stride),
                          last_key.eq(key + 1 == group.last_key)]
         with m.If(leaves):
@@ -143,8 +143,8 @@ class PassReader(wiring.Component):
 
         with m.FSM():
             with m.State("IDLE"):
-                # Taken whatever `advance` says: scores of the group after this one may follow as
-                # soon as a buffer is released, and would overwrite the maxima.
+                # Taken at once: scores of the group after this one may follow as soon as a buffer is
+                # released, and would overwrite the maxima.
                 m.d.comb += self.groups.ready.eq(1)
                 m.d.sync += [
                     group.eq(self.groups.payload), maxima.eq(self.maxima),
@@ -159,30 +159,21 @@ class PassReader(wiring.Component):
                 with m.If(leaves & last_word):
                     m.next = "SCORES"
             # The last scores still need the group's maxima and scale.
-            with m.State("SCORES"), m.If(advance):
+            with m.State("SCORES"):
                 m.next = "DIFFERENCES"
-            with m.State("DIFFERENCES"), m.If(advance):
+            with m.State("DIFFERENCES"):
                 m.d.comb += self.released.eq(1)
                 m.next = "IDLE"
         return group, maxima
 
-    def _issue(self, m, advance, valid, place, probabilities):
+    def _issue(self, m, sent):
         """Sends value addresses; what was accepted comes out with its word."""
-        layout = data.StructLayout({"address": 20, "weights": Weights(self.config)})
-        m.submodules.sent = sent = RegisterSlice(layout)
-        after, weights, accepted, held = sent.input.p, sent.output.p.weights, Signal(), Signal()
+        weights, accepted, held = sent.p.weights, Signal(), Signal()
         m.d.comb += [
-            advance.eq(sent.input.ready), sent.input.valid.eq(valid),
-            after.address.eq(place.address),
-            after.weights.first.eq(place.first), after.weights.last.eq(place.last),
-            after.weights.counted.eq(place.counted),
-            *(after.weights.probability[row].eq(probability)
-              for row, probability in enumerate(probabilities)),
-
             held.eq(weights.last & ~self.sums_free),
-            self.address.valid.eq(sent.output.valid & ~held),
-            self.address.payload.eq(sent.output.p.address),
-            sent.output.ready.eq(self.address.ready & ~held),
+            self.address.valid.eq(sent.valid & ~held),
+            self.address.payload.eq(sent.p.address),
+            sent.ready.eq(self.address.ready & ~held),
             accepted.eq(self.address.valid & self.address.ready),
             self.sums_claimed.eq(accepted & weights.last),
             self.arrives.eq(delayed(m, accepted, READ_LATENCY, name="arrives", reset_less=False)),

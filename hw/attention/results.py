@@ -5,11 +5,11 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
+from ..credit import CreditQueue
 from ..divide import Reciprocal
 from ..interfaces import Masked
 from ..multiply import Multipliers
 from ..requantise import Requantise
-from ..slices import RegisterSlice
 from .shapes import Pass, accumulator_shape, delayed, total_bits
 
 __all__ = ["ResultWriter"]
@@ -21,7 +21,7 @@ class ResultWriter(wiring.Component):
 
     A pass takes rows * depth / lanes cycles; the first of a group waits up to `reciprocal_cycles`
     for its reciprocals, which up to `ROWS_PER_DIVIDER` rows compute one after another. A row
-    without any probability gives zeros. A refused write holds everything.
+    without any probability gives zeros. While a write is refused, results behind it wait in a queue.
 
     Members
     -------
@@ -42,6 +42,7 @@ class ResultWriter(wiring.Component):
     """
 
     ROWS_PER_DIVIDER = 4
+    SCALING = Multipliers.LATENCY + 1  # cycles until the scale of a result's row is known
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
@@ -63,6 +64,11 @@ class ResultWriter(wiring.Component):
         depth, lanes = self.config.depth, self.config.lanes
         chunks = depth // lanes
         scales, ready = self._reciprocals(m)
+        place_layout = data.StructLayout({"address": 20, "chunk": range(chunks), "last": 1,
+                                          "final": 1})
+        m.submodules.writes = writes = CreditQueue(
+            data.StructLayout({"place": place_layout, "results": 8 * lanes}),
+            self.SCALING + Requantise.LATENCY)
 
         # What is to be written: one chunk of `lanes` results after another.
         work = Signal(Pass(self.config), reset_less=True)
@@ -70,17 +76,16 @@ class ResultWriter(wiring.Component):
         row = Signal(range(self.config.queries))
         chunk = Signal(range(chunks))
         waiting = Signal(self.sums.shape(), reset_less=True)
-        advance, emit = Signal(), Signal()
-        place = Signal(data.StructLayout({"address": 20, "chunk": range(chunks), "last": 1,
-                                          "final": 1}))
+        emit = Signal()
+        place = Signal(place_layout)
         m.d.comb += [
             self.passes.ready.eq(self.summed),
-            emit.eq(loaded & ready),
+            emit.eq(loaded & ready & writes.room), writes.enters.eq(emit),
             place.address.eq(work.destination), place.chunk.eq(chunk),
             place.last.eq((row == work.rows - 1) & (chunk == chunks - 1)),
             place.final.eq(work.final),
         ]
-        with m.If(emit & advance):
+        with m.If(emit):
             m.d.sync += chunk.eq(chunk + 1)
             with m.If(chunk == chunks - 1):
                 m.d.sync += [chunk.eq(0), row.eq(row + 1),
@@ -95,23 +100,21 @@ class ResultWriter(wiring.Component):
         shift = Signal(6)
         multiplier = Signal(16, reset_less=True)
         m.d.comb += [
-            scale.advance.eq(advance),
+            scale.advance.eq(1),
             scale.a[0].eq(row_scale.r), scale.b[0].eq(work.out_multiplier),
             shift.eq(work.out_shift + row_scale.e - 1),
         ]
-        with m.If(advance):
-            m.d.sync += multiplier.eq((scale.product[0] + (1 << 15)) >> 16)
-        scaling = Multipliers.LATENCY + 1
-        shift = delayed(m, shift, scaling, enable=advance, name="shift")
-        valid = delayed(m, emit, scaling, enable=advance, name="scaled", reset_less=False)
-        place = delayed(m, place, scaling, enable=advance, name="scaled_place")
+        m.d.sync += multiplier.eq((scale.product[0] + (1 << 15)) >> 16)
+        shift = delayed(m, shift, self.SCALING, name="shift")
+        valid = delayed(m, emit, self.SCALING, name="scaled", reset_less=False)
+        place = delayed(m, place, self.SCALING, name="scaled_place")
 
         # Sums leave in order, so they shift past the requantisers instead of being selected.
         with m.If(self.claimed):
             m.d.sync += self.free.eq(0)
         with m.If(self.summed):
             m.d.sync += [waiting.eq(self.sums), work.eq(self.passes.payload), loaded.eq(1)]
-        with m.Elif(valid & advance):
+        with m.Elif(valid):
             m.d.sync += waiting.as_value().eq(waiting.as_value() >> (lanes * len(self.sums[0])))
             with m.If(place.last):
                 m.d.sync += self.free.eq(1)
@@ -121,32 +124,28 @@ class ResultWriter(wiring.Component):
             m.submodules[f"requantise_{lane}"] = requantise = Requantise(
                 accumulator_shape(self.config), signed(8), primitive=self.primitive)
             m.d.comb += [
-                requantise.advance.eq(advance), requantise.value.eq(waiting[lane]),
+                requantise.advance.eq(1), requantise.value.eq(waiting[lane]),
                 requantise.multiplier.eq(multiplier), requantise.shift.eq(shift),
             ]
             results.append(requantise.result)
-        valid = delayed(m, valid, Requantise.LATENCY, enable=advance, name="valid",
-                        reset_less=False)
-        place = delayed(m, place, Requantise.LATENCY, enable=advance, name="place")
-        self._write(m, advance, valid, place, results)
+        m.d.comb += [
+            writes.arrives.eq(delayed(m, valid, Requantise.LATENCY, name="valid", reset_less=False)),
+            writes.element.place.eq(delayed(m, place, Requantise.LATENCY, name="place")),
+            writes.element.results.eq(Cat(results)),
+        ]
+        self._write(m, writes.output)
         return m
 
-    def _write(self, m, advance, valid, place, results):
-        """Writes from a register: `advance` enables all that is above, far spread, and must not
-        wait for the arbiters behind the port."""
-        layout = data.StructLayout({"place": place.shape(), "results": 8 * len(results)})
-        m.submodules.writes = writes = RegisterSlice(layout)
-        lanes, sent = len(results), writes.output.p
+    def _write(self, m, sent):
+        lanes = self.config.lanes
         m.d.comb += [
-            advance.eq(writes.input.ready), writes.input.valid.eq(valid),
-            writes.input.p.place.eq(place), writes.input.p.results.eq(Cat(results)),
-            self.write.valid.eq(writes.output.valid), writes.output.ready.eq(self.write.ready),
-            self.write.p.address.eq(sent.place.address),
-            self.write.p.data.eq(sent.results.replicate(self.config.depth // lanes)),
-            self.write.p.mask.eq(((1 << lanes) - 1) << (sent.place.chunk * lanes)),
+            self.write.valid.eq(sent.valid), sent.ready.eq(self.write.ready),
+            self.write.p.address.eq(sent.p.place.address),
+            self.write.p.data.eq(sent.p.results.replicate(self.config.depth // lanes)),
+            self.write.p.mask.eq(((1 << lanes) - 1) << (sent.p.place.chunk * lanes)),
         ]
         m.d.sync += self.done.eq(self.write.valid & self.write.ready
-                                 & sent.place.last & sent.place.final)
+                                 & sent.p.place.last & sent.p.place.final)
 
     def _reciprocals(self, m):
         """The reciprocals of the rows, and whether they are those of the newest totals."""

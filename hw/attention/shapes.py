@@ -94,11 +94,10 @@ class Pass(data.StructLayout):
         })
 
 
-def delayed(m, value, cycles: int, *, enable=1, name: str, reset_less: bool = True):
-    """`value`, `cycles` cycles of `enable` later."""
+def delayed(m, value, cycles: int, *, name: str, reset_less: bool = True):
+    """`value`, `cycles` cycles later."""
     for cycle in range(cycles):
         stage = Signal(value.shape(), name=f"{name}_{cycle + 1}", reset_less=reset_less)
-        with m.If(enable):
-            m.d.sync += stage.eq(value)
+        m.d.sync += stage.eq(value)
         value = stage
     return value

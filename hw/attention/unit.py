@@ -37,8 +37,8 @@ class AttentionUnit(wiring.Component):
 
     A group of r rows takes ``keys * words + max(r * words + 1, 10)`` cycles, where `keys` are those
     that any of its rows sees, and an instruction 6 more, as long as write-back keeps up: it needs
-    ``r * depth / lanes + 13`` of the `keys` cycles of a value word, and for the first word of a
-    group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
+    ``r * depth / lanes + READ_LATENCY + 10`` of the `keys` cycles of a value word, and for the first
+    word of a group `ResultWriter.reciprocal_cycles` more. A port that does not answer delays its own stage.
 
     The next instruction is taken while the second stage still works on the one before.
 
@@ -124,7 +124,7 @@ class AttentionUnit(wiring.Component):
 
             write.addr.eq(Cat(next_key, written)), write.data.eq(scores.scores),
             write.en.eq(scores.scored),
-            read.addr.eq(Cat(passes.score_address, read_from)), read.en.eq(passes.score_advance),
+            read.addr.eq(Cat(passes.score_address, read_from)), read.en.eq(1),
             passes.scores.eq(read.data),
         ]
         with m.If(scores.scored):

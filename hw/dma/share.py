@@ -1,22 +1,15 @@
 """One read channel for two clients."""
 
-from amaranth import Cat, Module, Signal
-from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO
+from amaranth import Module, Signal
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..arbiter import BurstOrder
 from ..ports import Burst
 
 __all__ = ["ReadShare"]
 
 BURSTS = 8  # in flight
-
-
-class Owner(data.Struct):
-    """Whose burst it is."""
-
-    urgent: 1
-    beats: 13
 
 
 class ReadShare(wiring.Component):
@@ -47,7 +40,7 @@ class ReadShare(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.owners = owners = SyncFIFO(width=Owner.as_shape().size, depth=BURSTS)
+        m.submodules.owners = owners = BurstOrder(2, BURSTS)
 
         sent = ~self.command.valid | self.command.ready
         urgent = self.urgent_command.valid
@@ -58,31 +51,20 @@ class ReadShare(wiring.Component):
             m.d.comb += chosen.eq(self.other_command.payload)
         take = Signal()
         m.d.comb += [
-            self.urgent_command.ready.eq(sent & owners.w_rdy),
-            self.other_command.ready.eq(sent & owners.w_rdy & ~urgent),
-            take.eq(sent & owners.w_rdy & (urgent | self.other_command.valid)),
-            owners.w_en.eq(take),
-            owners.w_data.eq(Cat(urgent, chosen.beats)),
+            self.urgent_command.ready.eq(sent & owners.burst.ready),
+            self.other_command.ready.eq(sent & owners.burst.ready & ~urgent),
+            take.eq(sent & owners.burst.ready & (urgent | self.other_command.valid)),
+            owners.burst.valid.eq(take), owners.burst.p.client.eq(urgent),
+            owners.burst.p.beats.eq(chosen.beats),
         ]
         with m.If(take):
             m.d.sync += [self.command.payload.eq(chosen), self.command.valid.eq(1)]
         with m.Elif(self.command.ready):
             m.d.sync += self.command.valid.eq(0)
 
-        owner = Owner(owners.r_data)
-        due = Signal(len(owner.beats), init=1)  # which bus word of the oldest burst comes next
-        m.d.comb += [self.urgent_data.payload.eq(self.data.payload),
-                     self.other_data.payload.eq(self.data.payload)]
-        with m.If(owners.r_rdy):
-            with m.If(owner.urgent):
-                m.d.comb += [self.urgent_data.valid.eq(self.data.valid),
-                             self.data.ready.eq(self.urgent_data.ready)]
-            with m.Else():
-                m.d.comb += [self.other_data.valid.eq(self.data.valid),
-                             self.data.ready.eq(self.other_data.ready)]
-        with m.If(self.data.valid & self.data.ready):
-            m.d.sync += due.eq(due + 1)
-            with m.If(due == owner.beats):
-                m.d.comb += owners.r_en.eq(1)
-                m.d.sync += due.eq(1)
+        for urgent, client in enumerate((self.other_data, self.urgent_data)):
+            m.d.comb += client.payload.eq(self.data.payload)
+            with m.If(owners.active & (owners.client == urgent)):
+                m.d.comb += [client.valid.eq(self.data.valid), self.data.ready.eq(client.ready)]
+        m.d.comb += owners.moved.eq(self.data.valid & self.data.ready)
         return m

@@ -159,15 +159,18 @@ class DotArray(wiring.Component):
         m.submodules[f"tile_{token}"] = memory = Memory(
             shape=shape, depth=2 * self.config.row_words, init=[])
         write, read = memory.write_port(), memory.read_port()
+        # Two registers behind: one for the memory's clock-to-output time, one for the way to the
+        # multipliers.
         word = Signal(shape, reset_less=True, name=f"tile_word_{token}")
+        sent = Signal(shape, reset_less=True, name=f"tile_sent_{token}")
         address = Signal.like(self.work.address, reset_less=True, name=f"tile_address_{token}")
         m.d.comb += [
             write.en.eq(self.tile.enable & (self.tile.bank == token)),
             write.addr.eq(self.tile.address), write.data.eq(self.tile.data),
             read.addr.eq(address),
         ]
-        m.d.sync += [address.eq(self.work.address), word.eq(read.data)]
-        return word
+        m.d.sync += [address.eq(self.work.address), word.eq(read.data), sent.eq(word)]
+        return sent
 
 
 def _packed(byte):

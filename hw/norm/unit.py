@@ -4,13 +4,15 @@ from itertools import pairwise
 
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
 from ..arch.isa import NORM_CHANNELS, NormMode, Opcode
+from ..credit import CreditQueue
 from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
 from ..requantise import Requantise
-from ..slices import RegisterSlice, sliced
+from ..slices import sliced
 from .inverse_root import InverseRoot
 from .normalise import Normalise
 from .reader import RowReader
@@ -92,12 +94,8 @@ class NormUnit(wiring.Component):
         wiring.connect(m, variance.moments, inverse_root.moments)
 
         self._distribute(m, residual_reader, param_reader, variance, writer)
-        # `advance` of what follows enables a whole pipeline, far spread: it must neither wait for
-        # what lies around it nor be waited for.
-        m.submodules.results = results = RegisterSlice(writer.words.payload.shape())
-        wiring.connect(m, results.output, writer.words)
         self._apply(m, sliced(m, "words", queue.leaving), sliced(m, "params", param_reader.words),
-                    inverse_root.scales, results.input)
+                    inverse_root.scales, writer.words)
         self._report(m, writer.done)
         return m
 
@@ -130,47 +128,47 @@ class NormUnit(wiring.Component):
     def _apply(self, m, words, params, scales, results):
         """Words with the scale of their row, later with their parameters, to results."""
         lanes = self.config.lanes
-        advance = Signal()
         m.submodules.normalise = normalise = Normalise(lanes)
+        latency = normalise.LATENCY + 1 + Requantise.LATENCY
+        m.submodules.results = queue = CreditQueue(results.payload.shape(), latency)
+        wiring.connect(m, queue.output, results)
 
-        # A word enters where its row's scale is there, and takes it along if it is the last.
-        enters = words.valid & scales.valid
+        # A word enters with its parameters where its row's scale is there, and takes that along if it
+        # is the last.
+        enters = words.valid & scales.valid & params.valid & queue.room
         m.d.comb += [
-            normalise.advance.eq(advance),
-            normalise.values.eq(words.p.data),
-            normalise.scale.eq(scales.payload),
-            words.ready.eq(advance & scales.valid),
-            scales.ready.eq(advance & words.valid & words.p.last),
+            normalise.advance.eq(1), normalise.values.eq(words.p.data),
+            normalise.scale.eq(scales.payload), queue.enters.eq(enters),
+            words.ready.eq(scales.valid & params.valid & queue.room),
+            params.ready.eq(words.valid & scales.valid & queue.room),
+            scales.ready.eq(words.valid & params.valid & queue.room & words.p.last),
         ]
         tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1})
-        tags = [Signal(tag, name=f"tag_{i}")
-                for i in range(normalise.LATENCY + 1 + Requantise.LATENCY + 1)]
+        tags = [Signal(tag, name=f"tag_{i}") for i in range(latency + 1)]
         m.d.comb += [tags[0].valid.eq(enters), tags[0].count.eq(words.p.count),
                      tags[0].last.eq(words.p.last)]
-        with m.If(advance):
-            m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
+        m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
+        m.d.comb += [queue.arrives.eq(tags[-1].valid), queue.element.count.eq(tags[-1].count),
+                     queue.element.last.eq(tags[-1].last)]
 
-        meets_params = tags[normalise.LATENCY].valid
-        m.d.comb += [
-            advance.eq(~(results.valid & ~results.ready) & ~(meets_params & ~params.valid)),
-            params.ready.eq(advance & meets_params),
-            results.valid.eq(tags[-1].valid & ~(meets_params & ~params.valid)),
-            results.p.count.eq(tags[-1].count),
-            results.p.last.eq(tags[-1].last),
-        ]
+        # The parameters wait beside the normalisation of their word.
+        m.submodules.beside = beside = SyncFIFO(
+            width=len(params.p.data.as_value()), depth=1 << normalise.LATENCY.bit_length())
+        m.d.comb += [beside.w_data.eq(params.p.data), beside.w_en.eq(enters),
+                     beside.r_en.eq(tags[normalise.LATENCY].valid)]
+        meets = data.View(params.p.data.shape(), beside.r_data)
         for lane in range(lanes):
             m.submodules[f"requantise_{lane}"] = requantise = Requantise()
             biased = Signal(signed(32), reset_less=True, name=f"biased_{lane}")
             multiplier = Signal(16, reset_less=True, name=f"multiplier_{lane}")
             shift = Signal(6, reset_less=True, name=f"shift_{lane}")
-            param = params.p.data[lane]
-            with m.If(advance):
-                m.d.sync += [biased.eq(normalise.normalised[lane] + param.bias),
-                             multiplier.eq(param.multiplier), shift.eq(param.shift)]
+            param = meets[lane]
+            m.d.sync += [biased.eq(normalise.normalised[lane] + param.bias),
+                         multiplier.eq(param.multiplier), shift.eq(param.shift)]
             m.d.comb += [
-                requantise.advance.eq(advance), requantise.value.eq(biased),
+                requantise.advance.eq(1), requantise.value.eq(biased),
                 requantise.multiplier.eq(multiplier), requantise.shift.eq(shift),
-                results.p.data[lane].eq(requantise.result),
+                queue.element.data[lane].eq(requantise.result),
             ]
 
     def _report(self, m, done):

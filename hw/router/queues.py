@@ -1,12 +1,12 @@
 """The tokens of each expert."""
 
-from amaranth import Array, Module, Signal
+from amaranth import Array, Cat, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..interfaces import QueueEntry, QueuePort
+from ..interfaces import READ_LATENCY, QueueEntry, QueuePort
 from .gate import Append
 
 __all__ = ["Queues"]
@@ -67,14 +67,15 @@ class Queues(wiring.Component):
             m.d.sync += [each.eq(0) for each in lengths]
             m.d.sync += self.empty.eq(-1)
 
-        # As in `BankedMemory`: a register before the memory and one behind it.
-        address, asked, found = Signal.like(read.addr), Signal(), Signal()
-        m.d.comb += [read.addr.eq(address), read.en.eq(1)]
+        # As in `BankedMemory`: registers before the memory and one behind it.
+        index, address = Signal(self.queue.index.payload.shape()), Signal.like(read.addr)
+        asked = Signal(READ_LATENCY)
+        m.d.comb += [read.addr.eq(address), read.en.eq(1), self.queue.entry.valid.eq(asked[-1])]
         m.d.sync += [
-            address.eq(self.queue.index.p.expert << index_bits
-                       | self.queue.index.p.index[:index_bits]),
+            index.eq(self.queue.index.payload),
+            address.eq(index.expert << index_bits | index.index[:index_bits]),
             self.queue.length.eq(lengths[self.queue.expert]),
-            asked.eq(self.queue.index.valid), found.eq(asked), self.queue.entry.valid.eq(found),
+            asked.eq(Cat(self.queue.index.valid, asked)),
             self.queue.entry.payload.eq(read.data),
         ]
         return m

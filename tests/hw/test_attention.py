@@ -250,7 +250,7 @@ def test_throughput_of_write_back():
     """With few keys, results leave at the rate that `AttentionUnit` states."""
     size, words, groups = config(3, 4, 1), 5, 2
     finished, _ = run(size, [head(groups * 3, 2, words)] * 4, noise(size))
-    per_group = words * (3 * 4 + 13) + ResultWriter(size).reciprocal_cycles
+    per_group = words * (3 * 4 + READ_LATENCY + 10) + ResultWriter(size).reciprocal_cycles
     assert (np.diff(finished) <= groups * per_group).all(), np.diff(finished)
 
 
