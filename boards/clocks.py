@@ -87,7 +87,8 @@ def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()
         for steps in range(sdram_divider) for capture in (1, 2))
     if margin < LEAST_MARGIN_NS:
         raise ClockError(f"System clock must leave the SDRAM's pins a margin of {LEAST_MARGIN_NS} "
-                         f"ns, not {margin:.2f} ns as {clock_hz / 1e6:g} MHz does. Choose another.")
+                         f"ns, not {margin:.2f} ns as {clock_hz / 1e6:g} MHz does, which gives the "
+                         f"chip {clock_hz * sdram_rate / 1e6:g} MHz. Choose another.")
     return ClockPlan(oscillator_hz, clock_hz, input_divider, feedback_divider, output_divider,
                      -steps, capture, margin, sdram_rate)
 
