@@ -63,7 +63,7 @@ class BoardTop(Elaboratable):
         names = {name: PORTS.get(name, name) for name, member in pins.signature.members.items()
                  if member.flow is Out and not name.startswith("dq_")}
         ports = platform.request("sdram", dir=dict.fromkeys([*names.values(), "clk", "dq"], "-"))
-        # Cells of one kind on all pins: they have the same latency, and the same delays but for skew.
+        # Cells of one kind on all pins: their latency is the same, and their delays but for skew.
         rate = self.board.sdram_rate
         buffer = {1: io.FFBuffer, 2: io.DDRBuffer}[rate]
         for name, port in names.items():

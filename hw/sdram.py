@@ -44,14 +44,14 @@ class SDRAMController(wiring.Component):
     first, but a READ in that one which makes the words of its burst arrive in whole cycles; bursts
     start with a cycle and fill it, so nothing shifts data by half a cycle.
 
-    Throughput: 16 bits per chip clock within and across rows, less about 2 % for refresh; changing
+    Throughput: 16 bits per chip clock within and across rows, less 2 to 3 % for refresh; changing
     from reading to writing costs CAS latency + 1 chip clocks, and after `RUN_CHUNKS` chunks waiting
     traffic of the other direction gets its turn. A row conflict in one bank costs
-    tRP + tRCD; so does each new row where a bus word takes one cycle only, as no command slot is
+    tRP + tRCD; so does each new row where a bus word takes but one cycle, as no command slot is
     free beside it. Latency of a read in an open row: `LATENCY` + `OUTPUT_CYCLES` + `INPUT_CYCLES`
     of the IO cells + (CAS latency + `capture_cycles` - 1 + `bus_bytes` / 2) / `rate`, rounded up,
     cycles from command to first word; a closed row adds tRCD, a conflict tRCD + tRP, a refresh up
-    to tRP + tRFC + tRCD. Each wait of the chip is rounded up to whole cycles.
+    to tRP + tRFC + tRCD. Each of these waits is rounded up to whole cycles.
 
     Stalls: a chunk of `CHUNK_WORDS` bus words is admitted only when its read data have room, or
     its write data have arrived; so refused read data stop only reads and missing write data
@@ -90,9 +90,9 @@ class SDRAMController(wiring.Component):
             raise ValueError(f"SDRAM rate must be 1 or 2 chip clocks in a system clock, "
                              f"not {rate!r}")
         if bus_bytes // 2 % rate:
-            raise ValueError(f"Bus width must be at least {2 * rate} bytes, which the chip moves in "
-                             f"a cycle with SDRAM rate {rate}, not {bus_bytes!r}. Choose a wider "
-                             f"bus or rate 1.")
+            raise ValueError(f"Bus width must be at least {2 * rate} bytes with SDRAM rate {rate}, "
+                             f"as the chip moves so many in a cycle, not {bus_bytes!r}. Choose a "
+                             f"wider bus or rate 1.")
         self._bus_bytes = bus_bytes
         self._timing = timing
         self._cycles = timing.cycles(clock_hz * rate)
@@ -400,8 +400,8 @@ class SDRAMController(wiring.Component):
             with m.If(write_ends):
                 m.d.sync += pins.dq_oe.eq(0)
 
-        # From the choice of a READ to the last columns of its burst in `dq_i`: two cycles to `pins`,
-        # the way out, the chip and the burst less the cycle of the last columns, the way in.
+        # From the choice of a READ to its last columns in `dq_i`: two cycles to `pins`, the way
+        # out, chip and burst less the cycle of the last columns, the way in.
         arriving = Signal(2 + OUTPUT_CYCLES[rate] + (captured + burst) // rate - 1
                           + INPUT_CYCLES[rate])
         earlier = Signal(16 * (burst - rate))  # columns of the burst before the present ones

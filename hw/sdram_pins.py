@@ -8,13 +8,13 @@ from .sdram_timing import SDRAMTiming
 
 __all__ = ["INPUT_CYCLES", "OUTPUT_CYCLES", "RATES", "SDRAMPinRegisters", "SDRAMPins"]
 
-# Of a board's IO cells, by rate: from the edge that launches `SDRAMPins` to the one that changes the
-# pads, and from the edges that capture a word to the one that shows it. With one chip clock in a
-# cycle they are flip-flops (`io.FFBuffer`). With two they are `io.DDRBuffer`, whose latencies depend
-# on the device; these are the ECP5's: ODDRX1F has two more stages than a flip-flop, for which
-# Amaranth delays the output enable too, and sends D0 while the clock is high, D1 while it is low;
-# IDDRX1F shows what a rising edge (Q0) and the falling edge behind it (Q1) captured from the next
-# rising edge on.
+# Of a board's IO cells, by rate: cycles from the edge that changes `SDRAMPins` to the one that
+# changes the pads, and from the edge that captures a word to the one that shows it. With one chip
+# clock in a cycle they are flip-flops (`io.FFBuffer`). With two they are `io.DDRBuffer`, whose
+# latencies depend on the device; these are the ECP5's, from Lattice's models and Amaranth's vendor
+# file. ODDRX1F has two more stages than a flip-flop, for which Amaranth delays the output enable as
+# well; it sends D0 while the clock is high, then D1. IDDRX1F shows what a rising edge (Q0) and the
+# falling edge behind it (Q1) captured from the next rising edge on.
 OUTPUT_CYCLES = {1: 1, 2: 3}
 INPUT_CYCLES = {1: 0, 2: 1}
 RATES = tuple(OUTPUT_CYCLES)  # chip clocks in a system clock
