@@ -35,6 +35,7 @@ class Board:
 
     platform : makes the Amaranth platform, whose resources are called as `top.BoardTop` asks for.
     programmer : the board's name for openFPGALoader.
+    sdram_rate : clocks of the SDRAM in a system clock, 1 or 2.
     clock_hz : system clock unless the build asks for another.
     config : the accelerator unless the build asks for another.
     fabric : units whose products are made of look-up tables, as of `Accelerator`, where the DSP
@@ -49,6 +50,7 @@ class Board:
     baud: int
     sdram: SDRAMTiming
     config: Config
+    sdram_rate: int = 1
     fabric: tuple[str, ...] = ()
     pins: PinTiming = PinTiming()
 

@@ -48,8 +48,8 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
     -------
     The report: ``board``, ``config``, ``digest``, ``bitstream`` (file name), ``clock_hz``,
     ``fmax_mhz`` (by clock), ``met``, ``utilisation`` (by resource ``used`` and ``available``),
-    ``sdram`` (``phase_degrees``, ``capture_cycles``, ``margin_ns``), ``seed``, ``seconds`` and
-    ``tools`` (versions).
+    ``sdram`` (``clock_hz``, ``phase_degrees``, ``capture_cycles``, ``margin_ns``), ``seed``,
+    ``seconds`` and ``tools`` (versions).
 
     Raises
     ------
@@ -94,7 +94,8 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
             "bitstream": f"{board.name}.bit",
             "clock_hz": top.plan.clock_hz,
             **report,
-            "sdram": {"phase_degrees": top.plan.phase_degrees,
+            "sdram": {"clock_hz": top.plan.sdram_hz,
+                      "phase_degrees": top.plan.phase_degrees,
                       "capture_cycles": top.plan.capture_cycles,
                       "margin_ns": top.plan.margin_ns},
             "seconds": round(time.monotonic() - started, 1),

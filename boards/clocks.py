@@ -22,8 +22,10 @@ class ClockError(ValueError):
 class ClockPlan:
     """Dividers of an EHXPLLL, and how the SDRAM's pins are timed.
 
-    The chip's clock rises `phase_steps` / `output_divider` of a period after the system clock.
-    `margin_ns` is the least of the setup and hold margins at both ends of the pins.
+    The chip's clock has `sdram_rate` periods in one of the system clock, the first of which starts
+    `phase_steps` / `sdram_divider` of a period after it. `margin_ns` is the least of the setup and
+    hold margins at both ends of the pins; with rate 2 it takes the system clock to be high for half
+    of its period.
     """
 
     oscillator_hz: int
@@ -34,14 +36,26 @@ class ClockPlan:
     phase_steps: int
     capture_cycles: int
     margin_ns: float
+    sdram_rate: int = 1
+
+    @property
+    def sdram_hz(self) -> int:
+        return self.clock_hz * self.sdram_rate
+
+    @property
+    def sdram_divider(self) -> int:
+        return self.output_divider // self.sdram_rate
 
     @property
     def phase_degrees(self) -> float:
-        return 360 * self.phase_steps / self.output_divider
+        """Phase of the chip's clock, of its own period."""
+        return 360 * self.phase_steps / self.sdram_divider
 
 
-def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()) -> ClockPlan:
-    """Dividers for exactly `clock_hz`, with the phase of the best margin.
+def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming(),
+                sdram_rate: int = 1) -> ClockPlan:
+    """Dividers for exactly `clock_hz`, with the phase of the best margin for a chip whose clock is
+    `sdram_rate` times as fast.
 
     Raises
     ------
@@ -61,25 +75,28 @@ def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()
                          f"{oscillator_hz / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz. The nearest: "
                          f"{' and '.join(f'{hz / 1e6:g} MHz' for hz in sorted(near))}.")
     input_divider, feedback_divider = possible[clock_hz]
-    # The fastest oscillator has the finest phase.
-    output_divider = int(VCO_HZ[1] // clock_hz)
+    # The fastest oscillator has the finest phase. Both clocks divide it.
+    sdram_divider = int(VCO_HZ[1] // (clock_hz * sdram_rate))
+    output_divider = sdram_divider * sdram_rate
     if output_divider not in DIVIDERS or output_divider * clock_hz < VCO_HZ[0]:
         raise ClockError(f"System clock must be between {VCO_HZ[0] / DIVIDERS[-1] / 1e6:g} and "
-                         f"{VCO_HZ[1] / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz.")
-    period = 1e9 / clock_hz
+                         f"{VCO_HZ[1] / sdram_rate / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz.")
+    period = 1e9 / (clock_hz * sdram_rate)
     margin, steps, capture = max(
-        (pin_margin(period, steps * period / output_divider, capture, pins), -steps, capture)
-        for steps in range(output_divider) for capture in (1, 2))
+        (pin_margin(period, steps * period / sdram_divider, capture, pins), -steps, capture)
+        for steps in range(sdram_divider) for capture in (1, 2))
     if margin < LEAST_MARGIN_NS:
         raise ClockError(f"System clock must leave the SDRAM's pins a margin of {LEAST_MARGIN_NS} "
-                         f"ns, not {margin:.2f} ns as {clock_hz / 1e6:g} MHz does. Choose another.")
+                         f"ns, not {margin:.2f} ns as {clock_hz / 1e6:g} MHz does, which gives the "
+                         f"chip {clock_hz * sdram_rate / 1e6:g} MHz. Choose another.")
     return ClockPlan(oscillator_hz, clock_hz, input_divider, feedback_divider, output_divider,
-                     -steps, capture, margin)
+                     -steps, capture, margin, sdram_rate)
 
 
 def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming) -> float:
-    """The least margin in ns, where the chip's clock rises `phase` ns after the system clock, and
-    the word of the edge before is captured `capture_cycles` periods after that system clock."""
+    """The least margin in ns of a chip whose clock has `period`, where it rises `phase` ns after an
+    edge that launches pins, and the word of the chip's edge before is captured `capture_cycles`
+    periods after that edge."""
     capture = capture_cycles * period
     arrives = phase + pins.output_ns + pins.access_ns + pins.input_ns
     leaves = phase + period + pins.output_min_ns + pins.hold_ns
@@ -111,7 +128,7 @@ class SystemClocks(Elaboratable):
             "EHXPLLL",
             a_FREQUENCY_PIN_CLKI=f"{plan.oscillator_hz / 1e6:g}",
             a_FREQUENCY_PIN_CLKOP=f"{plan.clock_hz / 1e6:g}",
-            a_FREQUENCY_PIN_CLKOS=f"{plan.clock_hz / 1e6:g}",
+            a_FREQUENCY_PIN_CLKOS=f"{plan.sdram_hz / 1e6:g}",
             a_ICP_CURRENT="12", a_LPF_RESISTOR="8", a_MFG_ENABLE_FILTEROPAMP="1",
             a_MFG_GMCREF_SEL="2",
             p_PLLRST_ENA="DISABLED", p_INTFB_WAKE="DISABLED", p_STDBY_ENABLE="DISABLED",
@@ -120,7 +137,7 @@ class SystemClocks(Elaboratable):
             p_CLKI_DIV=plan.input_divider, p_CLKFB_DIV=plan.feedback_divider,
             p_CLKOP_ENABLE="ENABLED", p_CLKOP_DIV=plan.output_divider,
             p_CLKOP_CPHASE=own_phase, p_CLKOP_FPHASE=0,
-            p_CLKOS_ENABLE="ENABLED", p_CLKOS_DIV=plan.output_divider,
+            p_CLKOS_ENABLE="ENABLED", p_CLKOS_DIV=plan.sdram_divider,
             p_CLKOS_CPHASE=own_phase + plan.phase_steps, p_CLKOS_FPHASE=0,
             i_CLKI=self._oscillator, i_CLKFB=ClockSignal("sync"),
             i_RST=Const(0), i_STDBY=Const(0), i_PHASESEL0=Const(0), i_PHASESEL1=Const(0),

@@ -24,11 +24,12 @@ class BoardTop(Elaboratable):
     def __init__(self, board: Board, config: Config, *, clock_hz: int | None = None,
                  accelerator: wiring.Component | None = None):
         self.board = board
-        self.plan = plan_clocks(board.oscillator_hz, clock_hz or board.clock_hz, board.pins)
+        self.plan = plan_clocks(board.oscillator_hz, clock_hz or board.clock_hz, board.pins,
+                                board.sdram_rate)
         self._system = System(
             accelerator or Accelerator(config, fabric=board.fabric), config.bus_bytes,
             clock_hz=self.plan.clock_hz, baud=board.baud, timing=board.sdram,
-            capture_cycles=self.plan.capture_cycles)
+            capture_cycles=self.plan.capture_cycles, rate=board.sdram_rate)
 
     def elaborate(self, platform):
         m = Module()
@@ -58,14 +59,18 @@ class BoardTop(Elaboratable):
         return m
 
     def _sdram(self, m, platform, pins):
-        """One flip-flop in each IO cell, and the chip's clock."""
+        """The registers of the IO cells, and the chip's clock."""
         names = {name: PORTS.get(name, name) for name, member in pins.signature.members.items()
                  if member.flow is Out and not name.startswith("dq_")}
         ports = platform.request("sdram", dir=dict.fromkeys([*names.values(), "clk", "dq"], "-"))
+        # Cells of one kind on all pins: their latency is the same, and their delays but for skew.
+        rate = self.board.sdram_rate
+        buffer = {1: io.FFBuffer, 2: io.DDRBuffer}[rate]
         for name, port in names.items():
-            m.submodules[f"sdram_{name}"] = cell = io.FFBuffer("o", getattr(ports, port))
-            m.d.comb += cell.o.eq(getattr(pins, name))
-        m.submodules.sdram_dq = dq = io.FFBuffer("io", ports.dq)
-        m.d.comb += [dq.o.eq(pins.dq_o), dq.oe.eq(pins.dq_oe), pins.dq_i.eq(dq.i)]
+            m.submodules[f"sdram_{name}"] = cell = buffer("o", getattr(ports, port))
+            value, slots = getattr(pins, name), Cat(cell.o)
+            m.d.comb += slots.eq(value.replicate(len(slots) // len(value)))
+        m.submodules.sdram_dq = dq = buffer("io", ports.dq)
+        m.d.comb += [Cat(dq.o).eq(pins.dq_o), dq.oe.eq(pins.dq_oe), pins.dq_i.eq(Cat(dq.i))]
         m.submodules.sdram_clk = clk = io.DDRBuffer("o", ports.clk, o_domain="sdram")
         m.d.comb += Cat(clk.o).eq(0b01)  # high in the first half of the period

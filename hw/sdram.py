@@ -7,7 +7,7 @@ from amaranth.utils import exact_log2
 
 from .ports import MemoryPort
 from .sdram_chunks import CHUNK_WORDS, Chunk, Chunker
-from .sdram_pins import SDRAMPins
+from .sdram_pins import INPUT_CYCLES, OUTPUT_CYCLES, RATES, SDRAMPins
 from .sdram_timing import SDRAMTiming
 
 __all__ = ["SDRAMController"]
@@ -33,19 +33,25 @@ class Countdown:
 
 
 class SDRAMController(wiring.Component):
-    """Serves a memory port from an SDRAM chip whose clock has the frequency of the system clock.
+    """Serves a memory port from an SDRAM chip whose clock is the system clock, or twice as fast.
 
     A CAS command moves a bus word as one burst of the chip (of 1 to 8 columns); while it moves,
     the free command slots prepare the bank of the chunk that comes next. Address bits, from the
     lowest: byte, column, bank, row; so consecutive rows lie in different banks, and a burst over
     several rows runs without a gap. Addresses past the end of the chip wrap around.
 
-    Throughput: 16 bits per cycle within and across rows, less about 2 % for refresh; changing
-    from reading to writing costs CAS latency + 1 cycles, and after `RUN_CHUNKS` chunks waiting
+    There is one command slot in a cycle. With two chip clocks in a cycle, a command counts in the
+    first, but a READ in that one which makes the words of its burst arrive in whole cycles; bursts
+    start with a cycle and fill it, so nothing shifts data by half a cycle.
+
+    Throughput: 16 bits per chip clock within and across rows, less 2 to 3 % for refresh; changing
+    from reading to writing costs CAS latency + 1 chip clocks, and after `RUN_CHUNKS` chunks waiting
     traffic of the other direction gets its turn. A row conflict in one bank costs
-    tRP + tRCD. Latency of a read in an open row: `LATENCY` + CAS latency + `capture_cycles` +
-    `bus_bytes` / 2 cycles from command to first word; a closed row adds tRCD, a conflict
-    tRCD + tRP, a refresh up to tRP + tRFC + tRCD.
+    tRP + tRCD; so does each new row where a bus word takes but one cycle, as no command slot is
+    free beside it. Latency of a read in an open row: `LATENCY` + `OUTPUT_CYCLES` + `INPUT_CYCLES`
+    of the IO cells + (CAS latency + `capture_cycles` - 1 + `bus_bytes` / 2) / `rate`, rounded up,
+    cycles from command to first word; a closed row adds tRCD, a conflict tRCD + tRP, a refresh up
+    to tRP + tRFC + tRCD. Each of these waits is rounded up to whole cycles.
 
     Stalls: a chunk of `CHUNK_WORDS` bus words is admitted only when its read data have room, or
     its write data have arrived; so refused read data stop only reads and missing write data
@@ -54,17 +60,19 @@ class SDRAMController(wiring.Component):
 
     Parameters
     ----------
-    bus_bytes : width of the memory port in bytes, a power of two from 2 to 64.
+    bus_bytes : width of the memory port in bytes, a power of two from 2 to 64; with rate 2 from 4.
     clock_hz : system clock, from which all waits are derived.
     timing : the chip.
-    capture_cycles : cycles from the clock edge at which the chip's clock pin would rise with phase
-        0 to the edge that captures a word with CAS latency 1: 1 while output delay, access time and
-        input delay fit into what the phase of the chip's clock leaves of one cycle, else 2.
+    capture_cycles : chip clocks from the clock edge at which the chip's clock pin would rise with
+        phase 0 to the edge that captures a word with CAS latency 1: 1 while output delay, access
+        time and input delay fit into what the phase of the chip's clock leaves of one period, else
+        2.
+    rate : chip clocks in a system clock, 1 or 2.
 
     Members
     -------
     memory : In(MemoryPort(bus_bytes))
-    pins : Out(SDRAMPins(timing))
+    pins : Out(SDRAMPins(timing, rate))
     ready : Out(1)
         The chip is initialised.
     """
@@ -72,29 +80,43 @@ class SDRAMController(wiring.Component):
     LATENCY = 8
 
     def __init__(self, bus_bytes: int, clock_hz: float, timing: SDRAMTiming = SDRAMTiming(),
-                 capture_cycles: int = 1):
+                 capture_cycles: int = 1, rate: int = 1):
         if bus_bytes not in (2, 4, 8, 16, 32, 64):
             raise ValueError(f"Bus width must be a power of two from 2 to 64 bytes, "
                              f"not {bus_bytes!r}")
         if capture_cycles not in (1, 2):
             raise ValueError(f"Capture cycles must be 1 or 2, not {capture_cycles!r}")
+        if rate not in RATES:
+            raise ValueError(f"SDRAM rate must be 1 or 2 chip clocks in a system clock, "
+                             f"not {rate!r}")
+        if bus_bytes // 2 % rate:
+            raise ValueError(f"Bus width must be at least {2 * rate} bytes with SDRAM rate {rate}, "
+                             f"as the chip moves so many in a cycle, not {bus_bytes!r}. Choose a "
+                             f"wider bus or rate 1.")
         self._bus_bytes = bus_bytes
         self._timing = timing
-        self._cycles = timing.cycles(clock_hz)
+        self._cycles = timing.cycles(clock_hz * rate)
         self._capture_cycles = capture_cycles
+        self._rate = rate
         super().__init__({
             "memory": In(MemoryPort(bus_bytes)),
-            "pins": Out(SDRAMPins(timing)),
+            "pins": Out(SDRAMPins(timing, rate)),
             "ready": Out(1),
         })
 
     def elaborate(self, platform):
         m = Module()
-        timing, cycles, memory = self._timing, self._cycles, self.memory
+        timing, chip, rate, memory = self._timing, self._cycles, self._rate, self.memory
 
         burst = min(self._bus_bytes // 2, 8)  # columns of one CAS command
         parts = self._bus_bytes // 2 // burst  # CAS commands of one bus word
         bursts_per_row = (1 << timing.column_bits) // burst
+        burst_cycles = burst // rate
+
+        # The first word of a burst is captured this many chip clocks after the start of the cycle
+        # in which its READ is at the pads: a whole number of cycles, by the choice of the slot.
+        read_slot = -(chip.cas - 1 + self._capture_cycles) % rate
+        captured = read_slot + chip.cas - 1 + self._capture_cycles
 
         # --- Data FIFOs, and what is promised of them ---------------------------------------------
 
@@ -176,16 +198,29 @@ class SDRAMController(wiring.Component):
         # --- What the chip allows -----------------------------------------------------------------
 
         banks = range(1 << timing.bank_bits)
-        longest_open = max(cycles.ras, burst - 1 + cycles.wr, burst)
+
+        def in_cycles(chip_clocks: int) -> int:
+            """The shortest wait of whole cycles, between commands that count in a first slot."""
+            return -(-chip_clocks // rate)
+
+        rcd, rp, ras, rc, rfc, rrd, mode_wait = map(in_cycles, (
+            chip.rcd, chip.rp, chip.ras, chip.rc, chip.rfc, chip.rrd, chip.mode))
+        read_to_precharge = in_cycles(read_slot + burst)
+        write_to_precharge = in_cycles(burst - 1 + chip.wr)
+        read_to_write = in_cycles(read_slot + chip.cas + burst + 1)
+        refresh_interval = chip.refresh_interval // rate
+        power_up_cycles = in_cycles(chip.power_up)
+
         open_row = Array(Signal(timing.row_bits, name=f"open_row{b}") for b in banks)
         is_open = Signal(len(banks))
-        before_cas = [Countdown(m, cycles.rcd, f"before_cas{b}") for b in banks]
-        before_precharge = [Countdown(m, longest_open, f"before_precharge{b}") for b in banks]
-        before_activate = [Countdown(m, max(cycles.rc, cycles.rfc, cycles.mode),
-                                     f"before_activate{b}") for b in banks]
-        between_cas = Countdown(m, burst, "between_cas")
-        before_write = Countdown(m, cycles.cas + burst + 1, "before_write")
-        between_activates = Countdown(m, cycles.rrd, "between_activates")
+        before_cas = [Countdown(m, rcd, f"before_cas{b}") for b in banks]
+        before_precharge = [Countdown(m, max(ras, read_to_precharge, write_to_precharge),
+                                      f"before_precharge{b}") for b in banks]
+        before_activate = [Countdown(m, max(rc, rfc, mode_wait), f"before_activate{b}")
+                           for b in banks]
+        between_cas = Countdown(m, burst_cycles, "between_cas")
+        before_write = Countdown(m, read_to_write, "before_write")
+        between_activates = Countdown(m, rrd, "between_activates")
 
         cas_allowed = Cat(t.ready for t in before_cas)
         precharge_allowed = Cat(t.ready for t in before_precharge)
@@ -221,9 +256,9 @@ class SDRAMController(wiring.Component):
             with m.Else():
                 m.d.comb += activate.eq(known.activate & between_activates.ready & settled)
 
-        refresh_timer = Signal(range(cycles.refresh_interval))
+        refresh_timer = Signal(range(refresh_interval))
         refresh_due = Signal()
-        power_up = Signal(range(cycles.power_up), init=cycles.power_up - 1)
+        power_up = Signal(range(power_up_cycles), init=power_up_cycles - 1)
         refreshes = Signal(range(timing.power_up_refreshes), init=timing.power_up_refreshes - 1)
 
         with m.FSM():
@@ -264,7 +299,7 @@ class SDRAMController(wiring.Component):
                     prepare(following_known)
 
         with m.If(self.ready):
-            m.d.sync += refresh_timer.eq(Mux(refresh_timer == 0, cycles.refresh_interval - 1,
+            m.d.sync += refresh_timer.eq(Mux(refresh_timer == 0, refresh_interval - 1,
                                              refresh_timer - 1))
             with m.If(refresh_timer == 0):
                 m.d.sync += refresh_due.eq(1)
@@ -278,9 +313,9 @@ class SDRAMController(wiring.Component):
                      following_checked.eq(1)]
         with m.If(cas):
             m.d.sync += [current.burst.eq(current.burst + 1), current.left.eq(current.left - 1)]
-            between_cas.start(burst)
+            between_cas.start(burst_cycles)
             with m.If(~current.write):
-                before_write.start(cycles.cas + burst + 1)
+                before_write.start(read_to_write)
             with m.If(finished):
                 m.d.sync += current_valid.eq(0)
         with m.If(promote):
@@ -301,39 +336,42 @@ class SDRAMController(wiring.Component):
         for bank in banks:
             with m.If(cas & (current.bank == bank)):
                 with m.If(current.write):
-                    before_precharge[bank].start(burst - 1 + cycles.wr)
+                    before_precharge[bank].start(write_to_precharge)
                 with m.Else():
-                    before_precharge[bank].start(burst)
+                    before_precharge[bank].start(read_to_precharge)
             with m.If(activate & (preparing.bank == bank)):
                 m.d.sync += [is_open[bank].eq(1), open_row[bank].eq(preparing.row)]
-                before_cas[bank].start(cycles.rcd)
-                before_precharge[bank].start(cycles.ras)
-                before_activate[bank].start(cycles.rc)
+                before_cas[bank].start(rcd)
+                before_precharge[bank].start(ras)
+                before_activate[bank].start(rc)
             with m.If((precharge & (preparing.bank == bank)) | precharge_all):
                 m.d.sync += is_open[bank].eq(0)
-                before_activate[bank].start(cycles.rp)
+                before_activate[bank].start(rp)
             with m.If(refresh):
-                before_activate[bank].start(cycles.rfc)
+                before_activate[bank].start(rfc)
             with m.If(set_mode):
-                before_activate[bank].start(cycles.mode)
+                before_activate[bank].start(mode_wait)
         with m.If(activate):
-            between_activates.start(cycles.rrd)
+            between_activates.start(rrd)
 
         # --- Pins ---------------------------------------------------------------------------------
 
         pins = self.pins
         all_banks = 1 << 10  # A10 of a PRECHARGE
-        mode = cycles.cas << 4 | exact_log2(burst)  # sequential bursts, also for writes
+        mode = chip.cas << 4 | exact_log2(burst)  # sequential bursts, also for writes
         # A command is known late in its cycle, and the pins and the words are far away: it reaches
         # them from a register.
         decided = Signal(data.StructLayout({
             "ras": 1, "cas": 1, "we": 1, "bank": timing.bank_bits, "address": len(pins.address)}))
+        reading = ~decided.ras & decided.cas & ~decided.we
         m.d.sync += [
             decided.ras.eq(activate | precharge | precharge_all | refresh | set_mode),
             decided.cas.eq(cas | refresh | set_mode),
             decided.we.eq((cas & current.write) | precharge | precharge_all | set_mode),
             decided.bank.eq(Mux(set_mode, 0, Mux(cas, current.bank, preparing.bank))),
-            pins.clock_enable.eq(1), pins.cs.eq(1), pins.dqm.eq(Mux(self.ready, 0, 0b11)),
+            pins.clock_enable.eq(1),
+            pins.cs.eq(Mux(reading, 1 << read_slot, 1) if read_slot else 1),
+            pins.dqm.eq(Mux(self.ready, 0, 0b11)),
             *(pins_part.eq(decided[name]) for name, pins_part in (
                 ("ras", pins.ras), ("cas", pins.cas), ("we", pins.we), ("bank", pins.bank),
                 ("address", pins.address))),
@@ -350,7 +388,7 @@ class SDRAMController(wiring.Component):
         part = current.burst[:exact_log2(parts)]  # of its bus word
         out = Signal(16 * burst)
         writing_part, write_starts, write_ends = Signal.like(part), Signal(), Signal()
-        m.d.comb += pins.dq_o.eq(out[:16])
+        m.d.comb += pins.dq_o.eq(out[:16 * rate])
         m.d.sync += [writing_part.eq(part), write_starts.eq(cas & current.write),
                      write_ends.eq(between_cas.ready),
                      writes.r_en.eq(cas & current.write & part.all())]
@@ -358,19 +396,21 @@ class SDRAMController(wiring.Component):
             m.d.sync += [out.eq(writes.r_data.word_select(writing_part, len(out))),
                          pins.dq_oe.eq(1)]
         with m.Else():
-            m.d.sync += out.eq(out >> 16)
+            m.d.sync += out.eq(out >> 16 * rate)
             with m.If(write_ends):
                 m.d.sync += pins.dq_oe.eq(0)
 
-        # The last column of a burst reaches `dq_i` this long after its command reached `pins`.
-        arriving = Signal(cycles.cas + self._capture_cycles + burst + 1)
-        earlier = Signal(16 * (burst - 1))  # columns of the burst before the present one
+        # From the choice of a READ to its last columns in `dq_i`: two cycles to `pins`, the way
+        # out, chip and burst less the cycle of the last columns, the way in.
+        arriving = Signal(2 + OUTPUT_CYCLES[rate] + (captured + burst) // rate - 1
+                          + INPUT_CYCLES[rate])
+        earlier = Signal(16 * (burst - rate))  # columns of the burst before the present ones
         columns = Cat(earlier, pins.dq_i)
         word = Signal(8 * self._bus_bytes)
         arrived = Signal(range(parts))
         m.d.sync += [
             arriving.eq(Cat(cas & ~current.write, arriving)),
-            earlier.eq(columns[16:]),
+            earlier.eq(columns[16 * rate:]),
             reads.w_en.eq(arriving[-1] & (arrived == parts - 1)),
         ]
         m.d.comb += reads.w_data.eq(word)

@@ -46,7 +46,7 @@ class SDRAMTiming:
         return self.refresh_ns / (1 << self.row_bits)
 
     def cycles(self, clock_hz: float) -> "SDRAMCycles":
-        """The same rules for a controller that runs at `clock_hz`.
+        """The same rules in cycles of the chip's clock, which has `clock_hz`.
 
         Raises
         ------
@@ -56,7 +56,8 @@ class SDRAMTiming:
         period = 1e9 / clock_hz
         if not self.period_ns - 1e-6 <= period <= 50:
             raise ValueError(f"SDRAM clock must be between 20 MHz and {1e3 / self.period_ns:.0f} "
-                             f"MHz, not {clock_hz / 1e6:g} MHz. Choose another system clock.")
+                             f"MHz, not {clock_hz / 1e6:g} MHz. Choose another system clock "
+                             f"or rate.")
 
         def at_least(ns: float) -> int:
             return max(1, math.ceil(ns / period - 1e-6))
@@ -71,7 +72,7 @@ class SDRAMTiming:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDRAMCycles:
-    """`SDRAMTiming` in cycles of one clock; `cas` is the CAS latency."""
+    """`SDRAMTiming` in cycles of the chip's clock; `cas` is the CAS latency."""
 
     rcd: int
     rp: int

@@ -92,7 +92,7 @@ class System(wiring.Component):
         ``registers: In(RegisterPort())``.
     bus_bytes : width of its memory port.
     clock_hz, baud : integers.
-    timing, capture_cycles : as of `SDRAMController`.
+    timing, capture_cycles, rate : as of `SDRAMController`.
 
     Members
     -------
@@ -100,7 +100,7 @@ class System(wiring.Component):
         Serial line from the host; 1 while idle.
     tx : Out(1)
         Serial line to the host.
-    sdram : Out(SDRAMPins(timing))
+    sdram : Out(SDRAMPins(timing, rate))
     ready : Out(1)
         The memory is initialised.
     status : Out(32)
@@ -108,9 +108,9 @@ class System(wiring.Component):
     """
 
     def __init__(self, accelerator: wiring.Component, bus_bytes: int, *, clock_hz: int, baud: int,
-                 timing: SDRAMTiming = SDRAMTiming(), capture_cycles: int = 1):
+                 timing: SDRAMTiming = SDRAMTiming(), capture_cycles: int = 1, rate: int = 1):
         self._accelerator, self._bus_bytes = accelerator, bus_bytes
-        self._controller = SDRAMController(bus_bytes, clock_hz, timing, capture_cycles)
+        self._controller = SDRAMController(bus_bytes, clock_hz, timing, capture_cycles, rate)
         self._link = HostLink(bus_bytes, timing.size_bytes, round(FRAME_TIMEOUT_S * clock_hz))
         self._arbiter = MemoryArbiter(bus_bytes, count=2)
         self._receiver = UARTReceiver(clock_hz, baud)
@@ -118,7 +118,7 @@ class System(wiring.Component):
         super().__init__({
             "rx": In(1, init=1),
             "tx": Out(1, init=1),
-            "sdram": Out(SDRAMPins(timing)),
+            "sdram": Out(SDRAMPins(timing, rate)),
             "ready": Out(1),
             "status": Out(32),
         })

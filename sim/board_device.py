@@ -48,19 +48,19 @@ class SimulatedTop(wiring.Component):
     -------
     rx : In(1)
     tx : Out(1)
-    pads : Out(SDRAMPins(timing))
+    pads : Out(SDRAMPins(timing, rate))
     """
 
-    def __init__(self, system: System, timing: SDRAMTiming):
-        self._system, self._timing = system, timing
+    def __init__(self, system: System, timing: SDRAMTiming, rate: int):
+        self._system, self._timing, self._rate = system, timing, rate
         super().__init__({
-            "rx": In(1, init=1), "tx": Out(1, init=1), "pads": Out(SDRAMPins(timing)),
+            "rx": In(1, init=1), "tx": Out(1, init=1), "pads": Out(SDRAMPins(timing, rate)),
         })
 
     def elaborate(self, platform):
         m = Module()
         m.submodules.system = system = self._system
-        m.submodules.registers = registers = SDRAMPinRegisters(self._timing)
+        m.submodules.registers = registers = SDRAMPinRegisters(self._timing, self._rate)
         wiring.connect(m, system.sdram, registers.core)
         wiring.connect(m, registers.pads, wiring.flipped(self.pads))
         m.d.comb += [system.rx.eq(self.rx), self.tx.eq(system.tx)]
@@ -80,7 +80,7 @@ class SimulatedBoard:
     accelerator : another component with the accelerator's two ports, for tests.
     clock_hz, baud : integers. A real board has 3,000,000 baud; the default is as fast as the line
         can be, because a simulated one costs time for every cycle.
-    timing : the SDRAM chip. capture_cycles : as of `SDRAMController`.
+    timing : the SDRAM chip. capture_cycles, rate : as of `SDRAMController`.
 
     Attributes
     ----------
@@ -94,16 +94,16 @@ class SimulatedBoard:
 
     def __init__(self, config: Config, *, accelerator: wiring.Component | None = None,
                  clock_hz: int = 50_000_000, baud: int | None = None,
-                 timing: SDRAMTiming = SDRAMTiming(), capture_cycles: int = 1):
-        self.timing, self.clock_hz = timing, clock_hz
+                 timing: SDRAMTiming = SDRAMTiming(), capture_cycles: int = 1, rate: int = 1):
+        self.timing, self.clock_hz, self.rate = timing, clock_hz, rate
         self.baud = baud if baud is not None else clock_hz // 4
         system = System(accelerator or Accelerator(config), config.bus_bytes, clock_hz=clock_hz,
-                        baud=self.baud, timing=timing, capture_cycles=capture_cycles)
-        library = verilate(to_verilog(SimulatedTop(system, timing), "board"), "board",
+                        baud=self.baud, timing=timing, capture_cycles=capture_cycles, rate=rate)
+        library = verilate(to_verilog(SimulatedTop(system, timing, rate), "board"), "board",
                            HERE / "board_harness.cpp", headers=[HERE / "sdram_chip.h"], shared=True)
         self._library = declare(ctypes.CDLL(str(library)))
         fields = dataclasses.asdict(timing) | {
-            "period_ns": 1e9 / clock_hz, "refresh_interval_ns": timing.refresh_interval_ns,
+            "period_ns": 1e9 / (clock_hz * rate), "refresh_interval_ns": timing.refresh_interval_ns,
             "capture_cycles": capture_cycles}
         self.rules = ChipRules(**{name: fields[name] for name, _ in ChipRules._fields_})
         self._board = None
@@ -112,7 +112,7 @@ class SimulatedBoard:
 
     @property
     def cycles(self) -> int:
-        """Clock cycles since power-up."""
+        """System clock cycles since power-up."""
         return self._library.board_cycles(self._board)
 
     @property
@@ -124,7 +124,8 @@ class SimulatedBoard:
     def restart(self) -> None:
         """Power-up: the gateware is reset, the chip empty and as `rules` says."""
         self.close()
-        self._board = self._library.board_new(ctypes.byref(self.rules), self.clock_hz / self.baud)
+        self._board = self._library.board_new(ctypes.byref(self.rules), self.rate,
+                                              self.clock_hz / self.baud)
 
     def idle(self, cycles: int) -> None:
         """Let time pass."""
@@ -175,7 +176,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions of board_harness.cpp their types."""
     pointer, size, count = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
     for name, result, *arguments in [
-        ("new", pointer, pointer, ctypes.c_double),
+        ("new", pointer, pointer, ctypes.c_uint32, ctypes.c_double),
         ("free", None, pointer),
         ("send", None, pointer, ctypes.c_char_p, size),
         ("receive", ctypes.c_int64, pointer, ctypes.c_char_p, size, count),

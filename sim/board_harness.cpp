@@ -65,10 +65,13 @@ struct Board {
     VerilatedContext context;
     std::unique_ptr<Vtop> top;
     SDRAMChip chip;
+    uint32_t rate;  // chip clocks in a cycle
     HostSerial serial;
+    uint64_t cycle = 0;
     std::string error;
 
-    Board(const ChipRules &rules, double cycles_per_bit) : chip(rules), serial(cycles_per_bit) {
+    Board(const ChipRules &rules, uint32_t rate, double cycles_per_bit)
+        : chip(rules), rate(rate), serial(cycles_per_bit) {
         context.randReset(2);
         context.randSeed(1);
         top = std::make_unique<Vtop>(&context);
@@ -88,18 +91,22 @@ struct Board {
     void step() {
         ChipPins pins{};
         pins.clock_enable = top->PAD(clock_enable);
-        pins.cs = top->PAD(cs);
         pins.ras = top->PAD(ras);
         pins.cas = top->PAD(cas);
         pins.we = top->PAD(we);
         pins.bank = top->PAD(bank);
         pins.address = top->PAD(address);
         pins.dqm = top->PAD(dqm);
-        pins.dq_o = top->PAD(dq_o);
         pins.dq_oe = top->PAD(dq_oe);
-        serial.sample(chip.cycle, top->tx);
-        top->rx = serial.drive(chip.cycle);
-        uint16_t dq_i = chip.step(pins);
+        serial.sample(cycle, top->tx);
+        top->rx = serial.drive(cycle);
+        uint32_t dq_i = 0;
+        for (uint32_t slot = 0; slot < rate; ++slot) {
+            pins.cs = top->PAD(cs) >> slot & 1;
+            pins.dq_o = uint16_t(top->PAD(dq_o) >> 16 * slot);
+            dq_i |= uint32_t(chip.step(pins)) << 16 * slot;
+        }
+        ++cycle;
         top->clk = 1;
         top->eval();
         top->PAD(dq_i) = dq_i;
@@ -123,8 +130,8 @@ struct Board {
 #pragma GCC visibility push(default)
 extern "C" {
 
-Board *board_new(const ChipRules *rules, double cycles_per_bit) {
-    return new Board(*rules, cycles_per_bit);
+Board *board_new(const ChipRules *rules, uint32_t rate, double cycles_per_bit) {
+    return new Board(*rules, rate, cycles_per_bit);
 }
 
 void board_free(Board *board) { delete board; }
@@ -149,7 +156,7 @@ int64_t board_idle(Board *board, uint64_t cycles) {
 
 const char *board_error(const Board *board) { return board->error.c_str(); }
 
-uint64_t board_cycles(const Board *board) { return board->chip.cycle; }
+uint64_t board_cycles(const Board *board) { return board->cycle; }
 
 // The chip's cells as little-endian bytes.
 uint8_t *board_memory(Board *board) {

@@ -38,7 +38,8 @@ class SDRAMChip {
         output_edge.fill(NO_EDGE);
     }
 
-    // One rising edge of the chip's clock with these pins. Returns dq_i of the cycle that follows.
+    // One rising edge of the chip's clock with these pins. Returns dq_i of the cycle that follows,
+    // or where the chip has two clocks in a cycle, the part of it that belongs to this one.
     // Throws std::runtime_error naming the rule that was broken.
     uint16_t step(const ChipPins &pins) {
         now = cycle * rules.period_ns;

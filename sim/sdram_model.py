@@ -52,7 +52,8 @@ class SDRAMChip:
     def step(self, pins: dict[str, int]) -> int:
         """One rising edge of the chip's clock with `pins` (named as `SDRAMPins`).
 
-        Returns the value of `dq_i` in the cycle that follows the one of `pins`.
+        Returns the value of `dq_i` in the cycle that follows the one of `pins`; where the chip has
+        two clocks in a cycle, the part of it that belongs to this one.
 
         Raises
         ------

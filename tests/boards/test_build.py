@@ -11,6 +11,8 @@ from tests.hw.exerciser import Exerciser
 
 from .tools import UTILISATION, install, install_all
 
+GEARED = dataclasses.replace(ULX3S_85F, sdram_rate=2)
+
 
 @dataclasses.dataclass(frozen=True)
 class SmallConfig:
@@ -21,9 +23,9 @@ class SmallConfig:
         return {"bus_bytes": self.bus_bytes}
 
 
-def run(tmp_path, **options):
+def run(tmp_path, board=ULX3S_85F, **options):
     lines = []
-    report = build(ULX3S_85F, SmallConfig(), tmp_path / "out", accelerator=Exerciser(8),
+    report = build(board, SmallConfig(), tmp_path / "out", accelerator=Exerciser(8),
                    progress=lines.append, **options)
     return report, lines
 
@@ -38,6 +40,7 @@ def test_report_and_bitstream(tmp_path, monkeypatch):
     assert (out / report["bitstream"]).read_text() == "config of seed 1"
     assert report["board"] == "ulx3s-85f" and report["digest"] == 0x1234
     assert report["clock_hz"] == 50_000_000 and report["met"] and report["seed"] == 1
+    assert report["sdram"]["clock_hz"] == 50_000_000
     assert report["fmax_mhz"] == {"clk": 120.0}
     assert report["utilisation"] == {name: UTILISATION[name]
                                      for name in ("TRELLIS_COMB", "MULT18X18D")}
@@ -88,20 +91,39 @@ def test_an_impossible_clock_is_refused(tmp_path, monkeypatch):
         run(tmp_path, clock_hz=51_000_000)
 
 
+def files_of(board):
+    """Netlist and pin constraints of its top."""
+    files = board.platform().prepare(BoardTop(board, SmallConfig(), accelerator=Exerciser(8)),
+                                     "top").files
+    return [text.decode() if isinstance(text, bytes) else text
+            for text in (files["top.il"], files["top.lpf"])]
+
+
+def count_cells(netlist, *cells):
+    return tuple(netlist.count(f"cell \\{cell} ") for cell in cells)
+
+
 def test_the_top_uses_the_pins_of_the_board():
-    platform = ULX3S_85F.platform()
-    top = BoardTop(ULX3S_85F, SmallConfig(), accelerator=Exerciser(8))
-    files = platform.prepare(top, "top").files
-    constraints = files["top.lpf"]
-    constraints = constraints.decode() if isinstance(constraints, bytes) else constraints
+    netlist, constraints = files_of(ULX3S_85F)
     assert 'LOCATE COMP "sdram_0__clk__io" SITE "F19"' in constraints
     assert constraints.count('LOCATE COMP "sdram_0__') == 1 + 5 + 2 + 13 + 2 + 16
-    netlist = files["top.il"]
-    netlist = netlist.decode() if isinstance(netlist, bytes) else netlist
-    count = {cell: netlist.count(f"cell \\{cell} ") for cell in (
-        "EHXPLLL", "ODDRX1F", "IFS1P3DX", "OFS1P3DX", "SGSR")}
     # 16 data pins in; 16 data, 22 command and address pins, 5 lights and tx out.
-    assert count["EHXPLLL"] == 1 and count["ODDRX1F"] == 1 and count["IFS1P3DX"] == 16
-    assert count["OFS1P3DX"] >= 16 + 22 + 6
+    assert count_cells(netlist, "EHXPLLL", "ODDRX1F", "IDDRX1F", "IFS1P3DX") == (1, 1, 0, 16)
+    assert count_cells(netlist, "OFS1P3DX")[0] >= 16 + 22 + 6
     # A reset goes by the global network alone, none is routed to the flip-flops.
-    assert count["SGSR"] == 1 and " \\rst\n" not in netlist
+    assert count_cells(netlist, "SGSR") == (1,) and " \\rst\n" not in netlist
+
+
+def test_a_chip_at_twice_the_clock_has_double_rate_cells_on_all_pins():
+    netlist, constraints = files_of(GEARED)
+    assert constraints == files_of(ULX3S_85F)[1]
+    assert count_cells(netlist, "ODDRX1F", "IDDRX1F", "IFS1P3DX") == (1 + 16 + 22, 16, 0)
+    assert "\\CLKOP_DIV 16\n" in netlist and "\\CLKOS_DIV 8\n" in netlist
+    assert 'FREQUENCY_PIN_CLKOP "50"' in netlist and 'FREQUENCY_PIN_CLKOS "100"' in netlist
+
+
+def test_the_report_has_the_clock_of_the_chip(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch)
+    report, _ = run(tmp_path, board=GEARED)
+    assert report["clock_hz"] == 50_000_000
+    assert report["sdram"]["clock_hz"] == 100_000_000 and report["sdram"]["margin_ns"] >= 0.5

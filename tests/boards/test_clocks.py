@@ -6,15 +6,19 @@ from moeware.boards.clocks import ClockError, pin_margin, plan_clocks
 OSCILLATOR = 25_000_000
 
 
-@pytest.mark.parametrize("clock_hz", [50_000_000, 62_500_000, 75_000_000, 87_500_000,
-                                      100_000_000, 112_500_000, 125_000_000])
-def test_dividers_make_the_clock_within_the_limits_of_the_pll(clock_hz):
-    plan = plan_clocks(OSCILLATOR, clock_hz)
+@pytest.mark.parametrize("clock_hz, rate", [
+    *((clock_hz, 1) for clock_hz in (50_000_000, 62_500_000, 75_000_000, 87_500_000, 100_000_000,
+                                     112_500_000, 125_000_000)),
+    (37_500_000, 2), (50_000_000, 2), (62_500_000, 2)])
+def test_dividers_make_the_clocks_within_the_limits_of_the_pll(clock_hz, rate):
+    plan = plan_clocks(OSCILLATOR, clock_hz, sdram_rate=rate)
     reference = OSCILLATOR / plan.input_divider
     assert 10e6 <= reference <= 400e6
     assert reference * plan.feedback_divider == clock_hz
     assert 400e6 <= clock_hz * plan.output_divider <= 800e6
-    assert 0 <= plan.phase_steps < plan.output_divider
+    assert plan.sdram_hz == clock_hz * rate
+    assert plan.sdram_divider * rate == plan.output_divider
+    assert 0 <= plan.phase_steps < plan.sdram_divider
     assert plan.margin_ns >= 0.5
 
 
@@ -26,9 +30,36 @@ def test_margins_of_a_clock_worked_out_by_hand():
     assert pin_margin(20, 19, 2, PinTiming()) == 20 - 19 - 0.8 - 0.5
 
 
-@pytest.mark.parametrize("clock_hz, words", [
-    (55_000_000, "50 MHz and 62.5 MHz"), (60_000_000, "50 MHz and 62.5 MHz"),
-    (200_000_000, "must leave the SDRAM's pins a margin of 0.5 ns")])
-def test_an_impossible_clock_is_refused(clock_hz, words):
+def test_margins_of_a_chip_at_twice_the_clock_worked_out_by_hand():
+    """15 ns with two chip clocks of 7.5 ns, the chip's clock 4 ns late: a word comes at
+    4 + 3 + 6 + 1 = 14 ns, is captured at 15 ns, and leaves at 4 + 7.5 + 2 + 2.5 = 16 ns; commands
+    come 4 ns before the chip's clock and stay for 3.5 ns."""
+    assert pin_margin(7.5, 4, 2, PinTiming()) == 15 - 14
+    assert pin_margin(7.5, 3.5, 2, PinTiming()) == 15.5 - 15
+    assert pin_margin(7.5, 7, 2, PinTiming()) == 15 - 17
+
+
+def test_phase_of_a_chip_at_twice_the_clock_worked_out_by_hand():
+    """62.5 MHz and 125 MHz, of 750 MHz: of the chip's 6 phases the one of 4 steps, 5.33 ns, is the
+    best; a step less leaves 0.5 ns of hold at the FPGA."""
+    plan = plan_clocks(OSCILLATOR, 62_500_000, sdram_rate=2)
+    assert (plan.output_divider, plan.sdram_divider, plan.phase_steps) == (12, 6, 4)
+    assert plan.phase_degrees == 240 and plan.capture_cycles == 2
+    assert plan.margin_ns == pytest.approx(16 - (16 / 3 + 3 + 6 + 1))
+
+
+def test_both_clocks_divide_that_of_the_pll():
+    """800 // 37.5 is odd."""
+    assert plan_clocks(OSCILLATOR, 37_500_000).output_divider == 21
+    plan = plan_clocks(OSCILLATOR, 37_500_000, sdram_rate=2)
+    assert (plan.output_divider, plan.sdram_divider) == (20, 10)
+
+
+@pytest.mark.parametrize("clock_hz, rate, words", [
+    (55_000_000, 1, "50 MHz and 62.5 MHz"), (60_000_000, 1, "50 MHz and 62.5 MHz"),
+    (200_000_000, 1, "must leave the SDRAM's pins a margin of 0.5 ns"),
+    (100_000_000, 2, "must leave the SDRAM's pins a margin of 0.5 ns.*the chip 200 MHz"),
+    (450_000_000, 2, "must be between 3.125 and 400 MHz, not 450 MHz")])
+def test_an_impossible_clock_is_refused(clock_hz, rate, words):
     with pytest.raises(ClockError, match=words):
-        plan_clocks(OSCILLATOR, clock_hz)
+        plan_clocks(OSCILLATOR, clock_hz, sdram_rate=rate)

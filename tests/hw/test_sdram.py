@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 from moeware.hw.ports import MemoryPort
 from moeware.hw.sdram import FIFO_WORDS, SDRAMController
 from moeware.hw.sdram_chunks import CHUNK_WORDS, Chunker
-from moeware.hw.sdram_pins import SDRAMPinRegisters, SDRAMPins
+from moeware.hw.sdram_pins import INPUT_CYCLES, OUTPUT_CYCLES, SDRAMPinRegisters, SDRAMPins
 from moeware.hw.sdram_timing import SDRAMTiming
 from moeware.sim.sdram_model import SDRAMChip, SDRAMViolation
 
@@ -19,21 +20,27 @@ from .simulate import simulate
 from .streams import get_all, put_all
 
 QUICK = SDRAMTiming(power_up_ns=500)
-CLOCKS = [(50e6, 1), (100e6, 2), (133e6, 2)]
+# System clock, capture_cycles, rate. With rate 2, CAS latency and capture_cycles add up to odd and
+# even numbers of chip clocks, with CAS latencies of 2 and 3.
+CLOCKS = [(50e6, 1, 1), (100e6, 2, 1), (133e6, 2, 1),
+          (40e6, 1, 2), (50e6, 2, 2), (60e6, 1, 2), (66.5e6, 2, 2)]
+GEARED = [clock for clock in CLOCKS if clock[2] == 2]  # READ in the first and second slot by turns
 PIN_NAMES = ("clock_enable", "cs", "ras", "cas", "we", "bank", "address", "dqm", "dq_o", "dq_oe")
 
 
 class AtPads(wiring.Component):
     """The controller and its IO registers."""
 
-    def __init__(self, bus_bytes, clock_hz, timing, capture_cycles):
-        self.controller = SDRAMController(bus_bytes, clock_hz, timing, capture_cycles)
-        super().__init__({"memory": In(MemoryPort(bus_bytes)), "pads": Out(SDRAMPins(timing))})
+    def __init__(self, bus_bytes, clock_hz, timing, capture_cycles, rate):
+        self.controller = SDRAMController(bus_bytes, clock_hz, timing, capture_cycles, rate)
+        self.rate = rate
+        super().__init__({"memory": In(MemoryPort(bus_bytes)),
+                          "pads": Out(SDRAMPins(timing, rate))})
 
     def elaborate(self, platform):
         m = Module()
         m.submodules.controller = self.controller
-        m.submodules.registers = registers = SDRAMPinRegisters()
+        m.submodules.registers = registers = SDRAMPinRegisters(rate=self.rate)
         wiring.connect(m, self.controller.pins, registers.core)
         wiring.connect(m, wiring.flipped(self.memory), self.controller.memory)
         wiring.connect(m, registers.pads, wiring.flipped(self.pads))
@@ -43,17 +50,22 @@ class AtPads(wiring.Component):
 class Bench:
     """A controller with a chip; `run` takes the benches that use `memory`."""
 
-    def __init__(self, bus_bytes=8, clock_hz=100e6, capture_cycles=1, timing=QUICK, promised=QUICK):
-        self.dut = AtPads(bus_bytes, clock_hz, promised, capture_cycles)
+    def __init__(self, bus_bytes=8, clock_hz=100e6, capture_cycles=1, rate=1, *, timing=QUICK,
+                 promised=QUICK):
+        self.dut = AtPads(bus_bytes, clock_hz, promised, capture_cycles, rate)
         self.memory = self.dut.memory
-        self.chip = SDRAMChip(timing, clock_hz, capture_cycles)
-        self.bus_bytes = bus_bytes
+        self.chip = SDRAMChip(timing, clock_hz * rate, capture_cycles)
+        self.bus_bytes, self.rate = bus_bytes, rate
 
     async def run_chip(self, ctx):
         pads = self.dut.pads
         while True:
             _, _, *values = await ctx.tick().sample(*(getattr(pads, name) for name in PIN_NAMES))
-            ctx.set(pads.dq_i, self.chip.step(dict(zip(PIN_NAMES, values, strict=True))))
+            pins = dict(zip(PIN_NAMES, values, strict=True))
+            words = [self.chip.step(pins | {"cs": pins["cs"] >> slot & 1,
+                                            "dq_o": pins["dq_o"] >> 16 * slot & 0xFFFF})
+                     for slot in range(self.rate)]
+            ctx.set(pads.dq_i, sum(word << 16 * slot for slot, word in enumerate(words)))
 
     def run(self, *benches, deadline=10_000):
         """Run every bench to completion, with the chip at the pads."""
@@ -85,10 +97,12 @@ def content_of(draw, bursts, bus_bytes):
     return [draw.randbytes(beats * bus_bytes) for _, beats in bursts]
 
 
-@pytest.mark.parametrize("clock_hz, capture_cycles", CLOCKS)
-@pytest.mark.parametrize("bus_bytes", [2, 8, 32])
-def test_what_was_written_is_read(bus_bytes, clock_hz, capture_cycles):
-    bench = Bench(bus_bytes, clock_hz, capture_cycles)
+@pytest.mark.parametrize("clock_hz, capture_cycles, rate", CLOCKS)
+@pytest.mark.parametrize("columns", [1, 4, 16])
+def test_what_was_written_is_read(columns, clock_hz, capture_cycles, rate):
+    """Bus words from one cycle to several bursts."""
+    bus_bytes = 2 * max(columns, rate)
+    bench = Bench(bus_bytes, clock_hz, capture_cycles, rate)
     draw = random.Random(bus_bytes)
     bursts = draw_bursts(draw, 12, bus_bytes)
     contents = content_of(draw, bursts, bus_bytes)
@@ -113,8 +127,9 @@ def test_what_was_written_is_read(bus_bytes, clock_hz, capture_cycles):
 
 @pytest.mark.parametrize("idle", [(), (1, 0, 0, 1, 1, 1, 0), (1,) * 9 + (0,)])
 @pytest.mark.parametrize("refuse", [(), (1, 1, 0), (1,) * 400 + (0,) * 100])
-def test_reads_beside_writes(idle, refuse):
-    bench = Bench()
+@pytest.mark.parametrize("clock_hz, capture_cycles, rate", [(100e6, 1, 1), *GEARED[-2:]])
+def test_reads_beside_writes(idle, refuse, clock_hz, capture_cycles, rate):
+    bench = Bench(8, clock_hz, capture_cycles, rate)
     draw = random.Random(7)
     reads = draw_bursts(draw, 25, 8)
     writes = [(1 << 20 | address & 0xFFFF, beats) for address, beats in draw_bursts(draw, 25, 8)]
@@ -200,10 +215,12 @@ def test_a_write_without_data_blocks_no_read_and_the_reverse():
 
 
 @pytest.mark.parametrize("write", [False, True])
-def test_long_bursts_use_the_bus_fully(write):
-    """16 bits a cycle less refresh, over rows and 4,096-byte pages."""
-    bench = Bench(clock_hz=100e6, capture_cycles=2)
-    pages, beats = 6, 512
+@pytest.mark.parametrize("clock_hz, capture_cycles, rate", [(100e6, 2, 1), *GEARED])
+@pytest.mark.parametrize("bus_bytes", [8, 16])
+def test_long_bursts_use_the_bus_fully(bus_bytes, write, clock_hz, capture_cycles, rate):
+    """16 bits a chip clock less refresh, over rows and 4,096-byte pages."""
+    bench = Bench(bus_bytes, clock_hz, capture_cycles, rate)
+    pages, beats = 6, 4096 // bus_bytes
     command = bench.memory.write_command if write else bench.memory.read_command
     spent = 0
 
@@ -231,14 +248,15 @@ def test_long_bursts_use_the_bus_fully(write):
     words.left = pages * beats - (FIFO_WORDS + CHUNK_WORDS if write else 1)
     moved_words = words.left
     bench.run(commands, words, deadline=30_000)
-    share = moved_words * 4 / spent
-    assert 0.96 < share <= 1.0, f"{share:.1%} of 16 bits a cycle"
+    share = moved_words * bus_bytes / 2 / (spent * rate)
+    assert 0.96 < share <= 1.0, f"{share:.1%} of 16 bits a chip clock"
 
 
-@pytest.mark.parametrize("clock_hz, capture_cycles", CLOCKS)
-def test_latency_in_an_open_row(clock_hz, capture_cycles):
-    bench = Bench(8, clock_hz, capture_cycles)
-    cas = QUICK.cycles(clock_hz).cas
+@pytest.mark.parametrize("clock_hz, capture_cycles, rate", CLOCKS)
+def test_latency_in_an_open_row(clock_hz, capture_cycles, rate):
+    bench = Bench(8, clock_hz, capture_cycles, rate)
+    cas = QUICK.cycles(clock_hz * rate).cas
+    chip_clocks = cas + capture_cycles - 1 + 8 // 2
 
     async def user(ctx):
         latencies = set()
@@ -251,7 +269,8 @@ def test_latency_in_an_open_row(clock_hz, capture_cycles):
                 latency += 1
             await ctx.tick()
             latencies.add(latency)
-        assert min(latencies) == bench.dut.controller.LATENCY + cas + capture_cycles + 8 // 2
+        assert min(latencies) == (bench.dut.controller.LATENCY + OUTPUT_CYCLES[rate]
+                                  + INPUT_CYCLES[rate] + math.ceil(chip_clocks / rate))
 
     bench.run(user)
 
@@ -272,9 +291,13 @@ def test_refreshes_come_while_idle_and_while_busy():
 
 @pytest.mark.parametrize("field, slower", [
     ("rcd_ns", 45), ("rp_ns", 30), ("ras_ns", 120), ("rc_ns", 150), ("rfc_ns", 90),
-    ("rrd_ns", 150), ("wr_ns", 60), ("power_up_ns", 1000), ("refresh_ns", 4e6), ("cas2_ns", 15)])
-def test_the_chip_notices_a_controller_that_promises_too_much(field, slower):
-    bench = Bench(timing=dataclasses.replace(QUICK, **{field: slower}), promised=QUICK)
+    ("rrd_ns", 150), ("wr_ns", 80), ("power_up_ns", 1000), ("refresh_ns", 4e6), ("cas2_ns", 15)])
+@pytest.mark.parametrize("clock_hz, capture_cycles, rate", [(100e6, 1, 1), (50e6, 2, 2)])
+def test_the_chip_notices_a_controller_that_promises_too_much(field, slower, clock_hz,
+                                                              capture_cycles, rate):
+    # What the controller decides takes as many cycles with either clock, so twice the time.
+    bench = Bench(8, clock_hz, capture_cycles, rate, promised=QUICK,
+                  timing=dataclasses.replace(QUICK, **{field: slower * rate}))
 
     async def user(ctx):
         for address in (0, 4096, 1024, 5120):
@@ -317,7 +340,10 @@ def test_chunker():
 
 @pytest.mark.parametrize("arguments, words", [
     ((12, 100e6), "Bus width must be"), ((8, 200e6), "SDRAM clock must be"),
-    ((8, 100e6, QUICK, 3), "Capture cycles must be")])
+    ((8, 100e6, QUICK, 3), "Capture cycles must be"),
+    ((8, 50e6, QUICK, 1, 3), "SDRAM rate must be"),
+    ((8, 100e6, QUICK, 1, 2), "SDRAM clock must be between 20 MHz and 133 MHz, not 200 MHz"),
+    ((2, 50e6, QUICK, 1, 2), "Bus width must be at least 4 bytes with SDRAM rate 2.*not 2")])
 def test_arguments_are_checked(arguments, words):
     with pytest.raises(ValueError, match=words):
         SDRAMController(*arguments)

@@ -16,9 +16,13 @@ def board_with(bus_bytes=8, **options):
                           **options)
 
 
+GEARED = {"clock_hz": 50_000_000, "capture_cycles": 2, "rate": 2}
+
+
 @pytest.fixture(scope="module", params=[
-    {"clock_hz": 50_000_000}, {"clock_hz": 100_000_000, "capture_cycles": 2, "baud": 3_000_000}],
-    ids=["50MHz", "100MHz"])
+    {"clock_hz": 50_000_000}, {"clock_hz": 100_000_000, "capture_cycles": 2, "baud": 3_000_000},
+    GEARED, GEARED | {"clock_hz": 62_500_000}],
+    ids=["50MHz", "100MHz", "50MHz-100MHz", "62MHz-125MHz"])
 def linked(request):
     board = board_with(**request.param)
     with SerialLink(board.transport, timeout_s=60) as link:
@@ -70,12 +74,20 @@ def test_long_reads_use_the_bus_fully(linked):
     board, link = linked
     link.write_registers(SOURCE, [0, 0, 50])
     link.write_register(Register.CONTROL, READ)
-    share = 50 * PAGE / 2 / wait(board, link)
-    assert 0.97 < share <= 1, f"{share:.2%} of 16 bits a cycle"
+    share = 50 * PAGE / 2 / (board.rate * wait(board, link))
+    assert 0.97 < share <= 1, f"{share:.2%} of 16 bits a chip clock"
 
 
-def test_a_broken_rule_of_the_chip_ends_the_simulation():
-    board = board_with()
+def test_time_is_counted_in_system_clocks(linked):
+    board, _ = linked
+    before = board.cycles
+    board.idle(123)
+    assert board.cycles == before + 123
+
+
+@pytest.mark.parametrize("options", [{}, GEARED], ids=["one", "two"])
+def test_a_broken_rule_of_the_chip_ends_the_simulation(options):
+    board = board_with(**options)
     board.rules.rcd_ns = 1e6
     board.restart()
     with pytest.raises(SimulationError, match="tRCD"):
