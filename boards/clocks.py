@@ -1,6 +1,7 @@
 """Clocks of an ECP5 board with an SDRAM: dividers of the PLL and phase of the chip's clock."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from amaranth import ClockSignal, Const, Elaboratable, Instance, Module, Signal
 
@@ -20,7 +21,8 @@ class ClockError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ClockPlan:
-    """Dividers of an EHXPLLL, and how the SDRAM's pins are timed.
+    """Dividers of an EHXPLLL, and how the SDRAM's pins are timed: its oscillator runs at
+    `feedback_divider` times that of the board divided by `input_divider`.
 
     The chip's clock has `sdram_rate` periods in one of the system clock, the first of which starts
     `phase_steps` / `sdram_divider` of a period after it. `margin_ns` is the least of the setup and
@@ -61,26 +63,17 @@ def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()
     ------
     ClockError
     """
-    possible = {}
-    for input_divider in DIVIDERS:
-        reference = oscillator_hz / input_divider
-        if not PFD_HZ[0] <= reference <= PFD_HZ[1]:
-            continue
-        for feedback_divider in DIVIDERS:
-            if reference * feedback_divider <= VCO_HZ[1]:
-                possible.setdefault(reference * feedback_divider, (input_divider, feedback_divider))
-    if clock_hz not in possible:
-        near = sorted(possible, key=lambda hz: abs(hz - clock_hz))[:2]
+    plans = sorted(_dividers(oscillator_hz, sdram_rate))
+    exact = [each for each in plans if abs(each[0] - clock_hz) < 1]
+    if not exact:
+        near = sorted({round(each[0]) for each in plans}, key=lambda hz: abs(hz - clock_hz))[:2]
         raise ClockError(f"System clock must be a frequency that the PLL can make from "
                          f"{oscillator_hz / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz. The nearest: "
-                         f"{' and '.join(f'{hz / 1e6:g} MHz' for hz in sorted(near))}.")
-    input_divider, feedback_divider = possible[clock_hz]
-    # The fastest oscillator has the finest phase. Both clocks divide it.
-    sdram_divider = int(VCO_HZ[1] // (clock_hz * sdram_rate))
-    output_divider = sdram_divider * sdram_rate
-    if output_divider not in DIVIDERS or output_divider * clock_hz < VCO_HZ[0]:
-        raise ClockError(f"System clock must be between {VCO_HZ[0] / DIVIDERS[-1] / 1e6:g} and "
-                         f"{VCO_HZ[1] / sdram_rate / 1e6:g} MHz, not {clock_hz / 1e6:g} MHz.")
+                         f"{' and '.join(f'{hz} Hz' for hz in sorted(near))}.")
+    # The fastest oscillator has the finest phase.
+    _, feedback_divider, output_divider, input_divider = max(
+        exact, key=lambda each: (each[1] / each[3], -each[3]))
+    sdram_divider = output_divider // sdram_rate
     period = 1e9 / (clock_hz * sdram_rate)
     margin, steps, capture = max(
         (pin_margin(period, steps * period / sdram_divider, capture, pins), -steps, capture)
@@ -91,6 +84,19 @@ def plan_clocks(oscillator_hz: int, clock_hz: int, pins: PinTiming = PinTiming()
                          f"chip {clock_hz * sdram_rate / 1e6:g} MHz. Choose another.")
     return ClockPlan(oscillator_hz, clock_hz, input_divider, feedback_divider, output_divider,
                      -steps, capture, margin, sdram_rate)
+
+
+def _dividers(oscillator_hz: int, sdram_rate: int) -> Iterator[tuple[float, int, int, int]]:
+    """All clocks that the PLL can make, with the dividers of feedback, output and input."""
+    for input_divider in DIVIDERS:
+        reference = oscillator_hz / input_divider
+        if not PFD_HZ[0] <= reference <= PFD_HZ[1]:
+            continue
+        for feedback_divider in DIVIDERS:
+            vco = reference * feedback_divider
+            if VCO_HZ[0] <= vco <= VCO_HZ[1]:
+                for output_divider in DIVIDERS[sdram_rate - 1::sdram_rate]:
+                    yield vco / output_divider, feedback_divider, output_divider, input_divider
 
 
 def pin_margin(period: float, phase: float, capture_cycles: int, pins: PinTiming) -> float:
@@ -120,9 +126,10 @@ class SystemClocks(Elaboratable):
     def elaborate(self, platform):
         m = Module()
         plan = self._plan
-        locked = Signal()
-        # The feedback path aligns CLKOP with the input whatever its own phase; half a period leaves
-        # room for CLKOS on both sides.
+        locked, back = Signal(), Signal()
+        # A third output, of the frequency of the phase detector, goes back, so that the clocks need be
+        # no multiples of it: what they are to the input does not matter. Half a period of phase leaves
+        # room for CLKOS on both sides of CLKOP.
         own_phase = plan.output_divider // 2
         m.submodules.pll = Instance(
             "EHXPLLL",
@@ -132,18 +139,20 @@ class SystemClocks(Elaboratable):
             a_ICP_CURRENT="12", a_LPF_RESISTOR="8", a_MFG_ENABLE_FILTEROPAMP="1",
             a_MFG_GMCREF_SEL="2",
             p_PLLRST_ENA="DISABLED", p_INTFB_WAKE="DISABLED", p_STDBY_ENABLE="DISABLED",
-            p_DPHASE_SOURCE="DISABLED", p_FEEDBK_PATH="CLKOP",
-            p_OUTDIVIDER_MUXA="DIVA", p_OUTDIVIDER_MUXB="DIVB",
-            p_CLKI_DIV=plan.input_divider, p_CLKFB_DIV=plan.feedback_divider,
+            p_DPHASE_SOURCE="DISABLED", p_FEEDBK_PATH="CLKOS2",
+            p_OUTDIVIDER_MUXA="DIVA", p_OUTDIVIDER_MUXB="DIVB", p_OUTDIVIDER_MUXC="DIVC",
+            p_CLKI_DIV=plan.input_divider, p_CLKFB_DIV=1,
             p_CLKOP_ENABLE="ENABLED", p_CLKOP_DIV=plan.output_divider,
             p_CLKOP_CPHASE=own_phase, p_CLKOP_FPHASE=0,
             p_CLKOS_ENABLE="ENABLED", p_CLKOS_DIV=plan.sdram_divider,
             p_CLKOS_CPHASE=own_phase + plan.phase_steps, p_CLKOS_FPHASE=0,
-            i_CLKI=self._oscillator, i_CLKFB=ClockSignal("sync"),
+            p_CLKOS2_ENABLE="ENABLED", p_CLKOS2_DIV=plan.feedback_divider,
+            p_CLKOS2_CPHASE=plan.feedback_divider - 1, p_CLKOS2_FPHASE=0,
+            i_CLKI=self._oscillator, i_CLKFB=back,
             i_RST=Const(0), i_STDBY=Const(0), i_PHASESEL0=Const(0), i_PHASESEL1=Const(0),
             i_PHASEDIR=Const(1), i_PHASESTEP=Const(1), i_PHASELOADREG=Const(1),
             i_PLLWAKESYNC=Const(0), i_ENCLKOP=Const(0), i_ENCLKOS=Const(0),
-            o_CLKOP=ClockSignal("sync"), o_CLKOS=ClockSignal("sdram"), o_LOCK=locked,
+            o_CLKOP=ClockSignal("sync"), o_CLKOS=ClockSignal("sdram"), o_CLKOS2=back, o_LOCK=locked,
         )
         stable = [locked, Signal(), Signal()]
         for number in (1, 2):

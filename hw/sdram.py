@@ -77,7 +77,7 @@ class SDRAMController(wiring.Component):
         The chip is initialised.
     """
 
-    LATENCY = 8
+    LATENCY = 9
 
     def __init__(self, bus_bytes: int, clock_hz: float, timing: SDRAMTiming = SDRAMTiming(),
                  capture_cycles: int = 1, rate: int = 1):
@@ -166,8 +166,7 @@ class SDRAMController(wiring.Component):
         following_checked = Signal()
         promote = Signal()
 
-        read_fits = read.valid & (read_room >= read.p.words)
-        write_fits = write.valid & (write_words >= write.p.words)
+        read_fits, write_fits = Signal(), Signal()
         writing = Signal()  # direction of the last admitted chunk
         run = Signal(range(RUN_CHUNKS))
         change = Signal()
@@ -185,6 +184,11 @@ class SDRAMController(wiring.Component):
             read_room.eq(read_room - Mux(admit_read, read.p.words, 0)
                          + (memory.read_data.valid & memory.read_data.ready)),
             write_words.eq(write_words - Mux(admit_write, write.p.words, 0) + write_arrives),
+        ]
+        # Whether a chunk fits is known a cycle late: room and words only grow until it is admitted.
+        m.d.sync += [
+            read_fits.eq(read.valid & (read_room >= read.p.words) & ~admit_read),
+            write_fits.eq(write.valid & (write_words >= write.p.words) & ~admit_write),
         ]
         chunk = Mux(admit_write, write.payload.as_value(), read.payload.as_value())
         chunk = data.View(Chunk, chunk)

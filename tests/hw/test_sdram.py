@@ -290,7 +290,7 @@ def test_refreshes_come_while_idle_and_while_busy():
 
 
 @pytest.mark.parametrize("field, slower", [
-    ("rcd_ns", 45), ("rp_ns", 30), ("ras_ns", 120), ("rc_ns", 150), ("rfc_ns", 90),
+    ("rcd_ns", 45), ("rp_ns", 30), ("ras_ns", 150), ("rc_ns", 180), ("rfc_ns", 90),
     ("rrd_ns", 150), ("wr_ns", 80), ("power_up_ns", 1000), ("refresh_ns", 4e6), ("cas2_ns", 15)])
 @pytest.mark.parametrize("clock_hz, capture_cycles, rate", [(100e6, 1, 1), (50e6, 2, 2)])
 def test_the_chip_notices_a_controller_that_promises_too_much(field, slower, clock_hz,
