@@ -1,6 +1,7 @@
 """The accelerator: engines, memories, router and control, wired together."""
 
 from collections.abc import Collection
+from itertools import pairwise
 
 from amaranth import Cat, Module, ResetInserter, Signal
 from amaranth.lib import wiring
@@ -20,6 +21,7 @@ from .norm import NormUnit
 from .ports import MemoryPort, RegisterPort
 from .router import Router
 from .sequencer import Sequencer, Tokens
+from .slices import sliced
 
 __all__ = ["Accelerator"]
 
@@ -71,14 +73,17 @@ class Accelerator(wiring.Component):
         m.submodules.store = store = StoreEngine(config)
         router = Router(config)
         control = ControlUnit(config)
-        # A run must not see the queues of the one before.
-        m.submodules.router = ResetInserter(control.start)(router)
+        # A run must not see the queues of the one before. Its instructions come many cycles later, so
+        # that there is time for the way to all registers.
+        begins = [control.start, Signal(), Signal()]
+        m.d.sync += [later.eq(sooner) for sooner, later in pairwise(begins)]
+        m.submodules.router = ResetInserter(begins[-1])(router)
         m.submodules.control = control
 
         self._memories(m, load, linear, attention, norm, store)
         connect(m, load.table_write, linear.table_write)
         connect(m, linear.route, router.setup)
-        connect(m, linear.logits, router.logits)
+        connect(m, sliced(m, "logits", linear.logits), router.logits)
         connect(m, linear.queue, router.queue)
         m.d.comb += linear.route_done.eq(router.done)
 
@@ -149,15 +154,19 @@ class Accelerator(wiring.Component):
             m.submodules[f"{name}_sequencer"] = sequencer
             sequencers.append(sequencer)
             connect(m, getattr(fetch, name), sequencer.queued)
-            connect(m, unit.engine, sequencer.engine)
+            # A sequencer and its engine may lie far apart: registers both ways.
+            connect(m, sliced(m, f"{name}_instruction", sequencer.engine.instruction),
+                    unit.engine.instruction)
+            m.d.sync += [getattr(sequencer.engine, flag).eq(getattr(unit.engine, flag))
+                         for flag in ("done", "busy", "stalled")]
             m.d.comb += [
                 sequencer.available.eq(tokens.available[engine]),
                 tokens.take[engine].eq(sequencer.take),
                 tokens.add[engine].eq(sequencer.give),
                 sequencer.empty.eq(empty),
                 sequencer.clear.eq(control.start | stuck),
-                control.busy[engine].eq(unit.engine.busy),
-                control.stalled[engine].eq(unit.engine.stalled),
+                control.busy[engine].eq(sequencer.engine.busy),
+                control.stalled[engine].eq(sequencer.engine.stalled),
                 control.waiting[engine].eq(sequencer.waiting),
             ]
             self._watch(m, self.events.engines[engine], sequencer, unit.engine)

@@ -106,23 +106,23 @@ class Fetch(wiring.Component):
         bus_bits, bits = 8 * self.config.bus_bytes, 8 * BYTES
         word, word_valid, word_taken = self._prefetch(m, running)
         window = Signal(max(bus_bits, bits))
-        have = Signal(range(max(bits // bus_bits, bus_bits // bits) + 1))
+        have, valid = Signal(range(max(bits // bus_bits, bus_bits // bits) + 1)), Signal()
         if bus_bits <= bits:  # `have` counts bus words of an instruction
-            valid = have == bits // bus_bits
             filled, emptied, used = have + 1, 0, window
+            fills = have == bits // bus_bits - 1
             joined = Cat(window, word)[bus_bits:]
         else:  # `have` counts instructions of a bus word
-            valid = have != 0
             filled, emptied, used = bus_bits // bits, have - 1, window >> bits
+            fills = 1
             joined = word
         # `taken`, which the queues decide late, implies `valid`, and enables nothing wide on the way
         # from buses narrower than an instruction.
         with m.If(word_valid & ~valid):
-            m.d.sync += [have.eq(filled), window.eq(joined)]
+            m.d.sync += [have.eq(filled), valid.eq(fills), window.eq(joined)]
         with m.Elif(taken):
-            m.d.sync += [have.eq(emptied), window.eq(used)]
+            m.d.sync += [have.eq(emptied), valid.eq(emptied != 0), window.eq(used)]
         with m.If(~running):  # never full, so that it swallows what is still to come
-            m.d.sync += have.eq(0)
+            m.d.sync += [have.eq(0), valid.eq(0)]
         m.d.comb += word_taken.eq(~valid)
         return window[:bits], running & valid
 

@@ -64,9 +64,16 @@ def locate(address: Value, banks: int, words: int) -> tuple[Value, Value]:
     upper, bank = address[low:low + (banks * pages - 1).bit_length()], Const(0, (banks - 1).bit_length())
     page = upper
     for number in range(1, banks):
-        past = upper >= number * pages
+        past = _at_least(upper, number * pages)
         bank, page = Mux(past, number, bank), Mux(past, upper - number * pages, page)
     return bank, Cat(address[:low], page[:(pages - 1).bit_length()])
+
+
+def _at_least(value: Value, bound: int) -> Value:
+    """``value >= bound``; of a few bits without a carry chain, which would start a path anew."""
+    if len(value) > 6:
+        return value >= bound
+    return value.matches(*range(bound, 1 << len(value)))
 
 
 def pieces(words: int) -> list[range]:

@@ -1,5 +1,7 @@
 """The array of dot products."""
 
+from itertools import pairwise
+
 from amaranth import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -63,15 +65,17 @@ class DotArray(wiring.Component):
         Results ``[row][word * lanes + i]``, one cycle after `row` and `word`.
     """
 
+    OPERANDS = READ_LATENCY + 1  # cycles from `work` to the multipliers' operands
+
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
         stages = _stages(config.depth)
         if config.narrow:
-            self.separate_at = (READ_LATENCY + SharedMultipliers.LATENCY
+            self.separate_at = (self.OPERANDS + SharedMultipliers.LATENCY
                                 + _stages(min(TERMS, config.depth)))
             stages = (_stages(min(TERMS, config.depth)) + 1
                       + _stages(-(-config.depth // TERMS)))
-        self.latency = READ_LATENCY + SharedMultipliers.LATENCY + stages + 1
+        self.latency = self.OPERANDS + SharedMultipliers.LATENCY + stages + 1
         words = (config.outputs // config.lanes) << config.narrow
         super().__init__({
             "tile": In(TileWrite(config)),
@@ -102,12 +106,15 @@ class DotArray(wiring.Component):
             flags.append(after)
         m.d.comb += self.load.eq(flags[-1].enable & flags[-1].last)
 
-        weights = data.View(data.ArrayLayout(8, outputs * depth), self.weights)
+        # A register on the way from the memories to the multipliers, which lie all over the device.
+        sent = Signal(len(self.weights), reset_less=True)
+        m.d.sync += sent.eq(self.weights)
+        weights = data.View(data.ArrayLayout(8, outputs * depth), sent)
         for i in range(outputs * depth):
             weight = Signal(operand, name=f"weight_{i}")
             m.d.comb += weight.eq(weights[i].as_signed())
             if config.narrow:
-                with m.If(flags[READ_LATENCY].narrow):
+                with m.If(flags[self.OPERANDS].narrow):
                     m.d.comb += weight.eq(_packed(weights[i]))
             m.d.comb += multiply.b[i].eq(weight)
         for token in range(tokens):
@@ -154,23 +161,22 @@ class DotArray(wiring.Component):
         return [_tree(m, list(half)) for half in zip(*sums)]
 
     def _tile_bank(self, m, token):
-        """One token's bank of the tile memory; its word is `READ_LATENCY` cycles after `work`."""
+        """One token's bank of the tile memory; its word is `OPERANDS` cycles after `work`."""
         shape = data.ArrayLayout(signed(8), self.config.depth)
         m.submodules[f"tile_{token}"] = memory = Memory(
             shape=shape, depth=2 * self.config.row_words, init=[])
         write, read = memory.write_port(), memory.read_port()
-        # Two registers behind: one for the memory's clock-to-output time, one for the way to the
-        # multipliers.
-        word = Signal(shape, reset_less=True, name=f"tile_word_{token}")
-        sent = Signal(shape, reset_less=True, name=f"tile_sent_{token}")
+        words = [Signal(shape, reset_less=True, name=f"tile_word_{token}_{i}")
+                 for i in range(self.OPERANDS - 2)]
         address = Signal.like(self.work.address, reset_less=True, name=f"tile_address_{token}")
         m.d.comb += [
             write.en.eq(self.tile.enable & (self.tile.bank == token)),
             write.addr.eq(self.tile.address), write.data.eq(self.tile.data),
             read.addr.eq(address),
         ]
-        m.d.sync += [address.eq(self.work.address), word.eq(read.data), sent.eq(word)]
-        return sent
+        m.d.sync += [address.eq(self.work.address), words[0].eq(read.data)]
+        m.d.sync += [after.eq(before) for before, after in pairwise(words)]
+        return words[-1]
 
 
 def _packed(byte):

@@ -105,12 +105,14 @@ class Issue(wiring.Component):
         # that the next one's results would meet in the drain registers.
         slack = Signal(range(-2 * most_steps, self.capacity + 1), init=self.capacity)
         late = Signal(range(most_steps))
+        some_ready, punctual = Signal(), Signal(init=1)  # ready is not 0, late is
+        settled_slack = Signal()  # slack == capacity, as of a cycle ago
         free = Signal()  # results of another output group may come
         m.d.comb += [
             self.work.enable.eq(issue), self.work.first.eq(word == 0),
             self.work.last.eq(last_word), self.work.address.eq(address),
-            free.eq((ready != 0) & (late == 0) & (slack >= 0) & (settled | ~last_group)
-                    & (~alone | (slack == self.capacity))),
+            free.eq(some_ready & punctual & (slack >= 0) & (settled | ~last_group)
+                    & (~alone | settled_slack)),
             issue.eq(active & (filled != 0) & (~last_word | free)),
             complete.eq(issue & last_word),
             self.release.eq(complete & last_group),
@@ -119,11 +121,13 @@ class Issue(wiring.Component):
             filled.eq(filled + self.filled - self.release),
             ready.eq(ready + self.ready - complete),
             slack.eq(slack + self.written - Mux(complete, steps, 0)),
+            some_ready.eq(self.ready | (ready > 1) | (some_ready & ~complete)),
+            settled_slack.eq((slack == self.capacity) & ~complete),
         ]
         with m.If(complete):
-            m.d.sync += [late.eq(steps - 1), alone.eq(0)]
-        with m.Elif((late != 0) & ~self.held):
-            m.d.sync += late.eq(late - 1)
+            m.d.sync += [late.eq(steps - 1), punctual.eq(steps == 1), alone.eq(0)]
+        with m.Elif(~punctual & ~self.held):
+            m.d.sync += [late.eq(late - 1), punctual.eq(late == 1)]
 
         base = Mux(half, config.row_words, 0)
         other_base = Mux(half, 0, config.row_words)

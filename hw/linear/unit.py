@@ -51,7 +51,7 @@ class LinearUnit(wiring.Component):
     ``RowAddresses.LATENCY + 5`` cycles (READ_LATENCY more if `queued`) before its first row is due.
     A single instruction of one word and group takes 2 cycles, and instructions are taken every 2
     cycles at best, after a `queued` one 5. Additions to the residual stream hold back the last
-    result of an instruction for another memory, by READ_LATENCY + 3 cycles unless `residual_write`
+    result of an instruction for another memory, by READ_LATENCY + 4 cycles unless `residual_write`
     refuses; the buffer takes that up unless write-back is the limit.
 
     Order: up to `IN_FLIGHT` instructions are at work at once, and end in order. Within a memory
@@ -61,8 +61,8 @@ class LinearUnit(wiring.Component):
 
     Latency: a lone instruction takes, from the cycle in which it is taken to that of `done`,
     besides the fetch of the first group, the products, and the write-back of the last output group,
-    `overhead` cycles, and more where asked for: 1 into the activation memory, ``READ_LATENCY + 2``
-    to accumulate, 3 for `queued`. With the router it is done in the cycle of `route_done`.
+    `overhead` cycles, and more where asked for: 1 into the activation or residual memory,
+    ``READ_LATENCY + 3`` to accumulate, 3 for `queued`. With the router it is done in the cycle of `route_done`.
 
     Stalls: every port may refuse for any time; a refused write stops the array only when the
     write-back buffer is full, and a refused fetch only when its group is due.

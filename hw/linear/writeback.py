@@ -66,6 +66,8 @@ class WriteBack(wiring.Component):
         m.submodules.places = places = SyncFIFO(width=len(self.place.as_value()), depth=self.depth)
         m.submodules.values = values = SyncFIFO(width=32 * lanes, depth=self.depth)
         m.submodules.update = update = ResidualUpdate(config)
+        m.submodules.updating = updating = RegisterSlice(update.updates.payload.shape())
+        connect(m, updating.output, update.updates)
         connect(m, update.read, flipped(self.residual_read))
         connect(m, update.write, flipped(self.residual_write))
 
@@ -95,10 +97,10 @@ class WriteBack(wiring.Component):
             arranged.input.p.end.eq(place.end),
             write.payload.eq(arranged.output.p.word), write.valid.eq(arranged.output.valid),
             arranged.output.ready.eq(write.ready),
-            update.updates.p.word.address.eq(place.address),
-            update.updates.p.word.data.eq(Cat(value[:16] for value in results)),
-            update.updates.p.word.mask.eq(place.mask),
-            update.updates.p.accumulate.eq(place.accumulate), update.updates.p.end.eq(place.end),
+            updating.input.p.word.address.eq(place.address),
+            updating.input.p.word.data.eq(Cat(value[:16] for value in results)),
+            updating.input.p.word.mask.eq(place.mask),
+            updating.input.p.accumulate.eq(place.accumulate), updating.input.p.end.eq(place.end),
             logits.p.row.eq(place.row), logits.p.channel.eq(place.channel),
             logits.p.logits.eq(results),
         ]
@@ -106,13 +108,13 @@ class WriteBack(wiring.Component):
         residual = self.residual_write.write
         with m.Switch(place.target):
             with m.Case(Target.ACTIVATION):
-                may = ~(place.end & update.busy)
+                may = ~(place.end & (updating.output.valid | update.busy))
                 m.d.comb += [arranged.input.valid.eq(valid & may),
                              taken.eq(may & arranged.input.ready)]
             with m.Case(Target.RESIDUAL):
                 may = ~(place.end & arranged.output.valid)
-                m.d.comb += [update.updates.valid.eq(valid & may),
-                             taken.eq(may & update.updates.ready)]
+                m.d.comb += [updating.input.valid.eq(valid & may),
+                             taken.eq(may & updating.input.ready)]
             with m.Case(Target.ROUTER):
                 m.d.comb += [logits.valid.eq(valid), taken.eq(logits.ready)]
         arrives = write.valid & write.ready

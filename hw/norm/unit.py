@@ -129,7 +129,9 @@ class NormUnit(wiring.Component):
         """Words with the scale of their row, later with their parameters, to results."""
         lanes = self.config.lanes
         m.submodules.normalise = normalise = Normalise(lanes)
-        latency = normalise.LATENCY + 1 + Requantise.LATENCY
+        # With a register on the way to the multipliers.
+        normalised = 1 + normalise.LATENCY
+        latency = normalised + 1 + Requantise.LATENCY
         m.submodules.results = queue = CreditQueue(results.payload.shape(), latency)
         wiring.connect(m, queue.output, results)
 
@@ -137,12 +139,12 @@ class NormUnit(wiring.Component):
         # is the last.
         enters = words.valid & scales.valid & params.valid & queue.room
         m.d.comb += [
-            normalise.advance.eq(1), normalise.values.eq(words.p.data),
-            normalise.scale.eq(scales.payload), queue.enters.eq(enters),
+            normalise.advance.eq(1), queue.enters.eq(enters),
             words.ready.eq(scales.valid & params.valid & queue.room),
             params.ready.eq(words.valid & scales.valid & queue.room),
             scales.ready.eq(words.valid & params.valid & queue.room & words.p.last),
         ]
+        m.d.sync += [normalise.values.eq(words.p.data), normalise.scale.eq(scales.payload)]
         tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1})
         tags = [Signal(tag, name=f"tag_{i}") for i in range(latency + 1)]
         m.d.comb += [tags[0].valid.eq(enters), tags[0].count.eq(words.p.count),
@@ -153,9 +155,9 @@ class NormUnit(wiring.Component):
 
         # The parameters wait beside the normalisation of their word.
         m.submodules.beside = beside = SyncFIFO(
-            width=len(params.p.data.as_value()), depth=1 << normalise.LATENCY.bit_length())
+            width=len(params.p.data.as_value()), depth=1 << normalised.bit_length())
         m.d.comb += [beside.w_data.eq(params.p.data), beside.w_en.eq(enters),
-                     beside.r_en.eq(tags[normalise.LATENCY].valid)]
+                     beside.r_en.eq(tags[normalised].valid)]
         meets = data.View(params.p.data.shape(), beside.r_data)
         for lane in range(lanes):
             m.submodules[f"requantise_{lane}"] = requantise = Requantise()

@@ -265,9 +265,9 @@ def test_packed_sums_at_their_limits(depth):
 MODES = {  # fields, and the cycles that they add
     "activation": ({"target": Target.ACTIVATION}, 1),
     "tabled": ({"target": Target.ACTIVATION, "tabled": 1, "table": TABLE}, 1),
-    "residual": ({"target": Target.RESIDUAL}, 0),
+    "residual": ({"target": Target.RESIDUAL}, 1),
     "expert": ({"target": Target.RESIDUAL, "accumulate": 1, "queued": 1, "gated": 1,
-                "scatter": 1, "expert": 3}, (READ_LATENCY + 2) + 3),
+                "scatter": 1, "expert": 3}, (READ_LATENCY + 3) + 3),
 }
 # Source words and output groups: many words; few; one, which does not hide the pipeline. Whether
 # the array or write-back is the limit differs from shape to shape and from group to group.
