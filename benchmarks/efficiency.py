@@ -80,7 +80,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
         if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
             narrow.add((name, fields.get("expert")))
         if instr.opcode in (Opcode.LOAD, Opcode.STORE):
-            size = config.bus_bytes * layout.beats(config, Memory(fields["memory"]), fields["words"])
+            size = config.bus_bytes * layout.transfer_beats(config, fields)
             block.bytes += size
             part = fields["address"]
             if instr.opcode is Opcode.LOAD and part.block.data is not None:
