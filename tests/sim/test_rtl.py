@@ -62,9 +62,9 @@ def test_gateware_equals_golden_equals_pytorch(name):
             "SDRAM": {"dram": SDRAM_16BIT}, "ideal, stalled": {"dram": IDEAL, "stall_seed": 1},
             "DDR, stalled": {"dram": DDR, "stall_seed": 2}}.items()}
     for seed, changes in enumerate((
-            {}, {"causal": True, "mode": NormMode.RMS, "gain": 4.0},
+            {}, {"causal": True, "mode": NormMode.RMS, "gain": 4.0, "bits": 4},
             {"tokens": 1, "depth": 3, "width": 1, "heads": 1, "hidden": 1, "experts": 1,
-             "chosen": 1})):
+             "chosen": 1, "bits": 2})):
         made, step, inputs = traced(config, seed, **changes)
         found = compare(made, step, devices, inputs)
         assert found.equal, str(found)
