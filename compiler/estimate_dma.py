@@ -190,7 +190,7 @@ class Loads:
             last = not left
             self.reads.ask(False, address, beats, pace, last,
                            lambda: self.clock.at(self.clock.now + 2, self._cut if last else ask),
-                           lambda _, taken: self._finish(taken + 3, done) if last else None)
+                           lambda _, taken: self._finish(taken + 2, done) if last else None)
         self.clock.at(first, ask)
 
     def _cut(self) -> None:

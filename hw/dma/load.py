@@ -1,6 +1,6 @@
 """DRAM to on-chip memory."""
 
-from amaranth import Cat, Module, Mux, Signal, Value
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
@@ -12,7 +12,7 @@ from ..ports import Burst
 from ..slices import RegisterSlice
 from .bursts import BurstSplitter
 from .geometry import geometries
-from .unpack import Unpacker
+from .unpack import Arrival, Unpacker
 
 __all__ = ["LoadEngine"]
 
@@ -71,10 +71,9 @@ class LoadEngine(wiring.Component):
         m.submodules.jobs = jobs = SyncFIFO(width=Job.as_shape().size, depth=JOBS)
         m.submodules.unpacker = unpacker = Unpacker(self.config)
         wiring.connect(m, wiring.flipped(self.read_data), unpacker.input)
-        # Never full: a transfer's words leave the unpacker before its job ends, and beside those that
-        # wait there is one job.
-        arrivals = SyncFIFO(width=Value.cast(splitter.arrivals.payload).shape().width, depth=JOBS + 1)
-        m.submodules.arrivals = arrivals
+        # Never full: the words of a transfer have left the unpacker when its job ends, and beside the
+        # jobs that wait there is one.
+        m.submodules.arrivals = arrivals = SyncFIFO(width=Arrival(self.config).size, depth=JOBS + 1)
         m.d.comb += [
             arrivals.w_en.eq(splitter.arrivals.valid), arrivals.w_data.eq(splitter.arrivals.payload),
             unpacker.arrivals.payload.eq(arrivals.r_data), unpacker.arrivals.valid.eq(arrivals.r_rdy),

@@ -28,7 +28,7 @@ class Unpacker(wiring.Component):
     A bus word of a transfer that is not packed passes as it is; a packed one becomes the 2 or 4 bus
     words whose signed bytes its fields are, of the transfer's last one as many as there are.
 
-    One bus word out per cycle, the first `LATENCY` cycles after its input. No path crosses: outputs,
+    One bus word out per cycle, the first `LATENCY` cycle after its input. No path crosses: `output`,
     and the ready of `input`, come from registers.
 
     Members
@@ -39,7 +39,7 @@ class Unpacker(wiring.Component):
     output : Out(stream.Signature(8 * bus_bytes))
     """
 
-    LATENCY = 2
+    LATENCY = 1
 
     def __init__(self, config: Config):
         self.config = config
@@ -53,30 +53,35 @@ class Unpacker(wiring.Component):
         wiring.connect(m, leaving.output, wiring.flipped(self.output))
 
         arrival, active = Signal(Arrival(self.config)), Signal()
+        nibbles, pairs = arrival.packed
+        step = Signal(2)  # fields of the word at `input` that are out
         last = Signal()  # one bus word of the transfer is left
-        word, full = Signal(8 * self.config.bus_bytes), Signal()
-        step = Signal(2)  # fields of `word` that have left it; the next one is at the bottom of bytes
-        final = Signal()
-        m.d.comb += [final.eq(1), leaving.input.payload.eq(word)]
-        for packed, bits in ((2, 2), (1, 4)):
-            with m.If(arrival.packed & packed):
-                m.d.comb += final.eq(step == 8 // bits - 1)
-                m.d.comb += [
-                    leaving.input.payload[8 * byte:][:8].eq(word[8 * byte:][:bits].as_signed())
+        final = Signal()  # the next field is the last that is needed of its word
+        word = self.input.payload
+        m.d.comb += leaving.input.payload.eq(word)
+        for packed, bits, field in ((pairs, 2, step), (nibbles, 4, step[0])):
+            with m.If(packed):
+                m.d.comb += [leaving.input.payload[8 * byte:][:8].eq(
+                    word[8 * byte:][:8].word_select(field, bits).as_signed())
                     for byte in range(self.config.bus_bytes)]
 
-        moved = active & full & leaving.input.ready
-        m.d.comb += [leaving.input.valid.eq(active & full),
-                     self.input.ready.eq(~full | (moved & (final | last)))]
-        with m.If(self.input.ready):
-            m.d.sync += [word.eq(self.input.payload), full.eq(self.input.valid), step.eq(0)]
-        with m.Elif(moved):
-            m.d.sync += [word.eq(Mux(arrival.packed[0], word >> 4, word >> 2)), step.eq(step + 1)]
-
+        moved = active & self.input.valid & leaving.input.ready
+        m.d.comb += [leaving.input.valid.eq(active & self.input.valid),
+                     self.input.ready.eq(leaving.input.ready & final)]
         with m.If(moved):
-            m.d.sync += [arrival.beats.eq(arrival.beats - 1), last.eq(arrival.beats == 2)]
+            one_left = arrival.beats == 2
+            before_final = ~final & (nibbles | (step == 2))
+            m.d.sync += [
+                arrival.beats.eq(arrival.beats - 1), last.eq(one_left),
+                step.eq(Mux(final, 0, step + 1)),
+                final.eq(one_left | before_final | ~arrival.packed.any()),
+            ]
         with m.If(~active | (moved & last)):
+            coming = self.arrivals.p
+            one = coming.beats == 1
             m.d.comb += self.arrivals.ready.eq(1)
-            m.d.sync += [arrival.eq(self.arrivals.payload), active.eq(self.arrivals.valid),
-                         last.eq(self.arrivals.p.beats == 1)]
+            m.d.sync += [
+                arrival.eq(coming), active.eq(self.arrivals.valid), last.eq(one), step.eq(0),
+                final.eq(self.arrivals.valid & (one | ~coming.packed.any())),
+            ]
         return m

@@ -34,9 +34,8 @@ MODELS = {
     "causal": {"tokens": 6, "depth": 7, "width": 5, "heads": 3, "hidden": 9, "causal": True,
                "mode": NormMode.RMS},
     "long": {"tokens": 15, "depth": 12, "width": 8, "heads": 1, "hidden": 20},
-    "of 4 bits": {"tokens": 12, "depth": 9, "width": 7, "heads": 2, "hidden": 18, "bits": 4},
-    "ternary": {"tokens": 9, "depth": 11, "width": 6, "heads": 2, "hidden": 25, "bits": 2},
 }
+MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2}}
 TOTAL, LAYER = 0.05, 0.10  # errors that we allow
 BOUNDARY = 0.01  # of the run, where one layer ends and the next begins
 INSTRUCTION_BURST = 256  # bytes; a few cycles decide before which layer's loads it goes
