@@ -96,7 +96,9 @@ class BurstSplitter(wiring.Component):
                 with m.If(taken.packed != 0):
                     m.next = "PACK"
             with m.State("PACK"):
-                m.d.sync += left.eq(Mux(taken.packed[0], ceil_divide(left, 2), ceil_divide(left, 4)))
+                pairs = taken.packed[0]  # not fours
+                filled = left + Mux(pairs, 1, 3)
+                m.d.sync += left.eq(Mux(pairs, filled >> 1, filled >> 2))
                 m.next = "CUT"
             with m.State("CUT"):
                 room = longest - beat[:low]
