@@ -4,6 +4,7 @@ beside NNgen, from results and `published.json`."""
 import json
 from pathlib import Path
 
+from configs import TARGETS
 from record import RESULTS, ROOT
 
 __all__ = ["PAGE", "page"]
@@ -53,9 +54,9 @@ def page() -> str:
     for name, label, run in runs:
         config = results[f"m3vit-{name}"]["config"]
         products = config["depth"] * (config["tokens"] * config["outputs"] + 2 * config["queries"])
-        narrow = any(block["narrow_macs"] for block in run["blocks"])
+        few = "".join(f", {layers} int{bits}" for layers, bits in TARGETS[run["target"]].bits.items())
         rows.append([f"moeware, {label}", f"{name} configuration", "RTL simulation",
-                     "int8" + (", experts int4" if narrow else ""), f"{run['clock_hz'] / 1e6:g}",
+                     "int8" + few, f"{run['clock_hz'] / 1e6:g}",
                      f"{run['milliseconds']:.3g}", f"{products:,}",
                      f"{run['macs'] / run['cycles'] / products:.1%}"])
     sources = "\n".join(f"- {entry['design']} on {entry['device']}: {entry['source']}."

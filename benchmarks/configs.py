@@ -38,9 +38,9 @@ _INT8 = (
                       max_rows=256, max_experts=16, max_chosen=2, queue=8),
         flight={"activation_words": 5632, "residual_words": 24832, "max_rows": 260}),
     # A head of 64 channels is 4 output groups, as many as tokens, so that fetching rows is hidden.
-    # Without narrow weights two tokens share a DSP48E2. Experts of 4 bits are stored in bytes then and
-    # gain nothing, but the largest array for them that fits, of 3 tokens, or of 4 with 8 queries, is
-    # slower by the compiler's estimate.
+    # Without narrow weights two tokens share a DSP48E2. Experts of 4 bits then save bytes on the bus and
+    # no products, but the largest array for narrow weights that fits, of 3 tokens, or of 4 with 8
+    # queries, is slower by the compiler's estimate.
     Target(
         name="zcu102", clock_hz=200e6, dram=DDR,
         text="ZCU102 size: DDR4 with 19.2 GB/s",

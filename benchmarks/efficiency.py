@@ -23,8 +23,8 @@ __all__ = ["Block", "blocks", "latency_efficiency", "throughput_efficiency"]
 class Block:
     """Work of one block of one run.
 
-    linear_macs, attention_macs : as routed; narrow_macs : those of `linear_macs` with weights of 4
-    bits, of which the unit makes two where it makes one else; bytes : that cross the bus, but for
+    linear_macs, attention_macs : as routed; narrow_macs : those of `linear_macs` with narrow weights,
+    of which the unit makes two where it makes one else; bytes : that cross the bus, but for
     instructions; bytes_spare : those of them that need not, and do not belong to the least times: of
     constants that crossed in the same block before, or of experts without tokens.
     """
@@ -60,7 +60,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
     found = _split(operations)
     place = {op.name: block for block in found for op in block.operations}
     queues = _Queues(operations, chosen)
-    narrow: set[tuple[str, int | None]] = set()  # operations, or with an expert, on 4-bit weights
+    narrow: set[tuple[str, int | None]] = set()  # operations, or with an expert
     loaded: set[tuple[int, int, int]] = set()  # constants, by the block that loads them
     needless: dict[int, int] = {}  # bytes of buffers that were loaded before it was known who needs them
     for instr in instructions:
@@ -80,7 +80,7 @@ def blocks(operations: list[q.Operation], instructions: Iterable, shapes: dict[s
         if instr.opcode is Opcode.LINEAR and fields.get("narrow"):
             narrow.add((name, fields.get("expert")))
         if instr.opcode in (Opcode.LOAD, Opcode.STORE):
-            size = config.bus_bytes * layout.beats(config, Memory(fields["memory"]), fields["words"])
+            size = config.bus_bytes * layout.transfer_beats(config, fields)
             block.bytes += size
             part = fields["address"]
             if instr.opcode is Opcode.LOAD and part.block.data is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moeware.compiler.estimate_costs import Attention, Linear, Norm
-from moeware.compiler.estimate_dma import Fetch, Loads, Reads, Stores, words_per_beat
+from moeware.compiler.estimate_dma import Fetch, Loads, Reads, Stores, cycles_per_beat
 from moeware.compiler.estimate_dram import Clock, Dram, DramCycles
 from moeware.hw.arch.isa import Engine
 from moeware.hw.arch.program import DeviceStep, Program
@@ -65,7 +65,7 @@ class _Machine:
         timeline = Timeline(self.config, self.works, self.start, self.done, self.waiting,
                             self.waited_for, np.zeros(len(self.works), np.int64),
                             int(self.done.max(initial=0)) + 3)
-        moved = np.array([work.beats * words_per_beat(self.config, work) if work.beats else 0
+        moved = np.array([work.beats * cycles_per_beat(self.config, work) if work.beats else 0
                           for work in self.works], np.int64)
         timeline.stalled = np.where(moved > 0, np.maximum(
             0, timeline.done - timeline.since - moved - JOB), 0)

@@ -10,7 +10,7 @@ from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.work import Work
 
-__all__ = ["Fetch", "Loads", "Reads", "Stores", "words_per_beat"]
+__all__ = ["Fetch", "Loads", "Reads", "Stores", "cycles_per_beat"]
 
 PAGE_BYTES, LONGEST = 4096, 64  # of bursts, beats
 FETCH_BYTES = 256  # of an instruction burst
@@ -33,9 +33,11 @@ def bursts(config: Config, address: int, beats: int) -> list[tuple[int, int]]:
     return found
 
 
-def words_per_beat(config: Config, work: Work) -> int:
-    """Cycles that a bus word takes on the side of the accelerator: one for each of its words."""
-    return max(1, config.bus_bytes // layout.word_bytes(config, Memory(work.instruction.memory)))
+def cycles_per_beat(config: Config, work: Work) -> int:
+    """Cycles that a bus word takes on the side of the accelerator: one for each of its words, or of
+    the bus words that it is unpacked to."""
+    memory, packed = work.instruction.memory, work.instruction.fields.get("packed", 0)
+    return max(1, config.bus_bytes // layout.word_bytes(config, Memory(memory))) << packed
 
 
 class Reads:
@@ -174,7 +176,8 @@ class Loads:
 
     def begin(self, work: Work, done: Callable[[int], None]) -> None:
         left = deque(bursts(self.config, work.instruction.address, work.beats))
-        pace = words_per_beat(self.config, work)
+        first = self.clock.now + (4 if work.instruction.packed else 3)
+        pace = cycles_per_beat(self.config, work)
         self._cutting = True
         self._jobs += 1
         if not left:
@@ -188,7 +191,7 @@ class Loads:
             self.reads.ask(False, address, beats, pace, last,
                            lambda: self.clock.at(self.clock.now + 2, self._cut if last else ask),
                            lambda _, taken: self._finish(taken + 2, done) if last else None)
-        self.clock.at(self.clock.now + 3, ask)
+        self.clock.at(first, ask)
 
     def _cut(self) -> None:
         self._cutting = False
@@ -220,7 +223,7 @@ class Stores:
         return not self._busy
 
     def begin(self, work: Work, done: Callable[[int], None]) -> None:
-        pace = words_per_beat(self.config, work)
+        pace = cycles_per_beat(self.config, work)
         now, latency = self.clock.now, self.dram.timing.write_latency
         self._busy = True
         left = bursts(self.config, work.instruction.address, work.beats)

@@ -40,4 +40,4 @@ def _cycles(instr: Instr, config: Config) -> int:
         case Opcode.NORM:
             return fields["rows"] * -(-fields["channels"] // config.lanes)
         case _:
-            return layout.beats(config, fields["memory"], fields["words"])
+            return layout.transfer_beats(config, fields)

@@ -181,7 +181,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     frames : that a run works on at once: weights cross the bus once for all of them, and attention
         of one is at work beside the products of another. Its latency is that of all.
     bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
-        ``{"experts": 4}`` halves what experts weigh.
+        ``{"experts": 4}`` halves the bytes that experts' weights move.
     choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
         of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
         one of them; they share all constants that are equal. Samples are calibrated with each.

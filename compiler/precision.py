@@ -7,8 +7,8 @@ from moeware.compiler.errors import CompileError
 
 __all__ = ["WEIGHT_BITS", "Precision"]
 
-# Of a weight, and the largest integer there is: -n ... n. Ternary weights are held like those of 4
-# bits.
+# Of a weight, and the largest integer there is: -n ... n. With `Config.narrow`, ternary weights are
+# held like those of 4 bits.
 WEIGHT_BITS = {8: 127, 4: 7, 2: 1}
 KINDS = ("linear", "experts")
 

@@ -69,9 +69,9 @@ def _passed_on(lowered: Lowered, config: Config) -> dict[Block, int]:
 def _accesses(instr: Instr, config: Config):
     """What an instruction touches: memory or block, words, and whether it writes them."""
     if instr.opcode in (Opcode.LOAD, Opcode.STORE):
-        part, fields = instr.fields["address"], instr.fields
+        part = instr.fields["address"]
         first = part.offset // config.bus_bytes
-        beats = layout.beats(config, fields["memory"], fields["words"])
+        beats = layout.transfer_beats(config, instr.fields)
         yield part.block, slice(first, first + beats), instr.opcode is Opcode.STORE
     for spans, writes in ((instr.reads, False), (instr.writes, True)):
         for span in spans:

@@ -113,10 +113,13 @@ class Machine:
         if not i.words:
             return
         memory = self._memory(i.memory)
-        size = layout.beats(self.config, Memory(i.memory), i.words) * self.config.bus_bytes
+        if i.packed > (2 if i.memory == Memory.WEIGHT else 0):
+            raise ValueError("LOAD.packed must be 0, 1 or 2 for WEIGHT and 0 for other memories, not "
+                             f"{i.packed} for {Memory(i.memory).name}")
+        size = layout.transfer_beats(self.config, i.fields) * self.config.bus_bytes
         image = self.dram[i.address:i.address + size].tobytes()
         memory[self._words(memory, i.local, i.words)] = layout.unpack(
-            self.config, Memory(i.memory), image, i.words)
+            self.config, Memory(i.memory), image, i.words, i.packed)
 
     def _store(self, i: Instruction) -> None:
         memory = self._memory(i.memory)

@@ -9,7 +9,7 @@ import pytest
 
 from moeware.compiler.lowered import Instr
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Opcode
+from moeware.hw.arch.isa import Memory, Opcode
 
 from .compiler.lowering import lower, transformer
 
@@ -103,6 +103,18 @@ def test_narrow_products_take_half_the_time(lowered):
     assert narrow[3].narrow_macs == 14 * 2 * 8 * 12 and not plain[3].narrow_macs
     saved = (plain[3].cycles(CONFIG, 1)["linear"] - narrow[3].cycles(CONFIG, 1)["linear"])
     assert saved == narrow[3].narrow_macs / 2 / CONFIG.linear_macs
+
+
+def test_packed_weights_cross_the_bus_as_fewer_bytes(lowered):
+    """A weight word takes two bus words, packed one."""
+    graph = transformer(0, tokens=6, depth=8, width=4, heads=2, hidden=12, experts=4, chosen=2, bits=4)
+    packed = work((graph, lower(graph, CONFIG, trace=False)))
+    weights = [i for i in lowered[1].instructions if i.opcode is Opcode.LOAD
+               and i.fields["memory"] == Memory.WEIGHT and "/expert" in i.layer[1:]]
+    bus_words = [2 * i.fields["words"] for i in weights]
+    assert work(lowered)[3].bytes - packed[3].bytes == 8 * sum(
+        words - -(-words // 2) for words in bus_words) == 4 * sum(bus_words)
+    assert not packed[3].narrow_macs
 
 
 def test_products_grow_with_frames_in_flight(lowered):

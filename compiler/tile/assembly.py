@@ -48,12 +48,13 @@ class Assembly:
     # Transfers
 
     def load(self, target: Span, block: Block, layer: str, *, expert: int | None = None,
-             offset: int = 0) -> None:
-        """A contiguous span from a block; for an expert only if it has tokens."""
+             offset: int = 0, packed: int = 0) -> None:
+        """A contiguous span from a block; for an expert only if it has tokens. packed : of LOAD."""
         condition = {} if expert is None else {"conditional": 1, "expert": expert,
                                                "queue_read": True}
         self.emit(Opcode.LOAD, layer, writes=[target], memory=target.buffer.memory, local=target,
-                  words=target.end - target.start, address=block[offset], **condition)
+                  words=target.end - target.start, address=block[offset], packed=packed,
+                  **condition)
 
     def load_later(self, target: Span, block: Block, layer: str, *, offset: int = 0) -> None:
         """A load that is emitted when a first instruction reads from it."""
@@ -79,14 +80,14 @@ class Assembly:
                 self.store(span, block, layer, offset=each * size + offset)
 
     def constant(self, name: str, memory: Memory, words: np.ndarray, layer: str,
-                 expert: int | None = None) -> Span:
+                 expert: int | None = None, packed: int = 0) -> Span:
         """A buffer that is loaded with words, uint8 [words, word_bytes]. A name stands for the same
-        words every time."""
+        words every time. packed : of LOAD."""
         if name not in self._blocks:
-            image = layout.pack(self.config, memory, words)
+            image = layout.pack(self.config, memory, words, packed)
             self._blocks[name] = Block(name, len(image), image)
         span = Buffer(name, memory, len(words))[0]
-        self.load(span, self._blocks[name], layer, expert=expert)
+        self.load(span, self._blocks[name], layer, expert=expert, packed=packed)
         return span
 
     def table(self, table: np.ndarray | None, layer: str) -> tuple[dict, list[Span]]:
@@ -103,6 +104,10 @@ class Assembly:
     def narrow(self, bits: int) -> bool:
         """Whether weights of so many bits go two to a multiplier."""
         return bits <= 4 and bool(self.config.narrow)
+
+    def packed(self, bits: int) -> int:
+        """LOAD.packed of weights of so many bits: narrow ones share bytes on chip, too."""
+        return 0 if bits > 4 or self.narrow(bits) else 1 if bits > 2 else 2
 
     def product(self, *arguments, **fields) -> None:
         """All of `product_tiles`."""
@@ -126,7 +131,8 @@ class Assembly:
         def load(start: int, stop: int) -> tuple[int, int, Span, Span]:
             tile = f"{name or layer}/{start}"
             weights = self.constant(f"{tile}/weight", Memory.WEIGHT,
-                                    weight_words(c, weight[start:stop], narrow), layer, expert)
+                                    weight_words(c, weight[start:stop], narrow), layer, expert,
+                                    self.packed(bits))
             params = layout.pack_params(c, affine.bias[start:stop], affine.multiplier[start:stop],
                                         affine.shift[start:stop])
             return start, stop, weights, self.constant(f"{tile}/param", Memory.PARAM, params, layer,

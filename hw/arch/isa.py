@@ -86,7 +86,10 @@ class NormMode(enum.IntEnum):
 HEADER = (("opcode", 3), ("wait", 5), ("signal", 5), ("conditional", 1), ("expert", 8))
 
 FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
-    Opcode.LOAD: (("memory", 3), ("local", 20), ("words", 20), ("address", 32)),
+    Opcode.LOAD: (
+        ("memory", 3), ("local", 20), ("words", 20), ("address", 32),
+        ("packed", 2),  # WEIGHT only: values of 8 (0), 4 (1) or 2 bits (2) in DRAM, see `layout`
+    ),
     Opcode.STORE: (("memory", 3), ("local", 20), ("words", 20), ("address", 32)),
     Opcode.LINEAR: (
         ("rows", 13),  # token rows; the length of queue `expert` takes its place with `gather` or

@@ -67,8 +67,9 @@ class Constant(Operation):
 class Linear(Operation):
     """Activation ``table[source @ weight.T scaled by affine]``.
 
-    weight : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and 7;
-    table : int8 [256], indexed by the result as an unsigned byte, or None.
+    weight : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and 7, or
+    2 where all are between -1 and 1; table : int8 [256], indexed by the result as an unsigned byte,
+    or None.
     """
 
     source: str

@@ -92,7 +92,7 @@ def _work(config: Config, i: Instruction, layer: str, queues: np.ndarray) -> Wor
     if i.conditional and not length:
         return Work(i, layer, skipped=True)
     if i.opcode in (Opcode.LOAD, Opcode.STORE):
-        return Work(i, layer, beats=layout.beats(config, isa.Memory(i.memory), i.words))
+        return Work(i, layer, beats=layout.transfer_beats(config, i.fields))
     if i.opcode is Opcode.LINEAR:
         rows = length if i.queued else i.rows
         outputs = config.outputs * (2 if i.narrow else 1)

@@ -8,12 +8,12 @@ from ..arch.config import Config
 from ..arch.isa import Memory
 from ..ports import Burst
 from .geometry import geometries
+from .unpack import Arrival
 
 __all__ = ["BurstSplitter", "Transfer", "ceil_divide", "longest_burst"]
 
 PAGE_BYTES = 4096  # no burst crosses a multiple of it
 LONGEST = 64  # beats: long enough to hide a command's cost, short enough to share the bus
-WORD_BITS = 20  # of a count of memory words
 
 
 def longest_burst(config: Config) -> int:
@@ -33,11 +33,12 @@ def ceil_divide(value: Value, divisor: int) -> Value:
 
 
 class Transfer(data.Struct):
-    """Words of one memory that lie in DRAM from `address` (bytes) on."""
+    """Words of one memory that lie in DRAM from `address` (bytes) on, perhaps packed (LOAD.packed)."""
 
     memory: 3
     words: 20
     address: 32
+    packed: 2
 
 
 class BurstSplitter(wiring.Component):
@@ -45,20 +46,24 @@ class BurstSplitter(wiring.Component):
 
     Bursts end at multiples of the longest burst, so only the first and the last are short and none
     crosses a page. The first burst comes three cycles after its transfer, then one every other
-    cycle, which is faster than any bus takes full ones. A transfer without words has no bursts.
+    cycle, which is faster than any bus takes full ones; those of a packed transfer come a cycle later.
+    A transfer without words has no bursts.
 
     Members
     -------
     transfer : In(stream.Signature(Transfer))
         Taken when the bursts of the last one are out.
     bursts : Out(stream.Signature(Burst))
+    arrivals : Out(stream.Signature(Arrival(config), always_ready=True))
+        Of each transfer with words, before its first burst.
     """
 
-    transfer: In(stream.Signature(Transfer))
-    bursts: Out(stream.Signature(Burst))
-
     def __init__(self, config: Config, memories: list[Memory]):
-        super().__init__()
+        super().__init__({
+            "transfer": In(stream.Signature(Transfer)),
+            "bursts": Out(stream.Signature(Burst)),
+            "arrivals": Out(stream.Signature(Arrival(config), always_ready=True)),
+        })
         self.config, self.memories = config, memories
 
     def elaborate(self, platform):
@@ -71,6 +76,8 @@ class BurstSplitter(wiring.Component):
         left = Signal(32 - shift + 1)
         length = Signal(low + 1)
 
+        m.d.comb += [self.arrivals.p.packed.eq(taken.packed), self.arrivals.p.beats.eq(left)]
+        m.d.sync += self.arrivals.valid.eq(0)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.transfer.ready.eq(1)
@@ -78,12 +85,20 @@ class BurstSplitter(wiring.Component):
                 with m.If(self.transfer.valid):
                     m.next = "COUNT"
             with m.State("COUNT"):
-                m.d.sync += beat.eq(taken.address >> shift)
+                m.d.sync += [beat.eq(taken.address >> shift),
+                             self.arrivals.valid.eq(taken.words != 0)]
                 with m.Switch(taken.memory):
                     for memory, geometry in geometries(self.config, self.memories).items():
                         with m.Case(memory):
                             m.d.sync += left.eq(ceil_divide(taken.words, geometry.per_beat)
                                                 * geometry.beats_each)
+                m.next = "CUT"
+                with m.If(taken.packed != 0):
+                    m.next = "PACK"
+            with m.State("PACK"):
+                pairs = taken.packed[0]  # not fours
+                filled = left + Mux(pairs, 1, 3)
+                m.d.sync += left.eq(Mux(pairs, filled >> 1, filled >> 2))
                 m.next = "CUT"
             with m.State("CUT"):
                 room = longest - beat[:low]

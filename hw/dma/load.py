@@ -12,6 +12,7 @@ from ..ports import Burst
 from ..slices import RegisterSlice
 from .bursts import BurstSplitter
 from .geometry import geometries
+from .unpack import Arrival, Unpacker
 
 __all__ = ["LoadEngine"]
 
@@ -28,10 +29,12 @@ class Job(data.Struct):
 
 
 class LoadEngine(wiring.Component):
-    """Executes LOAD: reads bus words and writes them, repacked, to the memory that is named.
+    """Executes LOAD: reads bus words and writes them, unpacked and repacked, to the memory that is
+    named.
 
     Takes one bus word per cycle where a bus word is at most one memory word, else one memory word
-    per cycle, as long as the memory accepts its writes; a refused write holds the bus words back.
+    per cycle, as long as the memory accepts its writes; a packed bus word counts as those that it is
+    unpacked to. A refused write holds the bus words back.
     Requests of up to `JOBS` further instructions are sent meanwhile, so that the bus never idles
     between two. `done` comes one cycle after the last write; the next instruction's words follow at
     once, or two cycles later where the memory has other writers and writes go through a register.
@@ -66,6 +69,16 @@ class LoadEngine(wiring.Component):
         m.submodules.splitter = splitter = BurstSplitter(self.config, list(Memory))
         wiring.connect(m, splitter.bursts, wiring.flipped(self.read_command))
         m.submodules.jobs = jobs = SyncFIFO(width=Job.as_shape().size, depth=JOBS)
+        m.submodules.unpacker = unpacker = Unpacker(self.config)
+        wiring.connect(m, wiring.flipped(self.read_data), unpacker.input)
+        # Never full: the words of a transfer have left the unpacker when its job ends, and beside the
+        # jobs that wait there is one.
+        m.submodules.arrivals = arrivals = SyncFIFO(width=Arrival(self.config).size, depth=JOBS + 1)
+        m.d.comb += [
+            arrivals.w_en.eq(splitter.arrivals.valid), arrivals.w_data.eq(splitter.arrivals.payload),
+            unpacker.arrivals.payload.eq(arrivals.r_data), unpacker.arrivals.valid.eq(arrivals.r_rdy),
+            arrivals.r_en.eq(unpacker.arrivals.ready),
+        ]
 
         instruction = self.engine.instruction
         transfer = splitter.transfer
@@ -75,6 +88,7 @@ class LoadEngine(wiring.Component):
             transfer.p.memory.eq(instruction.p.memory),
             transfer.p.words.eq(instruction.p.words),
             transfer.p.address.eq(instruction.p.address),
+            transfer.p.packed.eq(instruction.p.packed),
             jobs.w_en.eq(instruction.valid & transfer.ready),
             jobs.w_data.eq(Cat(instruction.p.memory, instruction.p.local, instruction.p.words)),
         ]
@@ -88,7 +102,7 @@ class LoadEngine(wiring.Component):
             m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy),
                          some.eq(Job(jobs.r_data).words != 0), one.eq(Job(jobs.r_data).words == 1)]
         streams, waits = self._streams(m)
-        wrote, used = self._repack(m, job, active & some, one, streams)
+        wrote, used = self._repack(m, job, active & some, one, unpacker.output, streams)
         with m.If(wrote):
             m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1),
                          some.eq(~one), one.eq(job.words == 2)]
@@ -105,14 +119,10 @@ class LoadEngine(wiring.Component):
                      self.engine.stalled.eq(active & ~finished & ~used)]
         return m
 
-    def _repack(self, m, job, active, one, streams):
+    def _repack(self, m, job, active, one, arriving, streams):
         """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
-        # What becomes of a word must not be known on the far side of the bus in the same cycle.
-        m.submodules.arriving = arriving = RegisterSlice(bus_bits)
-        wiring.connect(m, wiring.flipped(self.read_data), arriving.input)
-        arriving = arriving.output
         beat = Signal(bus_bits)
         beat_valid = Signal()
         part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))

@@ -17,10 +17,10 @@ __all__ = ["lower", "program", "transformer"]
 
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
-                experts: int, chosen: int, causal: bool = False, gain: float = 1.0,
+                experts: int, chosen: int, causal: bool = False, gain: float = 1.0, bits: int = 8,
                 mode: NormMode = NormMode.LAYER) -> Graph:
     """Patches and a class token, a dense and a routed block, the class token's and the mean head."""
-    graph = Graph(seed, gain=gain)
+    graph = Graph(seed, gain=gain, bits=bits)
     size = heads * width
     patches = graph.input(tokens, depth)
     x = graph.add_linear(patches, graph.constant(tokens + 1, size), size, first_row=1)

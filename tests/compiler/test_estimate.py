@@ -35,6 +35,7 @@ MODELS = {
                "mode": NormMode.RMS},
     "long": {"tokens": 15, "depth": 12, "width": 8, "heads": 1, "hidden": 20},
 }
+MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2}}
 TOTAL, LAYER = 0.05, 0.10  # errors that we allow
 BOUNDARY = 0.01  # of the run, where one layer ends and the next begins
 INSTRUCTION_BURST = 256  # bytes; a few cycles decide before which layer's loads it goes

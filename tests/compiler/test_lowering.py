@@ -1,5 +1,7 @@
 """Lowered programs do what the quantised graph says: on every configuration, in every legal order."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,8 @@ from moeware.compiler.lowered import Lowered
 from moeware.compiler.tile import PLANS
 from moeware.compiler.verify import verify_addresses
 from moeware.hw.arch import isa
-from moeware.hw.arch.isa import Memory, NormMode, Opcode
+from moeware.hw.arch.isa import Engine, Memory, NormMode, Opcode
+from moeware.hw.arch.work import works
 from moeware.sim.golden import GoldenDevice, Machine
 
 from ..hw.arch.configs import CONFIGS, config
@@ -21,6 +24,8 @@ SIZES = {
     "wide": dict(tokens=16, depth=24, width=16, heads=3, hidden=70, experts=16, chosen=4,
                  causal=True, mode=NormMode.RMS),
     "loud": dict(tokens=5, depth=6, width=5, heads=2, hidden=8, experts=3, chosen=3, gain=6.0),
+    "of 4 bits": dict(tokens=7, depth=5, width=3, heads=4, hidden=9, experts=5, chosen=2, bits=4),
+    "ternary": dict(tokens=6, depth=7, width=6, heads=2, hidden=21, experts=4, chosen=1, bits=2),
 }
 
 
@@ -38,6 +43,39 @@ def test_golden_device_computes_the_quantised_graph(config, size):
     for op in graph.operations:
         if op.output in probed:
             np.testing.assert_array_equal(found[op.output], expected[op.output], err_msg=op.output)
+
+
+def weight_loads(config, bits: int):
+    """Work of the loads of a program's weights: those of the gate, the others."""
+    graph = transformer(3, **SIZES["wide"], bits=bits)
+    gate = next(op.name for op in graph.operations if type(op).__name__ == "Route")
+    compiled = program(graph, config, trace=False)
+    loads = [work for work in works(compiled, compiled.steps[0])
+             if work.engine is Engine.LOAD and work.instruction.memory == Memory.WEIGHT]
+    return [[work for work in loads if (work.layer == gate) == which] for which in (True, False)]
+
+
+@pytest.mark.parametrize("bits, packed", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
+def test_weights_of_few_bits_take_a_share_of_the_bus(config, bits, packed):
+    (gate, others), (same, whole) = weight_loads(config, bits), weight_loads(config, 8)
+    assert {work.instruction.packed for work in others} == {packed}
+    assert not any(work.instruction.packed for work in gate + same + whole)
+    assert [work.beats for work in gate] == [work.beats for work in same]
+    assert [work.instruction.words for work in others] == [work.instruction.words for work in whole]
+    assert [work.beats for work in others] == [-(-work.beats // 2 ** packed) for work in whole]
+    sums = [sum(work.beats for work in loads) for loads in (others, whole)]
+    assert 1 / 2 ** packed <= sums[0] / sums[1] < 1.02 / 2 ** packed
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_narrow_weights_share_their_bytes_on_chip_too(bits):
+    narrow = dataclasses.replace(CONFIGS[0], narrow=1)
+    _, others = weight_loads(narrow, bits)
+    assert not any(work.instruction.packed for work in others)
+    whole = weight_loads(narrow, 8)[1]
+    assert sum(work.instruction.words for work in others) < 0.6 * sum(
+        work.instruction.words for work in whole)
 
 
 def test_small_memories_cut_products_into_tiles():

@@ -1,12 +1,16 @@
 """Exported models to programs: exact against the quantised graph, close to the float model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from torch import nn
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.pipeline import STAGES, compile_model
+from moeware.hw.arch.isa import Engine, Memory
 from moeware.hw.arch.program import DeviceStep
+from moeware.hw.arch.work import works
 from moeware.sim.golden import GoldenDevice
 
 from ..hw.arch.configs import CONFIGS
@@ -56,6 +60,24 @@ def test_programs_are_exact_and_close_to_float(files, name, config):
     # a lost bias or a missing layer gives 50 % and more.
     error = np.sqrt(np.square(logits - real).mean()) / real.std()
     assert error < 0.15, error
+
+
+@pytest.mark.parametrize("narrow", [0, 1])
+@pytest.mark.parametrize("bits, packed", [(4, 1), (2, 2)])
+def test_experts_of_few_bits_are_exact(files, bits, packed, narrow):
+    config = dataclasses.replace(CONFIGS[0], narrow=narrow)
+    program = compile_model(files("separate-loop"), config, CALIBRATION, bits={"experts": bits})
+    step, = program.steps
+    inputs = {port.tensor: port.quantise(exports.example(3, seed=2)).astype(np.int64)
+              for port in step.inputs}
+    found = GoldenDevice().run(program, step, inputs)
+    expected = evaluate(step.operations, inputs)
+    for port in step.outputs:
+        np.testing.assert_array_equal(found[port.tensor], expected[port.tensor])
+    loads = {(work.instruction.packed, "/expert" in work.layer[1:])
+             for work in works(program, step) if work.engine is Engine.LOAD
+             and work.instruction.memory == Memory.WEIGHT}
+    assert loads == {(0, False), (0 if narrow else packed, True)}
 
 
 def test_stages_can_be_dumped_and_resumed(files, tmp_path):

@@ -42,7 +42,8 @@ def name(config):
 
 
 def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
-    """Runs LOADs (memory, local, address, rows of words); returns what was written, by memory."""
+    """Runs LOADs (memory, local, address, rows of words, packed); returns what was written, by
+    memory."""
     dut = LoadEngine(config)
     dram = Dram(config.bus_bytes, latency=latency, stall=stall, seed=seed)
     draw = random.Random(seed)
@@ -53,17 +54,17 @@ def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
     cells = {Memory.ACTIVATION: config.depth, Memory.RESIDUAL: config.lanes, Memory.WEIGHT: 1,
              Memory.PARAM: 1}
     written = {memory: {} for memory in Memory}
-    for memory, _, address, words in jobs:
-        image = pack(config, memory, words)
+    for memory, _, address, words, packed in jobs:
+        image = pack(config, memory, words, packed)
         dram.image[address:address + len(image)] = image
 
     async def issue(ctx):
         await put_all(ctx, dut.engine.instruction, [
-            {"memory": memory, "local": local, "words": len(words), "address": address}
-            for memory, local, address, words in jobs])
+            {"memory": memory, "local": local, "words": len(words), "address": address,
+             "packed": packed} for memory, local, address, words, packed in jobs])
 
     async def await_done(ctx):
-        for memory, local, _, words in jobs:
+        for memory, local, _, words, _ in jobs:
             await ctx.tick().until(dut.engine.done)
             assert all(local + i in written[memory] for i in range(len(words))), "done too early"
         await ctx.tick()
@@ -89,9 +90,11 @@ def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
     return written, dram
 
 
-def words_of(config, memory, count, seed):
+def words_of(config, memory, count, seed, packed=0):
+    """Random words, of bytes that can be packed."""
     shape = count, word_bytes(config, memory)
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    reach = 128 >> (8 - (8 >> packed))
+    return np.random.default_rng(seed).integers(-reach, reach, shape, np.int8).view(np.uint8)
 
 
 def as_dict(local, words):
@@ -104,20 +107,42 @@ def test_load_follows_the_layout(config, latency, stall, refuse):
     jobs, address = [], 0x40
     for i, memory in enumerate([*Memory, *Memory]):
         words = words_of(config, memory, [5, 7, 3, 4, 13, 1, 6, 2, 1, 33][i], seed=i)
-        jobs.append((memory, 17 * i, address, words))
+        jobs.append((memory, 17 * i, address, words, 0))
         address += -(-len(pack(config, memory, words)) // 64) * 64
-    written, dram = run_load(config, jobs, latency=latency, stall=stall, refuse=refuse, seed=3)
+    check_load(config, jobs, latency=latency, stall=stall, refuse=refuse, seed=3)
+
+
+def check_load(config, jobs, **conditions):
+    written, dram = run_load(config, jobs, **conditions)
     for memory in Memory:
         expected = {}
-        for _, local, _, words in (job for job in jobs if job[0] == memory):
+        for _, local, _, words, _ in (job for job in jobs if job[0] == memory):
             expected |= as_dict(local, words)
         assert written[memory] == expected, memory
     assert sum(count for _, count in dram.reads) == sum(
-        beats(config, memory, len(words)) for memory, _, _, words in jobs)
+        beats(config, memory, len(words), packed) for memory, _, _, words, packed in jobs)
 
 
-def test_load_keeps_the_bus_busy():
-    """Two LOADs of wide words: a bus word in every cycle, but for one cycle between them."""
+@pytest.mark.parametrize("config", SHAPES, ids=name)
+@pytest.mark.parametrize("latency, stall, refuse", [(0, 0, 0), (9, 0.3, 0), (0, 0, 0.4), (9, 0.3, 0.4)])
+def test_load_unpacks_weights(config, latency, stall, refuse):
+    """Packed in all ways in turn, between words of other memories, and no words at all; last bus words
+    that are used in full and in part."""
+    jobs, address = [], 0x80
+    kinds = [(Memory.WEIGHT, 1), (Memory.WEIGHT, 2), (Memory.WEIGHT, 0), (Memory.PARAM, 0),
+             (Memory.WEIGHT, 2), (Memory.ACTIVATION, 0), (Memory.WEIGHT, 1), (Memory.WEIGHT, 1)]
+    for i, count in enumerate([1, 1, 1, 3, 2, 5, 7, 0, 3, 5, 2, 0, 0, 4, 33, 64, 1, 6]):
+        memory, packed = kinds[i % len(kinds)]
+        words = words_of(config, memory, count, i, packed)
+        jobs.append((memory, 70 * i, address, words, packed))
+        address += -(-len(pack(config, memory, words, packed)) // 64) * 64
+    check_load(config, jobs, latency=latency, stall=stall, refuse=refuse, seed=5)
+
+
+@pytest.mark.parametrize("packed", [0, 1, 2])
+def test_load_keeps_the_bus_busy(packed):
+    """Two LOADs of wide words: a bus word in every cycle, but for one cycle between them, or a packed
+    one in as many cycles as it has words."""
     subject = config(outputs=4, depth=4, lanes=4, bus_bytes=4)
     dut = LoadEngine(subject)
     dram = Dram(4, latency=20)
@@ -126,12 +151,12 @@ def test_load_keeps_the_bus_busy():
     async def issue(ctx):
         ctx.set(dut.weight_write.write.ready, 1)
         await put_all(ctx, dut.engine.instruction, [
-            {"memory": Memory.WEIGHT, "local": 0, "words": 40, "address": 64 + 640 * i}
+            {"memory": Memory.WEIGHT, "local": 0, "words": 40, "address": 1024 * i, "packed": packed}
             for i in range(2)])
 
     async def watch(ctx):
         cycle = 0
-        while len(taken) < 320:
+        while len(taken) < 320 >> packed:
             *_, valid, ready = await ctx.tick().sample(dut.read_data.valid, dut.read_data.ready)
             if valid and ready:
                 taken.append(cycle)
@@ -142,7 +167,8 @@ def test_load_keeps_the_bus_busy():
 
     simulate_beside(dut, [issue, watch], [reads])
     assert taken[-1] - taken[0] <= 320 + 1
-    assert max(count for _, count in dram.reads) == 64
+    assert sum(count for _, count in dram.reads) == 320 >> packed
+    assert max(count for _, count in dram.reads) == min(64, 160 >> packed)
 
 
 def run_store(config, jobs, *, latency, stall, seed, refuse=0.0):
@@ -206,9 +232,10 @@ def test_store_follows_the_layout(config, latency, stall, refuse):
 @pytest.mark.parametrize("dut", [LoadEngine, StoreEngine])
 def test_zero_words_do_nothing(dut):
     if dut is LoadEngine:
-        jobs = [(Memory.WEIGHT, 0, 64, np.zeros((0, 16), np.uint8)),
-                (Memory.PARAM, 2, 128, words_of(config(), Memory.PARAM, 3, 1)),
-                (Memory.TABLE, 0, 64, np.zeros((0, 1), np.uint8))]
+        nothing = np.zeros((0, 16), np.uint8)
+        jobs = [*((Memory.WEIGHT, 0, 64, nothing, packed) for packed in (0, 1, 2)),
+                (Memory.PARAM, 2, 128, words_of(config(), Memory.PARAM, 3, 1), 0),
+                (Memory.TABLE, 0, 64, nothing[:, :1], 0)]
         written, dram = run_load(config(), jobs, latency=2, stall=0, seed=0)
         assert written[Memory.WEIGHT] == {} and len(written[Memory.PARAM]) == 3
         assert len(dram.reads) == 1

@@ -3,6 +3,7 @@ and random graphs to compare devices on."""
 
 import numpy as np
 
+from moeware.compiler.precision import WEIGHT_BITS
 from moeware.hw.arch import numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory, NormMode
@@ -121,12 +122,13 @@ _OPERATIONS = {Constant: _constant, Linear: _linear, AddLinear: _add_linear, Nor
 class Graph:
     """Builds a quantised graph with random constants; each method returns its output's name.
 
-    gain : how far results exceed the range that they are scaled to: 1 uses it well, 4 saturates.
+    gain : how far results exceed the range that they are scaled to: 1 uses it well, 4 saturates;
+    bits : of the weights of products, 8, 4 or 2, those of gates left out.
     """
 
-    def __init__(self, seed: int, *, gain: float = 1.0):
+    def __init__(self, seed: int, *, gain: float = 1.0, bits: int = 8):
         self.random = np.random.default_rng(seed)
-        self.gain = gain
+        self.gain, self.bits = gain, bits
         self.operations: list = []
         self.shapes: dict[str, tuple[int, int]] = {}
         self.sources: dict[str, Memory] = {}
@@ -142,8 +144,8 @@ class Graph:
 
     def linear(self, source: str, channels: int, *, table: bool = False) -> str:
         rows, depth = self.shapes[source]
-        return self._add(Linear, (rows, channels), source=source, weight=self.int8(channels, depth),
-                         affine=self.affine((channels,), depth, 127),
+        return self._add(Linear, (rows, channels), source=source, weight=self.weight(channels, depth),
+                         affine=self.affine((channels,), depth, 127, self.width), bits=self.bits,
                          table=self.int8(256) if table else None)
 
     def add_linear(self, source: str, residual: str | None, channels: int,
@@ -151,8 +153,8 @@ class Graph:
         rows, depth = self.shapes[source]
         shape = (rows, channels) if residual is None else self.shapes[residual]
         return self._add(AddLinear, shape, source=source, residual=residual, first_row=first_row,
-                         weight=self.int8(channels, depth),
-                         affine=self.affine((channels,), depth, 20000))
+                         weight=self.weight(channels, depth), bits=self.bits,
+                         affine=self.affine((channels,), depth, 20000, self.width))
 
     def norm(self, source: str, mode: NormMode = NormMode.LAYER, *, first_row: int = 0,
              rows: int | None = None, epsilon: int | None = None) -> str:
@@ -189,14 +191,25 @@ class Graph:
                 table: bool = True) -> str:
         depth, channels = self.shapes[source][1], self.shapes[residual][1]
         return self._add(Experts, self.shapes[residual], source=source, residual=residual,
-                         route=route, up=self.int8(experts, hidden, depth),
-                         up_affine=self.affine((experts, hidden), depth, 127),
+                         route=route, up=self.weight(experts, hidden, depth),
+                         up_affine=self.affine((experts, hidden), depth, 127, self.width),
                          table=self.int8(256) if table else None,
-                         down=self.int8(experts, channels, hidden),
-                         down_affine=self.affine((experts, channels), hidden, 20000))
+                         down=self.weight(experts, channels, hidden),
+                         down_affine=self.affine((experts, channels), hidden, 20000, self.width),
+                         bits=np.full(experts, self.bits, np.uint8))
 
     def int8(self, *shape: int) -> np.ndarray:
         return self.random.integers(-128, 128, shape).astype(np.int8)
+
+    def weight(self, *shape: int) -> np.ndarray:
+        most = WEIGHT_BITS[self.bits]
+        return self.int8(*shape) if self.bits == 8 else (
+            self.random.integers(-most, most + 1, shape).astype(np.int8))
+
+    @property
+    def width(self) -> int:
+        """Spread of the products of a weight."""
+        return 50 * WEIGHT_BITS[self.bits]
 
     def affine(self, shape: tuple[int, ...], depth: int, reach: int,
                width: int = 127 * 50) -> Affine:

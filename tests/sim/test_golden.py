@@ -295,6 +295,20 @@ def test_load_places_words_as_the_layout_says(machine, memory, word_bytes, draw)
         assert array[9 + word].tobytes() == machine.dram[place:place + word_bytes].tobytes()
 
 
+@pytest.mark.parametrize(("packed", "bits"), [(1, 4), (2, 2)])
+def test_load_expands_packed_weights(machine, packed, bits, draw):
+    machine.dram[:256] = list(draw.randbytes(256))
+    execute(machine, (Opcode.LOAD, {"memory": Memory.WEIGHT, "local": 9, "words": 5, "address": 64,
+                                    "packed": packed}))
+    for place in range(5 * 16):  # bytes of the words, of which 12 are used in two bus words
+        word, byte = divmod(place, 16)
+        beat, column = divmod(place, 8)
+        field = int(machine.dram[64 + 8 * (beat // 2 ** packed) + column]) >> beat % 2 ** packed * bits
+        field &= (1 << bits) - 1
+        if byte < 12:
+            assert machine.weight[9 + word].ravel()[byte] == field - (field >> bits - 1 << bits)
+
+
 @pytest.mark.parametrize("memory", [Memory.ACTIVATION, Memory.RESIDUAL])
 def test_store_is_the_inverse_of_load(machine, memory):
     array = machine.activation if memory is Memory.ACTIVATION else machine.residual
@@ -341,6 +355,9 @@ def test_tokens_are_counted(machine):
     ([(Opcode.LOAD, {"memory": Memory.WEIGHT, "local": 60, "words": 5})],
      "words 60 to 64 must lie in a memory of 64 words"),
     ([(Opcode.LOAD, {"memory": 6, "words": 1})], "6 is not a valid Memory"),
+    ([(Opcode.LOAD, {"memory": Memory.PARAM, "words": 1, "packed": 1})],
+     "LOAD.packed must be 0, 1 or 2 for WEIGHT and 0 for other memories, not 1 for PARAM"),
+    ([(Opcode.LOAD, {"memory": Memory.WEIGHT, "words": 1, "packed": 3})], "not 3 for WEIGHT"),
     ([(Opcode.LINEAR, LINEAR | {"source": 120})], "activation word 133 must be below 128"),
     ([(Opcode.LINEAR, LINEAR | {"source_words": 5})], "LINEAR.source_words must be at most 4, not 5"),
     ([(Opcode.LINEAR, LINEAR | {"weight": 60})], "words 60 to 65 must lie in a memory of 64 words"),

@@ -9,8 +9,10 @@ from amaranth.lib.wiring import connect, flipped
 from moeware.hw import accelerator
 from moeware.hw.arch import isa, layout
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import NormMode, Opcode
+from moeware.hw.arch.isa import Engine, NormMode, Opcode
+from moeware.hw.arch.work import works
 from moeware.hw.attention.unit import AttentionUnit
+from moeware.runtime.chosen import chosen_experts
 from moeware.runtime.device import DeviceError, open_device
 from moeware.runtime.drive import counter_names
 from moeware.runtime.torch_path import TorchDevice
@@ -39,6 +41,7 @@ SHAPES = {
     "many outputs": {"tokens": 1, "outputs": 12, "depth": 2, "lanes": 2, "queries": 5,
                      "bus_bytes": 32, "activation_banks": 8, "queue": 8},
 }
+FETCHED_AHEAD = 512  # bytes of instructions behind END: two bursts
 
 
 def shaped(name):
@@ -62,9 +65,9 @@ def test_gateware_equals_golden_equals_pytorch(name):
             "SDRAM": {"dram": SDRAM_16BIT}, "ideal, stalled": {"dram": IDEAL, "stall_seed": 1},
             "DDR, stalled": {"dram": DDR, "stall_seed": 2}}.items()}
     for seed, changes in enumerate((
-            {}, {"causal": True, "mode": NormMode.RMS, "gain": 4.0},
+            {}, {"causal": True, "mode": NormMode.RMS, "gain": 4.0, "bits": 4},
             {"tokens": 1, "depth": 3, "width": 1, "heads": 1, "hidden": 1, "experts": 1,
-             "chosen": 1})):
+             "chosen": 1, "bits": 2})):
         made, step, inputs = traced(config, seed, **changes)
         found = compare(made, step, devices, inputs)
         assert found.equal, str(found)
@@ -77,22 +80,27 @@ def beats(region, config):
     return region.parts * layout.beats(config, region.memory, words)
 
 
-def test_counters_of_each_frame():
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_counters_of_each_frame(bits):
     config = shaped("even")
-    made, step, inputs = traced(config, 5)
+    made, step, inputs = traced(config, 5, bits=bits)
     device = open_device("rtl", config, fast=False, dram=IDEAL)
     seen = []
     device.run(made, step, inputs, progress=lambda *frames: seen.append(frames))
     assert seen == [(1, 3), (2, 3), (3, 3)] and len(device.counters) == 3
     golden = GoldenDevice()
     golden.run(made, step, inputs)
-    for counters, expected in zip(device.counters, golden.counters):
+    choices = chosen_experts(made, step, inputs)
+    for counters, expected, chosen in zip(device.counters, golden.counters, choices, strict=True):
         assert list(counters) == counter_names()
         assert counters["instructions"] == expected["instructions"]
         assert 0 < counters["linear_busy"] < counters["cycles"]
         stored = [*step.outputs, *step.probes]
         assert counters["write_beats"] == sum(
             beats(place.region, config) for place in stored)
+        loaded = sum(work.beats for work in works(made, step, chosen) if work.engine is Engine.LOAD)
+        fetched = (counters["read_beats"] - loaded) * config.bus_bytes
+        assert 0 <= fetched - isa.BYTES * counters["instructions"] <= FETCHED_AHEAD
 
 
 def test_a_program_for_another_configuration_is_refused():
