@@ -43,9 +43,9 @@ class Queues(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         experts = self.config.max_experts
-        index_bits = (self.config.max_rows - 1).bit_length()
+        pitch = self.config.max_rows
         m.submodules.memory = memory = Memory(
-            shape=QueueEntry, depth=experts << index_bits, init=[])
+            shape=QueueEntry, depth=experts * pitch, init=[])
         write, read = memory.write_port(), memory.read_port()
         lengths = Array(Signal(range(self.config.max_rows + 1), name=f"length_{i}")
                         for i in range(experts))
@@ -57,7 +57,7 @@ class Queues(wiring.Component):
             length.eq(lengths[self.entries.p.expert]),
         ]
         m.d.comb += [
-            write.addr.eq(entry.expert << index_bits | length[:index_bits]),
+            write.addr.eq(entry.expert * pitch + length),
             write.data.token.eq(token), write.data.weight.eq(entry.weight), write.en.eq(valid),
         ]
         with m.If(valid):
@@ -73,7 +73,7 @@ class Queues(wiring.Component):
         m.d.comb += [read.addr.eq(address), read.en.eq(1), self.queue.entry.valid.eq(asked[-1])]
         m.d.sync += [
             index.eq(self.queue.index.payload),
-            address.eq(index.expert << index_bits | index.index[:index_bits]),
+            address.eq(index.expert * pitch + index.index),
             self.queue.length.eq(lengths[self.queue.expert]),
             asked.eq(Cat(self.queue.index.valid, asked)),
             self.queue.entry.payload.eq(read.data),
