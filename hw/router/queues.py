@@ -43,9 +43,10 @@ class Queues(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         experts = self.config.max_experts
-        pitch = self.config.max_rows
+        # Where each queue begins: a table, on which no multiplier is spent.
+        begin = Array(expert * self.config.max_rows for expert in range(experts))
         m.submodules.memory = memory = Memory(
-            shape=QueueEntry, depth=experts * pitch, init=[])
+            shape=QueueEntry, depth=experts * self.config.max_rows, init=[])
         write, read = memory.write_port(), memory.read_port()
         lengths = Array(Signal(range(self.config.max_rows + 1), name=f"length_{i}")
                         for i in range(experts))
@@ -57,7 +58,7 @@ class Queues(wiring.Component):
             length.eq(lengths[self.entries.p.expert]),
         ]
         m.d.comb += [
-            write.addr.eq(entry.expert * pitch + length),
+            write.addr.eq(begin[entry.expert] + length),
             write.data.token.eq(token), write.data.weight.eq(entry.weight), write.en.eq(valid),
         ]
         with m.If(valid):
@@ -73,7 +74,7 @@ class Queues(wiring.Component):
         m.d.comb += [read.addr.eq(address), read.en.eq(1), self.queue.entry.valid.eq(asked[-1])]
         m.d.sync += [
             index.eq(self.queue.index.payload),
-            address.eq(index.expert * pitch + index.index),
+            address.eq(begin[index.expert] + index.index),
             self.queue.length.eq(lengths[self.queue.expert]),
             asked.eq(Cat(self.queue.index.valid, asked)),
             self.queue.entry.payload.eq(read.data),
