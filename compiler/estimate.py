@@ -20,6 +20,7 @@ from moeware.hw.arch.work import works
 
 __all__ = ["DramCycles", "estimate"]
 
+SLICE = 2  # instructions on the way from a sequencer to its engine
 IN_FLIGHT = 8  # instructions that an engine has taken and whose tokens were not given
 JOB = 2  # cycles of a transfer besides its words
 
@@ -96,7 +97,8 @@ class _Sequencer:
         self.flying: deque[int] = deque()  # started, tokens not given
         self.finished: set[int] = set()
         self.quiet = 0  # from here on no instruction was at work
-        unit.on_ready = lambda: self.start()
+        self.sliced: deque[tuple[int, int]] = deque()  # between here and the engine: number, since when
+        unit.on_ready = lambda: self.feed()
 
     def push(self, number: int) -> bool:
         if len(self.queue) >= self.depth:
@@ -142,7 +144,7 @@ class _Sequencer:
         if self.state != "READY" or len(self.flying) >= IN_FLIGHT:
             return
         number, work = self.head, self.machine.works[self.head]
-        if not work.skipped and not self.unit.takes():
+        if not work.skipped and len(self.sliced) >= SLICE:
             return
         self.head, self.state = None, "EMPTY"
         now = self.machine.start[number] = self.clock.now
@@ -151,13 +153,23 @@ class _Sequencer:
         self.clock.at(self.empty, self.pull)
         if work.skipped:
             self.machine.done[number] = now
-            self.finish(number, now)
+            self.clock.at(now + 1, lambda: self.retire(number))
         else:
-            self.unit.begin(work, lambda cycle: self.finish(number, cycle))
+            self.sliced.append((number, now + 1))
+            self.clock.at(now + 1, self.feed)
+
+    def feed(self) -> None:
+        """The engine takes what has reached it."""
+        now = self.clock.now
+        if not self.sliced or self.sliced[0][1] > now or not self.unit.takes():
+            return
+        number, _ = self.sliced.popleft()
+        self.clock.at(now + 1, self.start)
+        self.unit.begin(self.machine.works[number], lambda cycle: self.finish(number, cycle))
 
     def finish(self, number: int, cycle: int) -> None:
-        self.machine.done[number] = cycle
-        self.clock.at(cycle + 1, lambda: self.retire(number))
+        self.machine.done[number] = cycle + 1
+        self.clock.at(cycle + 2, lambda: self.retire(number))
 
     def retire(self, number: int) -> None:
         self.finished.add(number)

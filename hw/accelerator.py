@@ -169,7 +169,7 @@ class Accelerator(wiring.Component):
                 control.stalled[engine].eq(sequencer.engine.stalled),
                 control.waiting[engine].eq(sequencer.waiting),
             ]
-            self._watch(m, self.events.engines[engine], sequencer, unit.engine)
+            self._watch(m, self.events.engines[engine], sequencer)
 
         idle = Cat(sequencer.idle for sequencer in sequencers)
         waiting = Cat(sequencer.waiting for sequencer in sequencers)
@@ -189,9 +189,9 @@ class Accelerator(wiring.Component):
             self.events.read.eq(control.read_beat), self.events.write.eq(control.write_beat),
         ]
 
-    def _watch(self, m, events, sequencer, engine):
-        """The events of one engine."""
-        instruction = engine.instruction
+    def _watch(self, m, events, sequencer):
+        """The events of one engine, as its sequencer sees them."""
+        engine, instruction = sequencer.engine, sequencer.engine.instruction
         m.d.comb += [
             events.started.eq(instruction.valid & instruction.ready),
             events.skipped.eq(sequencer.skipped), events.done.eq(engine.done),
