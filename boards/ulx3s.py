@@ -1,5 +1,7 @@
 """Radiona ULX3S with an ECP5-85F: 25 MHz oscillator, 32 MB SDRAM, FT231X serial bridge."""
 
+import dataclasses
+
 from amaranth_boards.ulx3s import ULX3S_85F_Platform
 
 from moeware.hw.arch.config import Config
@@ -7,7 +9,7 @@ from moeware.hw.sdram_timing import SDRAMTiming
 
 from .board import Board
 
-__all__ = ["ULX3S_85F"]
+__all__ = ["ULX3S_85F", "ULX3S_85F_LARGE"]
 
 ULX3S_85F = Board(
     name="ulx3s-85f",
@@ -23,4 +25,15 @@ ULX3S_85F = Board(
                   activation_banks=4, activation_words=1024, residual_words=4096,
                   weight_words=1024, param_words=512, tables=4, row_words=128, max_rows=256,
                   max_experts=16, max_chosen=4, queue=4),
+)
+
+# The same board as full as it gets: M3ViT-tiny, or two of its frames, in on-chip memories. The linear
+# unit takes 128 of the multipliers, scaling, normalisation and routing most of the rest, so those of
+# attention are made of look-up tables.
+ULX3S_85F_LARGE = dataclasses.replace(
+    ULX3S_85F, name="ulx3s-85f-large", clock_hz=66_666_667, sdram_rate=2, fabric=("attention",),
+    config=Config(tokens=4, outputs=4, depth=8, queries=3, lanes=2, bus_bytes=8,
+                  activation_banks=4, activation_words=5632, residual_words=24832,
+                  weight_words=1024, param_words=512, tables=4, row_words=96, max_rows=260,
+                  max_experts=16, max_chosen=2, queue=8),
 )

@@ -42,7 +42,7 @@ class Norm(Engine):
 
     VARIANCE, ROOT = 12, 19  # cycles between rows
     VARIANCE_LATENCY, ROOT_LATENCY = 11, 45
-    FIRST, LAST = 12, 24  # from the start to the first sums, but for its words; from the last word
+    FIRST, LAST = 13, 24  # from the start to the first sums, but for its words; from the last word
     SCALE = 3  # from the start to the moments where no statistics are taken
 
     def __init__(self, clock: Clock, config: Config):
@@ -77,7 +77,7 @@ class Attention(Engine):
     one, the last value word of a pass over the keys waits for the write-back of the pass before."""
 
     FIRST, GROUP_READ = 4, 10  # cycles before the first group's query words; of a group at least
-    SCORES, SUMS = 17, 15  # from the last key word to the second stage, and through that
+    SCORES, SUMS = 18, 16  # from the last key word to the second stage, and through that
     PASS = 25  # cycles between the ends of two passes at least
     WRITE, LAST = 15, 1  # write-back of a pass, besides its results; from there to done
     GROUP, RELEASE = 7, 2  # between groups of the second stage; until a score buffer is free
@@ -127,10 +127,10 @@ class Linear(Engine):
     array works on the other; results leave it an output group at a time; the router may follow."""
 
     TAKE, TAKE_QUEUED = 2, 5  # cycles between instructions
-    ROWS, QUEUED = 7, 3  # from the start to the first row's address; more for rows of a queue
-    GROUP, ROW = 4, 2  # until the words of a group are there; to fetch a row at least
-    LATENCY = 30  # from the last product to the last result, but for the adder tree's stages
-    ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 5
+    ROWS, QUEUED = 8, 3  # from the start to the first row's address; more for rows of a queue
+    GROUP, ROW = 5, 2  # until the words of a group are there; to fetch a row at least
+    LATENCY = 32  # from the last product to the last result, but for the adder tree's stages
+    ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 6
     ROUTE, ROUTE_ROW = 41, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):

@@ -146,7 +146,8 @@ class Accelerator(wiring.Component):
         m.submodules.tokens = tokens = Tokens()
         connect(m, flipped(self.registers), control.registers)
 
-        stuck = Signal()
+        stuck, clear = Signal(), Signal()
+        m.d.sync += clear.eq(control.start | stuck)
         sequencers = []
         for engine, unit in engines.items():
             name = engine.name.lower()
@@ -164,7 +165,7 @@ class Accelerator(wiring.Component):
                 tokens.take[engine].eq(sequencer.take),
                 tokens.add[engine].eq(sequencer.give),
                 sequencer.empty.eq(empty),
-                sequencer.clear.eq(control.start | stuck),
+                sequencer.clear.eq(clear),
                 control.busy[engine].eq(sequencer.engine.busy),
                 control.stalled[engine].eq(sequencer.engine.stalled),
                 control.waiting[engine].eq(sequencer.waiting),

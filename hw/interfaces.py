@@ -23,7 +23,7 @@ __all__ = [
     "parameter_layout",
 ]
 
-READ_LATENCY = 4  # cycles from the acceptance of an address to its data, for every on-chip memory
+READ_LATENCY = 5  # cycles from the acceptance of an address to its data, for every on-chip memory
 
 
 def fields_layout(opcode: Opcode) -> data.StructLayout:

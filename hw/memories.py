@@ -96,8 +96,8 @@ class BankedMemory(wiring.Component):
     different banks serve different clients in the same cycle; where several want one bank,
     `FairArbiter` chooses. A word arrives `READ_LATENCY` cycles after its address is accepted: one
     in which the arbiter's choice reaches registers, one in a register between the clients and the
-    many block RAMs of a bank, one in these, one in a register behind, which keeps their long
-    clock-to-output time off every other path. A read sees each write that was accepted in an
+    many block RAMs of a bank, one in these, one in registers behind, which keep their long
+    clock-to-output time off every other path, and one in which the word is chosen among them. A read sees each write that was accepted in an
     earlier cycle, but of one in the same cycle anything between the two words: so no logic guards
     against it (`no_rw_check`). Nothing ever stalls a word that is under way. Words start as zeros.
 
@@ -169,7 +169,7 @@ class BankedMemory(wiring.Component):
         return list(_registered(m, name, Cat(grants), reset_less=False))
 
     def _bank(self, m, number, read_word, write_word, write_data, write_mask):
-        """The block RAMs of a bank; returns the word that was read, 3 cycles later."""
+        """The block RAMs of a bank; returns the word that was read, 4 cycles later."""
         address = _registered(m, f"read_address_{number}", read_word)
         target = _registered(m, f"write_address_{number}", write_word)
         value = _registered(m, f"write_data_{number}", write_data)
@@ -188,11 +188,14 @@ class BankedMemory(wiring.Component):
             ]
             # A register behind an asynchronous port becomes the RAM's own read port in synthesis;
             # only from this form does yosys drop the guard against collisions.
-            words.append(_registered(m, f"word_{number}_{place}", read.data))
-        above = [address >= piece.start for piece in pieces(self.words)[1:]]
+            word = _registered(m, f"word_{number}_{place}", read.data)
+            words.append(_registered(m, f"found_{number}_{place}", word))
         chosen = words[0]
-        for word, past in zip(words[1:], above):
-            chosen = Mux(_registered(m, f"piece_{number}", past), word, chosen)
+        for word, piece in zip(words[1:], pieces(self.words)[1:]):
+            past = address >= piece.start
+            for stage in range(2):
+                past = _registered(m, f"past_{number}_{stage}", past)
+            chosen = Mux(past, word, chosen)
         return _registered(m, f"output_{number}", chosen)
 
 

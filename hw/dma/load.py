@@ -93,16 +93,18 @@ class LoadEngine(wiring.Component):
             jobs.w_data.eq(Cat(instruction.p.memory, instruction.p.local, instruction.p.words)),
         ]
 
-        job = Signal(Job)
+        job, following = Signal(Job), Job(jobs.r_data)
         active = Signal()
-        some, one = Signal(), Signal()  # words are left, or exactly one
+        some, one = Signal(), Signal()  # words are left to an active job, or exactly one
         ending = Signal()  # the last words of the job before are in a register
-        with m.If(~active & ~ending):
+        starts = ~active & ~ending
+        with m.If(starts):
             m.d.comb += jobs.r_en.eq(1)
-            m.d.sync += [job.eq(jobs.r_data), active.eq(jobs.r_rdy),
-                         some.eq(Job(jobs.r_data).words != 0), one.eq(Job(jobs.r_data).words == 1)]
+            m.d.sync += [job.eq(following), active.eq(jobs.r_rdy),
+                         some.eq(jobs.r_rdy & (following.words != 0)), one.eq(following.words == 1)]
         streams, waits = self._streams(m)
-        wrote, used = self._repack(m, job, active & some, one, unpacker.output, streams)
+        wrote, used = self._repack(m, job, starts, following.memory, some, one, unpacker.output,
+                                   streams)
         with m.If(wrote):
             m.d.sync += [job.words.eq(job.words - 1), job.local.eq(job.local + 1),
                          some.eq(~one), one.eq(job.words == 2)]
@@ -119,43 +121,50 @@ class LoadEngine(wiring.Component):
                      self.engine.stalled.eq(active & ~finished & ~used)]
         return m
 
-    def _repack(self, m, job, active, one, arriving, streams):
-        """The datapath. Returns two signals: a word is written; a bus word, or part, is used."""
+    def _repack(self, m, job, starts, memory, some, one, arriving, streams):
+        """The datapath; with `starts` the next job comes, for `memory`. Returns two signals: a word is
+        written; a bus word, or part, is used."""
         bus_bits = 8 * self.config.bus_bytes
         table = geometries(self.config, list(Memory))
         beat = Signal(bus_bits)
         beat_valid = Signal()
-        part = Signal(range(max(geometry.parts for geometry in table.values()) + 1))
         # The bus words of a wide word before its last one, newest at the top.
         most = max(geometry.beats_each for geometry in table.values())
         earlier = Signal(max(1, bus_bits * (most - 1)))
 
-        wrote, used, pop = Signal(), Signal(), Signal()
-        with m.Switch(job.memory):
-            for memory, geometry in table.items():
-                out = streams[memory]
-                m.d.comb += out.p.address.eq(job.local)
-                last_part = part == geometry.parts - 1
-                with m.Case(memory):
-                    m.d.comb += [
-                        used.eq(active & beat_valid & out.ready),
-                        wrote.eq(used),
-                        pop.eq(used),
-                    ]
-                    if geometry.spread:
-                        with m.If(~last_part):
-                            m.d.comb += [used.eq(active & beat_valid), wrote.eq(0)]
-                    else:
-                        m.d.comb += pop.eq(used & (last_part | one))
-                        with m.If(used):
-                            m.d.sync += beat.eq(beat >> geometry.word_bits)
-                    may_write = last_part if geometry.spread else 1
-                    m.d.comb += out.valid.eq(active & beat_valid & may_write)
-                whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
-                m.d.comb += out.p.data.eq(whole[:geometry.word_bits])
+        # What depends on the job's memory, and whether its part is the last of a word or of a bus
+        # word, stands in registers: paths start there and go to every memory.
+        chosen = Signal(len(table))
+        spread = Signal()
+        part, final = (Signal(range(max(each.parts for each in table.values())), name=name)
+                       for name in ("part", "final"))
+        last_part = Signal()
+        with m.If(starts):
+            with m.Switch(memory):
+                for number, (each, geometry) in enumerate(table.items()):
+                    with m.Case(each):
+                        m.d.sync += [chosen.eq(1 << number), spread.eq(geometry.spread),
+                                     final.eq(geometry.parts - 1), last_part.eq(geometry.parts == 1)]
+
+        goes, wrote, used, pop = some & beat_valid, Signal(), Signal(), Signal()
+        writes = ~spread | last_part
+        ready = Cat(~chosen[number] | streams[each].ready for number, each in enumerate(table)).all()
+        m.d.comb += [used.eq(goes & (ready | ~writes)), wrote.eq(used & writes),
+                     pop.eq(used & (spread | last_part | one))]
+        for number, (each, geometry) in enumerate(table.items()):
+            out = streams[each]
+            whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
+            m.d.comb += [out.valid.eq(goes & writes & chosen[number]), out.p.address.eq(job.local),
+                         out.p.data.eq(whole[:geometry.word_bits])]
+            if not geometry.spread:
+                with m.If(used & chosen[number]):
+                    m.d.sync += beat.eq(beat >> geometry.word_bits)
 
         with m.If(used):
-            m.d.sync += part.eq(Mux(wrote & pop, 0, part + 1))
+            with m.If(wrote & pop):
+                m.d.sync += [part.eq(0), last_part.eq(final == 0)]
+            with m.Else():
+                m.d.sync += [part.eq(part + 1), last_part.eq(part + 1 == final)]
         with m.If(pop):
             m.d.sync += [beat_valid.eq(0), earlier.eq(Cat(earlier, beat)[bus_bits:])]
         m.d.comb += arriving.ready.eq(~beat_valid | pop)

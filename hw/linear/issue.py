@@ -80,13 +80,11 @@ class Issue(wiring.Component):
         last_word, last_group, only_word, only_group = Signal(), Signal(), Signal(), Signal()
         issue, complete = Signal(), Signal()
 
-        # The instruction in work; `settled`: for long enough that `tail_steps` are its own.
-        held = Signal(job.shape())
-        active, settled, alone, finish, load = Signal(), Signal(), Signal(), Signal(), Signal()
+        held = Signal(job.shape())  # the instruction in work
+        active, alone, finish, load = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [finish.eq(self.release & self.ends.bit_select(half, 1)),
                      self.jobs.ready.eq(~active | finish), self.tails.ready.eq(finish),
                      load.eq(self.jobs.valid & self.jobs.ready)]
-        m.d.sync += settled.eq(active & ~finish)
         outputs = per_group(config, held, config.outputs)
 
         # Steps in which the results of an output group leave, for either half.
@@ -106,13 +104,13 @@ class Issue(wiring.Component):
         slack = Signal(range(-2 * most_steps, self.capacity + 1), init=self.capacity)
         late = Signal(range(most_steps))
         some_ready, punctual = Signal(), Signal(init=1)  # ready is not 0, late is
-        settled_slack = Signal()  # slack == capacity, as of a cycle ago
-        free = Signal()  # results of another output group may come
+        written_all = Signal()  # slack == capacity, as of a cycle ago
+        # Results of another output group may come. Known a cycle late, of what only the last word of a
+        # group takes back; by then `alone` and `tail_steps` are those of a new instruction, too.
+        free = Signal()
         m.d.comb += [
             self.work.enable.eq(issue), self.work.first.eq(word == 0),
             self.work.last.eq(last_word), self.work.address.eq(address),
-            free.eq(some_ready & punctual & (slack >= 0) & (settled | ~last_group)
-                    & (~alone | settled_slack)),
             issue.eq(active & (filled != 0) & (~last_word | free)),
             complete.eq(issue & last_word),
             self.release.eq(complete & last_group),
@@ -121,8 +119,11 @@ class Issue(wiring.Component):
             filled.eq(filled + self.filled - self.release),
             ready.eq(ready + self.ready - complete),
             slack.eq(slack + self.written - Mux(complete, steps, 0)),
+            free.eq((some_ready | self.ready) & (punctual | (late == 1) & ~self.held)
+                    & (slack + self.written >= 0) & active
+                    & (~alone | written_all) & ~complete),
             some_ready.eq(self.ready | (ready > 1) | (some_ready & ~complete)),
-            settled_slack.eq((slack == self.capacity) & ~complete),
+            written_all.eq((slack == self.capacity) & ~complete),
         ]
         with m.If(complete):
             m.d.sync += [late.eq(steps - 1), punctual.eq(steps == 1), alone.eq(0)]

@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..interfaces import READ_LATENCY, ReadPort, parameter_layout
+from ..slices import RegisterSlice
 from .jobs import IN_FLIGHT, job_layout, per_group
 
 __all__ = ["Channel", "Parameters"]
@@ -78,11 +79,15 @@ class Parameters(wiring.Component):
         taken, group_done, finish = Signal(), Signal(), Signal()
         held, first = Signal(job.shape()), Signal()  # the job in work, and whether in its first pass
         words = per_group(config, held, config.outputs // config.lanes)
+        m.submodules.sent = sent = RegisterSlice(data.StructLayout({"address": 20, "completes": 1}))
         m.d.comb += [
-            self.read.address.valid.eq(working & (room != 0) & tails.w_rdy),
-            self.read.address.payload.eq(address),
-            taken.eq(self.read.address.valid & self.read.address.ready),
+            sent.input.valid.eq(working & (room != 0) & tails.w_rdy),
+            sent.input.p.address.eq(address), sent.input.p.completes.eq(group_done),
+            taken.eq(sent.input.valid & sent.input.ready),
             group_done.eq(pass_done | last_word),
+            self.read.address.valid.eq(sent.output.valid),
+            self.read.address.payload.eq(sent.output.p.address),
+            sent.output.ready.eq(self.read.address.ready),
         ]
         m.d.sync += room.eq(room - taken + self.release)
         with m.If(taken):
@@ -109,7 +114,8 @@ class Parameters(wiring.Component):
             tails.w_data.eq(word + 1), tails.w_en.eq(taken & pass_done & first),
         ]
 
-        arrives, completes = taken, taken & group_done
+        arrives = self.read.address.valid & self.read.address.ready
+        completes = arrives & sent.output.p.completes
         for _ in range(READ_LATENCY):
             before, arrives = arrives, Signal(name="arrives")
             completes_before, completes = completes, Signal(name="completes")

@@ -39,7 +39,7 @@ class Scale(wiring.Component):
         int8 for activations, int16 for the residual stream, int32 for the router.
     """
 
-    LATENCY = 1 + Requantise.LATENCY + Multipliers.LATENCY + 1
+    LATENCY = 1 + Requantise.LATENCY + 1 + Multipliers.LATENCY + 1
 
     def __init__(self, config: Config):
         self.config = config
@@ -93,7 +93,7 @@ class Scale(wiring.Component):
         return m
 
     def _table(self, m, lane, table, index):
-        """Found `Multipliers.LATENCY` + 1 cycles after the index, as what is multiplied."""
+        """Found `Multipliers.LATENCY` + 2 cycles after the index, as what is multiplied."""
         m.submodules[f"tables_{lane}"] = memory = Memory(
             shape=signed(8), depth=256 * self.config.tables, init=[])
         write, read = memory.write_port(), memory.read_port()
@@ -104,7 +104,7 @@ class Scale(wiring.Component):
             read.addr.eq((table << 8) | index.as_unsigned()),
         ]
         found = read.data
-        for _ in range(Multipliers.LATENCY):
+        for _ in range(Multipliers.LATENCY + 1):
             before, found = found, Signal(signed(8), name=f"looked_up_{lane}")
             m.d.sync += found.eq(before)
         return found
@@ -112,6 +112,8 @@ class Scale(wiring.Component):
     def _gate(self, m, lane, update, weight):
         m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), GATE_BITS + 1)
         gated = Signal(signed(16), name=f"gated_{lane}")
-        m.d.comb += [multiply.advance.eq(1), multiply.a[0].eq(update), multiply.b[0].eq(weight)]
+        # A register on the way to the multiplier.
+        m.d.comb += multiply.advance.eq(1)
+        m.d.sync += [multiply.a[0].eq(update), multiply.b[0].eq(weight)]
         m.d.sync += gated.eq((multiply.product[0] + (1 << (GATE_BITS - 1))) >> GATE_BITS)
         return gated

@@ -179,6 +179,7 @@ class LinearUnit(wiring.Component):
         """Takes instructions, starts the parts, and says when an instruction is done."""
         engine, instruction = self.engine, self.engine.instruction
         in_flight, wait = Signal(range(IN_FLIGHT + 1)), Signal(2)
+        nothing = Signal()  # there is nothing to do
         m.d.comb += [
             self.queue.expert.eq(fields.expert),
             self.route.p.rows.eq(fields.rows), self.route.p.token.eq(fields.destination),
@@ -192,7 +193,11 @@ class LinearUnit(wiring.Component):
         with m.FSM():
             with m.State("Idle"):
                 m.d.comb += instruction.ready.eq(in_flight != IN_FLIGHT)
-                m.d.sync += [fields.eq(instruction.payload), wait.eq(2)]
+                m.d.sync += [
+                    fields.eq(instruction.payload), wait.eq(2),
+                    nothing.eq((instruction.p.channels == 0) | (instruction.p.source_words == 0)
+                               | ((instruction.p.rows == 0) & ~instruction.p.queued)),
+                ]
                 with m.If(instruction.valid & instruction.ready):
                     m.next = "Begin"
                     with m.If(instruction.p.queued):
@@ -200,10 +205,11 @@ class LinearUnit(wiring.Component):
             with m.State("Length"):
                 m.d.sync += [wait.eq(wait - 1), fields.rows.eq(self.queue.length)]
                 with m.If(wait == 0):
+                    m.d.sync += nothing.eq(nothing | (self.queue.length == 0))
                     m.next = "Begin"
             with m.State("Begin"):
-                with m.If((fields.rows == 0) | (fields.channels == 0) | (fields.source_words == 0)):
-                    # There is nothing to do, but to be done in order.
+                with m.If(nothing):
+                    # Only to be done in order.
                     with m.If(in_flight == 1):
                         m.d.comb += engine.done.eq(1)
                         m.next = "Idle"

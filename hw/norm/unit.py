@@ -156,7 +156,8 @@ class NormUnit(wiring.Component):
         # The parameters wait beside the normalisation of their word.
         m.submodules.beside = beside = SyncFIFO(
             width=len(params.p.data.as_value()), depth=1 << normalised.bit_length())
-        m.d.comb += [beside.w_data.eq(params.p.data), beside.w_en.eq(enters),
+        m.d.sync += beside.w_data.eq(params.p.data)
+        m.d.comb += [beside.w_en.eq(tags[1].valid),
                      beside.r_en.eq(tags[normalised].valid)]
         meets = data.View(params.p.data.shape(), beside.r_data)
         for lane in range(lanes):

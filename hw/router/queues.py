@@ -2,11 +2,11 @@
 
 from amaranth import Array, Cat, Module, Signal
 from amaranth.lib import stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..interfaces import READ_LATENCY, QueueEntry, QueuePort
+from ..interfaces import QueueEntry, QueuePort
+from ..memories import BankedMemory
 from .gate import Append
 
 __all__ = ["Queues"]
@@ -45,9 +45,10 @@ class Queues(wiring.Component):
         experts = self.config.max_experts
         # Where each queue begins: a table, on which no multiplier is spent.
         begin = Array(expert * self.config.max_rows for expert in range(experts))
-        m.submodules.memory = memory = Memory(
-            shape=QueueEntry, depth=experts * self.config.max_rows, init=[])
-        write, read = memory.write_port(), memory.read_port()
+        m.submodules.memory = memory = BankedMemory(
+            cell_bits=QueueEntry.as_shape().size, cells=1, shape=QueueEntry,
+            words=max(2, experts * self.config.max_rows))
+        (write,), (read,) = memory.writers, memory.readers
         lengths = Array(Signal(range(self.config.max_rows + 1), name=f"length_{i}")
                         for i in range(experts))
 
@@ -58,8 +59,9 @@ class Queues(wiring.Component):
             length.eq(lengths[self.entries.p.expert]),
         ]
         m.d.comb += [
-            write.addr.eq(begin[entry.expert] + length),
-            write.data.token.eq(token), write.data.weight.eq(entry.weight), write.en.eq(valid),
+            write.write.valid.eq(valid), write.write.p.mask.eq(1),
+            write.write.p.address.eq(begin[entry.expert] + length),
+            write.write.p.data.eq(Cat(token, entry.weight)),
         ]
         with m.If(valid):
             m.d.sync += [lengths[entry.expert].eq(length + 1),
@@ -68,15 +70,11 @@ class Queues(wiring.Component):
             m.d.sync += [each.eq(0) for each in lengths]
             m.d.sync += self.empty.eq(-1)
 
-        # As in `BankedMemory`: registers before the memory and one behind it.
-        index, address = Signal(self.queue.index.payload.shape()), Signal.like(read.addr)
-        asked = Signal(READ_LATENCY)
-        m.d.comb += [read.addr.eq(address), read.en.eq(1), self.queue.entry.valid.eq(asked[-1])]
-        m.d.sync += [
-            index.eq(self.queue.index.payload),
-            address.eq(begin[index.expert] + index.index),
-            self.queue.length.eq(lengths[self.queue.expert]),
-            asked.eq(Cat(self.queue.index.valid, asked)),
-            self.queue.entry.payload.eq(read.data),
+        m.d.comb += [
+            read.address.valid.eq(self.queue.index.valid),
+            read.address.payload.eq(begin[self.queue.index.p.expert] + self.queue.index.p.index),
+            self.queue.entry.valid.eq(read.data.valid),
+            self.queue.entry.payload.eq(read.data.payload),
         ]
+        m.d.sync += self.queue.length.eq(lengths[self.queue.expert])
         return m
