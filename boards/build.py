@@ -24,6 +24,9 @@ SEEDS = 3
 # The default, router1, rips up one wire at a time and hardly ends where many block RAMs and
 # multipliers crowd; router2 negotiates all wires at once (PathFinder).
 ROUTER = "router2"
+# The default, heap, moves carry chains and wide memories far from where they are wanted, the more the
+# fuller the device is; the electrostatic placer spreads all cells at once.
+PLACER = "static"
 LOGIC = ("TRELLIS_COMB", "TRELLIS_FF", "TRELLIS_RAMW", "DP16KD", "MULT18X18D")
 Progress = Callable[[str], None]
 
@@ -116,7 +119,8 @@ def place_and_route(nextpnr: str, platform, folder: str, seeds: range, notify: P
     for seed in seeds:
         notify(f"Placing and routing (nextpnr, seed {seed}); minutes for a large design")
         command = [nextpnr, "--quiet", "--log", "nextpnr.log", "--report", "nextpnr.json",
-                   "--timing-allow-fail", "--seed", str(seed), "--router", ROUTER,
+                   "--timing-allow-fail", "--seed", str(seed), "--placer", PLACER,
+                   "--router", ROUTER,
                    *device_options(platform),
                    "--json", f"{NAME}.json", "--lpf", f"{NAME}.lpf", "--textcfg", f"{NAME}.config"]
         log = Path(folder, "nextpnr.log")

@@ -78,7 +78,7 @@ class Attention(Engine):
 
     FIRST, GROUP_READ = 4, 10  # cycles before the first group's query words; of a group at least
     SCORES, SUMS = 18, 16  # from the last key word to the second stage, and through that
-    PASS = 25  # cycles between the ends of two passes at least
+    PASS = 27  # cycles between the ends of two passes at least
     WRITE, LAST = 15, 1  # write-back of a pass, besides its results; from there to done
     GROUP, RELEASE = 7, 2  # between groups of the second stage; until a score buffer is free
     RECIPROCAL, INTERVAL, ROWS_PER_DIVIDER = 24, 18, 4
