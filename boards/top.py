@@ -44,7 +44,9 @@ class BoardTop(Elaboratable):
         uart = platform.request("uart", dir={"rx": "-", "tx": "-", "rts": "-", "dtr": "-"})
         m.submodules.rx = rx = io.Buffer("i", uart.rx)
         m.submodules.tx = tx = io.FFBuffer("o", uart.tx)
-        m.d.comb += [system.rx.eq(rx.i), tx.o.eq(system.tx)]
+        # The pins' cells are far from what drives them.
+        m.d.comb += system.rx.eq(rx.i)
+        m.d.sync += tx.o.eq(system.tx)
 
         self._sdram(m, platform, system.sdram)
 
@@ -55,7 +57,7 @@ class BoardTop(Elaboratable):
         for number, name in enumerate(LEDS):
             m.submodules[f"led_{name}"] = led = io.FFBuffer(
                 "o", platform.request("led", number, dir="-"))
-            m.d.comb += led.o.eq(lights[name])
+            m.d.sync += led.o.eq(lights[name])
         return m
 
     def _sdram(self, m, platform, pins):

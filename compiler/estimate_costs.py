@@ -40,8 +40,8 @@ class Norm(Engine):
     """Statistics of a row run beside the application of the one before. What is common to a row goes
     through two stages, the variance and its inverse root."""
 
-    VARIANCE, ROOT = 12, 19  # cycles between rows
-    VARIANCE_LATENCY, ROOT_LATENCY = 11, 45
+    VARIANCE, ROOT = 14, 19  # cycles between rows
+    VARIANCE_LATENCY, ROOT_LATENCY = 13, 45
     FIRST, LAST = 13, 24  # from the start to the first sums, but for its words; from the last word
     SCALE = 3  # from the start to the moments where no statistics are taken
 

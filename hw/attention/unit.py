@@ -93,12 +93,14 @@ class AttentionUnit(wiring.Component):
         self._hand_over(m, keys, scores, passes)
 
         ports = [keys.address, passes.address, results.write]
-        waiting = Cat(port.valid & ~port.ready for port in ports).any()
-        moving = Cat(port.valid & port.ready for port in ports).any()
+        # Known a cycle late: what every port does reaches here from all over the device.
+        refused, moving = Signal(len(ports)), Signal(len(ports))
+        m.d.sync += [refused.eq(Cat(port.valid & ~port.ready for port in ports)),
+                     moving.eq(Cat(port.valid & port.ready for port in ports))]
         m.d.comb += [
             self.engine.done.eq(results.done | keys.nothing),
             self.engine.busy.eq(keys.in_flight != 0),
-            self.engine.stalled.eq(waiting & ~moving),
+            self.engine.stalled.eq(refused.any() & ~moving.any()),
         ]
         return m
 

@@ -1,6 +1,6 @@
 """The engine that executes LINEAR."""
 
-from amaranth import Module, Signal
+from amaranth import Cat, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -154,7 +154,7 @@ class LinearUnit(wiring.Component):
             array.tile.eq(fill.tile), array.work.eq(issue.work),
             array.weights.eq(self.weight_read.data.payload),
 
-            drain.load.eq(array.load), drain.space.eq(writeback.space != 0),
+            drain.load.eq(array.load), drain.space.eq(writeback.has_space),
             issue.written.eq(writeback.written), issue.held.eq(drain.held),
             writeback.reserve.eq(drain.stepped),
             array.row.eq(drain.row), array.word.eq(drain.word),
@@ -166,13 +166,14 @@ class LinearUnit(wiring.Component):
             writeback.results_valid.eq(scale.results_valid), writeback.results.eq(scale.results),
         ]
 
-        refused = Signal()
-        for port in (self.activation_read.address, self.activation_write.write,
-                     self.residual_read.address, self.residual_write.write,
-                     self.param_read.address, self.logits, self.route):
-            with m.If(port.valid & ~port.ready):
-                m.d.comb += refused.eq(1)
-        m.d.comb += self.engine.stalled.eq(refused & ~issue.work.enable & ~drain.stepped)
+        # Known a cycle late: what every port does reaches here from all over the device.
+        ports = (self.activation_read.address, self.activation_write.write,
+                 self.residual_read.address, self.residual_write.write,
+                 self.param_read.address, self.logits, self.route)
+        refused, works = Signal(len(ports)), Signal()
+        m.d.sync += [refused.eq(Cat(port.valid & ~port.ready for port in ports)),
+                     works.eq(issue.work.enable | drain.stepped)]
+        m.d.comb += self.engine.stalled.eq(refused.any() & ~works)
         return m
 
     def _control(self, m, start, fields, ended):

@@ -26,6 +26,8 @@ class WriteBack(wiring.Component):
     reserve : In(1)
         A result will come: only while `space` is not 0.
     space : Out(range(depth + 1))
+    has_space : Out(1)
+        It is not 0.
     written : Out(2)
         Results that were written one cycle ago: `space` grows.
     ended : Out(1)
@@ -46,6 +48,7 @@ class WriteBack(wiring.Component):
         super().__init__({
             "reserve": In(1),
             "space": Out(range(depth + 1), init=depth),
+            "has_space": Out(1, init=1),
             "written": Out(2),
             "ended": Out(1),
             "place_valid": In(1),
@@ -122,6 +125,8 @@ class WriteBack(wiring.Component):
             self.written.eq(arrives + (residual.valid & residual.ready)
                             + (logits.valid & logits.ready)),
             self.space.eq(self.space - self.reserve + self.written),
+            self.has_space.eq((self.written != 0) | (self.space > 1)
+                              | (self.has_space & ~self.reserve)),
             self.ended.eq(arrives & arranged.output.p.end | update.ended),
         ]
         return m

@@ -37,7 +37,7 @@ class NormUnit(wiring.Component):
     Each residual word is read once, and kept until the scale of its row is known: statistics of one
     row run beside the application of the one before, each `lanes` channels a cycle. A row takes
     ``max(ceil(channels / lanes), ROW_INTERVAL)`` cycles once the pipeline is full, which takes
-    about 95 cycles and one row. The next instruction is taken, and its statistics begin, while the
+    about 97 cycles and one row. The next instruction is taken, and its statistics begin, while the
     one before is being applied; results are written in program order.
 
     A refused address or write holds up what needs it, and nothing else.
@@ -52,7 +52,7 @@ class NormUnit(wiring.Component):
 
     ROW_INTERVAL = InverseRoot.INTERVAL
     # Words that follow a row while its scale is computed: room for them keeps the next row going.
-    SCALE_LATENCY = 72
+    SCALE_LATENCY = 76
 
     def __init__(self, config: Config):
         self.config = config
@@ -180,8 +180,9 @@ class NormUnit(wiring.Component):
         m.d.sync += inside.eq(inside + (engine.instruction.valid & engine.instruction.ready) - done)
         transfers = [self.residual_read.address, self.param_read.address,
                      self.activation_write.write]
-        m.d.comb += [
-            engine.done.eq(done), engine.busy.eq(inside != 0),
-            engine.stalled.eq(engine.busy & Cat(t.valid & ~t.ready for t in transfers).any()
-                              & ~Cat(t.valid & t.ready for t in transfers).any()),
-        ]
+        # Known a cycle late: what every port does reaches here from all over the device.
+        refused, moving = Signal(len(transfers)), Signal(len(transfers))
+        m.d.sync += [refused.eq(Cat(t.valid & ~t.ready for t in transfers)),
+                     moving.eq(Cat(t.valid & t.ready for t in transfers))]
+        m.d.comb += [engine.done.eq(done), engine.busy.eq(inside != 0),
+                     engine.stalled.eq(engine.busy & refused.any() & ~moving.any())]

@@ -45,7 +45,7 @@ class Variance(wiring.Component):
     moments : Out(stream.Signature(Moments))
     """
 
-    INTERVAL = 12
+    INTERVAL = 14
 
     setup: In(stream.Signature(VarianceSetup))
     sums: In(stream.Signature(Sums))
@@ -63,17 +63,18 @@ class Variance(wiring.Component):
         products = [(squares[at:at + 16], setup.channels, at, 1) for at in (0, 16, 32)]
         products += [(low, low, 0, 0), (low, high, 14, 0), (high, high, 26, 0)]
         m.submodules.multipliers = multipliers = Multipliers(unsigned(16), unsigned(13))
+        # Registers on the way to the multiplier and back.
+        there_and_back = Multipliers.LATENCY + 2
         term, plus = Signal(54), Signal()
-        step = Signal(range(len(products) + Multipliers.LATENCY + 1))
+        step = Signal(range(len(products) + there_and_back + 1))
         arrived = Signal(range(len(products)))
-        m.d.comb += [
-            multipliers.advance.eq(1),
+        product = Signal.like(multipliers.product[0])
+        m.d.comb += [multipliers.advance.eq(1), arrived.eq(step - there_and_back)]
+        m.d.sync += [
             multipliers.a[0].eq(Array(a for a, *_ in products)[step]),
             multipliers.b[0].eq(Array(b for _, b, *_ in products)[step]),
-            arrived.eq(step - Multipliers.LATENCY),
-        ]
-        m.d.sync += [
-            term.eq(Array(multipliers.product[0] << at for *_, at, _ in products)[arrived]),
+            product.eq(multipliers.product[0]),
+            term.eq(Array(product << at for *_, at, _ in products)[arrived]),
             plus.eq(Array(sign for *_, sign in products)[arrived]),
         ]
 
@@ -103,10 +104,10 @@ class Variance(wiring.Component):
                         m.next = "MULTIPLY"
             with m.State("MULTIPLY"):
                 m.d.sync += step.eq(step + 1)
-                with m.If(step > Multipliers.LATENCY):
+                with m.If(step > there_and_back):
                     m.d.sync += moments.variance.eq(
                         Mux(plus, moments.variance + term, moments.variance - term))
-                with m.If(step == len(products) + Multipliers.LATENCY):
+                with m.If(step == len(products) + there_and_back):
                     m.next = "LEAVE"
             with m.State("LEAVE"):
                 m.d.comb += self.moments.valid.eq(1)
