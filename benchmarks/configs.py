@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from moeware.boards import BOARDS
 from moeware.hw.arch.config import Config
+from moeware.hw.sdram import SDRAMController
+from moeware.hw.sdram_pins import INPUT_CYCLES, OUTPUT_CYCLES
 from moeware.sim.dram import DDR, IDEAL, SDRAM_16BIT, DramTiming
 
 __all__ = ["TARGETS", "Target", "gemm_target", "in_flight"]
@@ -13,8 +16,9 @@ __all__ = ["TARGETS", "Target", "gemm_target", "in_flight"]
 class Target:
     """An accelerator in its surroundings.
 
-    clock_hz : assumed where the text says so; text : conditions, for beside every figure; bits : of
-    weights, as the compiler takes them; flight : fields of the configuration that hold two frames.
+    clock_hz : of the accelerator; clock : where that is from; text : conditions, for beside every
+    figure; bits : of weights, as the compiler takes them; flight : fields of the configuration that
+    hold two frames.
     """
 
     name: str
@@ -22,21 +26,26 @@ class Target:
     dram: DramTiming
     clock_hz: float
     text: str
+    clock: str = "assumed"
     flight: Mapping[str, int]
     bits: Mapping[str, int] = field(default_factory=dict)
 
 
+# The bitstream that `bitstream.py ulx3s-85f-large` places and routes; its SDRAM as that clocks it.
+_LARGE = BOARDS["ulx3s-85f-large"]
+_SDRAM_HZ = _LARGE.clock_hz * _LARGE.sdram_rate
+# Cycles from a read command to its first word, as `hw.sdram` states them for an open row, CAS latency
+# 3 and capture after 2 cycles of the chip, and those of the four register slices of `hw.system`.
+_READ_CYCLES = (SDRAMController.LATENCY + OUTPUT_CYCLES[_LARGE.sdram_rate]
+                + INPUT_CYCLES[_LARGE.sdram_rate]
+                + -(-(3 + 2 - 1 + _LARGE.config.bus_bytes // 2) // _LARGE.sdram_rate) + 4)
 _INT8 = (
-    # Sized for the device's multipliers and block RAMs, not placed and routed at this clock. A bank of
-    # activations holds the keys and queries of two heads, so that one is made while the other is used.
     Target(
-        name="ecp5-85f", clock_hz=100e6, dram=SDRAM_16BIT,
-        text="ECP5-85F size: 16-bit SDRAM at 133 MHz",
-        config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=2, bus_bytes=8,
-                      activation_banks=4, activation_words=4608, residual_words=12544,
-                      weight_words=2048, param_words=512, narrow=1, tables=4, row_words=96,
-                      max_rows=256, max_experts=16, max_chosen=2, queue=8),
-        flight={"activation_words": 5632, "residual_words": 24832, "max_rows": 260}),
+        name="ecp5-85f", clock_hz=_LARGE.clock_hz, clock="as placed and routed",
+        dram=replace(SDRAM_16BIT, bytes_per_second=2 * _SDRAM_HZ,
+                     read_latency_ns=_READ_CYCLES * 1e9 / _LARGE.clock_hz),
+        text=f"ECP5-85F, the configuration {_LARGE.name}: 16-bit SDRAM at {_SDRAM_HZ / 1e6:g} MHz",
+        config=_LARGE.config, flight={}),
     # A head of 64 channels is 4 output groups, as many as tokens, so that fetching rows is hidden.
     # Without narrow weights two tokens share a DSP48E2. Experts of 4 bits then save bytes on the bus and
     # no products, but the largest array for narrow weights that fits, of 3 tokens, or of 4 with 8

@@ -71,8 +71,8 @@ def main(arguments: argparse.Namespace) -> None:
     more = ", ".join(f"{name} {getattr(config, name):,} for {getattr(base.config, name):,}"
                      for name in MEMORIES if getattr(config, name) != getattr(base.config, name))
     record(f"deit-{base.name}", f"DeiT-tiny, {base.name} configuration",
-           f"Cycle-accurate simulation of the whole accelerator's RTL; {target.text}; clock assumed, "
-           f"{target.clock_hz / 1e6:g} MHz. Weights and image from seeded generators. Int8. "
+           f"Cycle-accurate simulation of the whole accelerator's RTL; {target.text}; clock "
+           f"{target.clock}, {target.clock_hz / 1e6:g} MHz. Weights and image from seeded generators. Int8. "
            + (f"Larger memories than M3ViT-tiny's: {more}." if more else "The memories of M3ViT-tiny."),
            found.figures(),
            tables={"Blocks: work, least cycles of each resource": found.block_table(),

@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
         suffix = "" if target.clock_hz == TARGETS[name].clock_hz else f"-{arguments.clock_mhz:g}mhz"
         record(f"m3vit-{name}{suffix}", f"M3ViT-tiny, {name} configuration",
                f"Cycle-accurate simulation of the whole accelerator's RTL; {target.text}; clock "
-               f"assumed, {target.clock_hz / 1e6:g} MHz. One real street scene, which also calibrated "
+               f"{target.clock}, {target.clock_hz / 1e6:g} MHz. One real street scene, which also calibrated "
                f"the number grids. {EXPERTS_NOTE} Int8 but for what is said otherwise."
                + (" With frames in flight, memories are larger where they must hold all of them."
                   if arguments.frames > 1 else ""),

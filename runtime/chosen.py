@@ -5,17 +5,19 @@ import numpy as np
 from moeware.hw.arch.program import DeviceStep, Program
 from moeware.hw.arch.quantised import Route
 
-from .device import Progress
+from .device import Progress, runs
 from .torch_path import TorchDevice
 
 __all__ = ["Chooser", "chosen_experts"]
 
-Choices = dict[str, np.ndarray]  # of a frame: by the name of the router, int64 [rows, chosen]
+# Of a run, the frames that it works on one after another: by the name of the router, int64
+# [frames * rows, chosen].
+Choices = dict[str, np.ndarray]
 
 
 def chosen_experts(program: Program, step: DeviceStep,
                    inputs: dict[str, np.ndarray]) -> list[Choices]:
-    """The chosen experts of each frame, which are the same on every device.
+    """The chosen experts of each run, which are the same on every device.
 
     inputs : as `moeware.runtime.device.Device.run` takes them.
     """
@@ -26,7 +28,7 @@ def chosen_experts(program: Program, step: DeviceStep,
 
 class Chooser(TorchDevice):
     """PyTorch, as a device that also keeps, in `choices`, each step that it ran and the chosen
-    experts, frame by frame."""
+    experts, run by run."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -38,6 +40,7 @@ class Chooser(TorchDevice):
         routes = {op.name: np.asarray(results[op.output])[..., 0] for op in step.operations
                   if isinstance(op, Route)}
         frames = len(next(iter(inputs.values())))
-        self.choices += [(step, {name: chosen[frame] for name, chosen in routes.items()})
-                         for frame in range(frames)]
+        self.choices += [(step, {name: np.concatenate(chosen[batch])
+                                 for name, chosen in routes.items()})
+                         for batch in runs(frames, step.frames)]
         return results

@@ -102,7 +102,8 @@ def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, d
 
     Returns
     -------
-    A `moeware.hw.arch.timeline.Timeline` for each device step, and within it for each frame.
+    A `moeware.hw.arch.timeline.Timeline` for each device step, and within it for each run, of as many
+    frames as the program has in flight.
     """
     from moeware.compiler.estimate import DramCycles
     from moeware.compiler.estimate import estimate as of_step

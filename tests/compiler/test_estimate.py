@@ -20,6 +20,7 @@ from moeware.hw.router.unit import Router
 from moeware.runtime.chosen import chosen_experts
 from moeware.sim.dram import DDR, IDEAL, SDRAM_16BIT
 from moeware.sim.profile import ProfilingDevice
+from moeware.sim.rtl import RtlDevice
 
 from ..hw.arch.configs import CONFIGS
 from ..sim.test_rtl import SHAPES, shaped
@@ -132,6 +133,25 @@ def test_experts_without_tokens_cost_nothing():
     router = next(work for work in found.works if work.instruction.opcode is Opcode.LINEAR
                   and work.instruction.target == Target.ROUTER)
     assert {work.rows for work in linear} == {router.rows * router.instruction.chosen}
+
+
+def test_frames_in_flight_all_send_their_tokens():
+    """Two equal frames: every expert works for both, as the gateware's does."""
+    config = CONFIGURATIONS["even"]
+    graph = transformer(1, experts=config.max_experts, chosen=min(2, config.max_chosen),
+                        **MODELS["causal"])
+    inputs = {name: np.concatenate([value, value]) for name, value in graph.integers(1).items()}
+    macs, found = {}, {}
+    for frames in (1, 2):
+        compiled = program(graph, config, trace=False, frames=frames)
+        runs = chosen_experts(compiled, compiled.steps[0], inputs)
+        assert len(runs) == 2 // frames
+        found[frames] = estimate(compiled, compiled.steps[0], cycles(SDRAM_16BIT, config), runs[0])
+        macs[frames] = sum(work.macs for work in found[frames].works)
+    assert macs[2] == 2 * macs[1]
+    device = RtlDevice(config, dram=SDRAM_16BIT, clock_hz=100e6)
+    device.run(compiled, compiled.steps[0], inputs)
+    assert found[2].cycles == pytest.approx(device.counters[0]["cycles"], rel=TOTAL)
 
 
 def test_tokens_that_cannot_come_are_an_error():
