@@ -38,6 +38,7 @@ class Board:
     sdram_rate : clocks of the SDRAM in a system clock, 1 or 2.
     clock_hz : system clock unless the build asks for another.
     config : the accelerator unless the build asks for another.
+    seed : of the placement that `build` tries first, one that is known to reach the clock.
     fabric : units whose products are made of look-up tables, as of `Accelerator`, where the DSP
         blocks do not suffice for all.
     """
@@ -51,6 +52,7 @@ class Board:
     sdram: SDRAMTiming
     config: Config
     sdram_rate: int = 1
+    seed: int = 1
     fabric: tuple[str, ...] = ()
     pins: PinTiming = PinTiming()
 

@@ -32,7 +32,7 @@ Progress = Callable[[str], None]
 
 
 def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | None = None,
-          seed: int = 1, seeds: int = SEEDS, progress: Progress | None = None,
+          seed: int | None = None, seeds: int = SEEDS, progress: Progress | None = None,
           accelerator: wiring.Component | None = None) -> dict:
     """Make the bitstream of a configuration for a board.
 
@@ -43,7 +43,8 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
     Parameters
     ----------
     clock_hz : system clock; by default the board's.
-    seed, seeds : the first placement to try, and how many before the clock is given up.
+    seed, seeds : the first placement to try, by default the board's, and how many before the clock is
+        given up.
     progress : called with one line of text at each step.
     accelerator : replaces the accelerator of `config`, for tests.
 
@@ -84,6 +85,7 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
 
         notify("Synthesising (yosys)")
         run("yosys", [tools["yosys"], "-q", "-l", "yosys.log", f"{NAME}.ys"], folder)
+        seed = board.seed if seed is None else seed
         report = place_and_route(tools["nextpnr-ecp5"], platform, folder, range(seed, seed + seeds),
                                  notify)
         notify("Packing the bitstream (ecppack)")

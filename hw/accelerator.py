@@ -20,7 +20,7 @@ from .memories import BankedMemory
 from .norm import NormUnit
 from .ports import MemoryPort, RegisterPort
 from .router import Router
-from .sequencer import Sequencer, Tokens
+from .sequencer import IN_FLIGHT, Sequencer, Tokens
 from .slices import sliced
 
 __all__ = ["Accelerator"]
@@ -158,8 +158,12 @@ class Accelerator(wiring.Component):
             # A sequencer and its engine may lie far apart: registers both ways.
             connect(m, sliced(m, f"{name}_instruction", sequencer.engine.instruction),
                     unit.engine.instruction)
-            m.d.sync += [getattr(sequencer.engine, flag).eq(getattr(unit.engine, flag))
-                         for flag in ("done", "busy", "stalled")]
+            m.d.sync += [sequencer.engine.done.eq(unit.engine.done),
+                         sequencer.engine.stalled.eq(unit.engine.stalled)]
+            # Busy from one to the other, as the events of both say.
+            inside, sent = Signal(range(IN_FLIGHT + 1)), sequencer.engine.instruction
+            m.d.sync += inside.eq(inside + (sent.valid & sent.ready) - sequencer.engine.done)
+            m.d.comb += sequencer.engine.busy.eq(inside != 0)
             m.d.comb += [
                 sequencer.available.eq(tokens.available[engine]),
                 tokens.take[engine].eq(sequencer.take),

@@ -10,7 +10,7 @@ from .arch.isa import TOKEN_LIMIT, Engine, Opcode
 from .fetch import dispatched_layout
 from .interfaces import EngineSignature
 
-__all__ = ["Sequencer", "Tokens"]
+__all__ = ["IN_FLIGHT", "Sequencer", "Tokens"]
 
 IN_FLIGHT = 8  # instructions that an engine may have taken and not done
 

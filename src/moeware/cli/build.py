@@ -11,7 +11,7 @@ def configure(parser) -> None:
     parser.add_argument("--config", help="JSON file of a Config (default: the board's)")
     parser.add_argument("--out", help="folder for the result (default: build/BOARD)")
     parser.add_argument("--clock-mhz", type=float, help="system clock (default: the board's)")
-    parser.add_argument("--seed", type=int, default=1, help="first seed of place and route")
+    parser.add_argument("--seed", type=int, help="first seed of place and route (default: the board's)")
 
 
 def run(arguments) -> dict:
