@@ -24,7 +24,7 @@ ULX3S_85F = Board(
     config=Config(tokens=2, outputs=4, depth=8, queries=2, lanes=2, bus_bytes=8,
                   activation_banks=4, activation_words=1024, residual_words=4096,
                   weight_words=1024, param_words=512, tables=4, row_words=128, max_rows=256,
-                  max_experts=16, max_chosen=4, queue=4),
+                  max_experts=16, max_chosen=4, queue=8),
 )
 
 # The same board as full as it gets: M3ViT-tiny, or two of its frames, in on-chip memories. The linear
