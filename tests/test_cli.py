@@ -253,6 +253,6 @@ def test_build_and_deploy_by_the_name_of_the_board(moe, monkeypatch):
     assert moe("deploy")[0] == 0
     board = moeware.find_board("ulx3s-85f")
     assert calls == [
-        ("ulx3s-85f", board.config, "build/ulx3s-85f", 62_500_000, 1),
+        ("ulx3s-85f", board.config, "build/ulx3s-85f", 62_500_000, None),
         ("ulx3s-85f", CONFIG, "there", None, 4),
         ("build/ulx3s-85f/ulx3s-85f.bit", "ulx3s-85f")]

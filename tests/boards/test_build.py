@@ -55,6 +55,12 @@ def test_other_seeds_are_tried_until_the_clock_is_met(tmp_path, monkeypatch):
     assert sum("reaches" in line for line in lines) == 2
 
 
+def test_a_board_knows_its_first_seed(tmp_path, monkeypatch):
+    install_all(tmp_path, monkeypatch, achieved=(40.0, 120.0))
+    report, _ = run(tmp_path, board=dataclasses.replace(ULX3S_85F, seed=2))
+    assert report["seed"] == 2
+
+
 def test_a_missed_clock_is_an_error(tmp_path, monkeypatch):
     install_all(tmp_path, monkeypatch, achieved=(40, 45, 42))
     with pytest.raises(BuildError, match="best of 3 placements reached 90% of it"):
