@@ -14,7 +14,7 @@ from .control import ControlUnit
 from .dma import LoadEngine, ReadShare, StoreEngine
 from .events import Events
 from .fetch import Fetch
-from .interfaces import parameter_layout
+from .interfaces import activation_address, parameter_layout
 from .linear.unit import LinearUnit
 from .memories import BankedMemory
 from .norm import NormUnit
@@ -100,7 +100,7 @@ class Accelerator(wiring.Component):
         clients = {
             "activation": (
                 {"cell_bits": 8, "cells": config.depth, "words": config.activation_words,
-                 "banks": config.activation_banks},
+                 "banks": config.activation_banks, "address": activation_address(config)},
                 [linear.activation_read, attention.key_read, attention.value_read,
                  store.activation_read],
                 [linear.activation_write, attention.activation_write, norm.activation_write,

@@ -1,6 +1,6 @@
 """Signatures between the engines, the on-chip memories, the router and the sequencers."""
 
-from amaranth import signed
+from amaranth import Cat, Const, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -9,6 +9,7 @@ from .arch.isa import FIELDS, Opcode
 
 __all__ = [
     "READ_LATENCY",
+    "BankedAddress",
     "EngineSignature",
     "Logits",
     "Masked",
@@ -19,6 +20,7 @@ __all__ = [
     "RouteSetup",
     "TableWrite",
     "WritePort",
+    "activation_address",
     "fields_layout",
     "parameter_layout",
 ]
@@ -62,6 +64,56 @@ class EngineSignature(wiring.Signature):
         })
 
 
+class BankedAddress(data.StructLayout):
+    """Where a word lies in a memory of several banks: `word` counts through all of them, and one bit
+    of `bank` says again which of them that is.
+
+    Whoever sends addresses finds the bank before the last register on their way, so that arbiters
+    start from bits: comparing addresses there took as long as arbitration.
+    """
+
+    def __init__(self, banks: int, words: int):
+        self.banks, self.words = banks, words
+        super().__init__({"word": 20, "bank": banks})
+
+    def of(self, word: Value) -> Value:
+        """The address of a word. One past the end falls into the last bank: it is answered, with a
+        word that means nothing."""
+        page = word[self.page_low:self.page_low + (self.banks * self.pages - 1).bit_length()]
+        past = [_at_least(page, number * self.pages) for number in range(1, self.banks)]
+        begun, ended = [Const(1, 1), *past], [*past, Const(0, 1)]
+        return Cat(word[:20], *(begins & ~ends for begins, ends in zip(begun, ended)))
+
+    def within(self, word: Value, bank: int) -> Value:
+        """The number of a word within its bank."""
+        if self.banks == 1:
+            return word[:max(self.words - 1, 1).bit_length()]
+        page = (word[self.page_low:] - bank * self.pages)[:(self.pages - 1).bit_length()]
+        return Cat(word[:self.page_low], page)
+
+    # Only what tells one page from another, the largest power of two that divides a bank, is compared:
+    # with sizes that are not odd, a handful of bits.
+    @property
+    def page_low(self) -> int:
+        return (self.words & -self.words).bit_length() - 1
+
+    @property
+    def pages(self) -> int:
+        """Pages of a bank."""
+        return self.words >> self.page_low
+
+
+def _at_least(value: Value, bound: int) -> Value:
+    """``value >= bound``; of a few bits without a carry chain, which would start a path anew."""
+    if len(value) > 6:
+        return value >= bound
+    return value.matches(*range(bound, 1 << len(value)))
+
+
+def activation_address(config: Config) -> BankedAddress:
+    return BankedAddress(config.activation_banks, config.activation_words)
+
+
 class ReadPort(wiring.Signature):
     """Read access to an on-chip memory, seen from the reader.
 
@@ -71,14 +123,14 @@ class ReadPort(wiring.Signature):
 
     Members
     -------
-    address : Out(stream.Signature(20))
+    address : Out(stream.Signature(address))
     data : In(stream.Signature(shape, always_ready=True))
     """
 
-    def __init__(self, shape):
+    def __init__(self, shape, address=unsigned(20)):
         self.shape = shape
         super().__init__({
-            "address": Out(stream.Signature(20)),
+            "address": Out(stream.Signature(address)),
             "data": In(stream.Signature(shape, always_ready=True)),
         })
 
@@ -86,8 +138,8 @@ class ReadPort(wiring.Signature):
 class Masked(data.StructLayout):
     """A memory word of `cells` cells with a write enable for each cell."""
 
-    def __init__(self, cell_bits: int, cells: int):
-        super().__init__({"address": 20, "data": cell_bits * cells, "mask": cells})
+    def __init__(self, cell_bits: int, cells: int, address=unsigned(20)):
+        super().__init__({"address": address, "data": cell_bits * cells, "mask": cells})
 
 
 class WritePort(wiring.Signature):
@@ -95,12 +147,12 @@ class WritePort(wiring.Signature):
 
     Members
     -------
-    write : Out(stream.Signature(Masked(cell_bits, cells)))
+    write : Out(stream.Signature(Masked(cell_bits, cells, address)))
     """
 
-    def __init__(self, cell_bits: int, cells: int):
+    def __init__(self, cell_bits: int, cells: int, address=unsigned(20)):
         self.cell_bits, self.cells = cell_bits, cells
-        super().__init__({"write": Out(stream.Signature(Masked(cell_bits, cells)))})
+        super().__init__({"write": Out(stream.Signature(Masked(cell_bits, cells, address)))})
 
 
 class QueueEntry(data.Struct):

@@ -3,14 +3,14 @@
 from functools import reduce
 from operator import or_
 
-from amaranth import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from .interfaces import READ_LATENCY, ReadPort, WritePort
+from .interfaces import READ_LATENCY, BankedAddress, ReadPort, WritePort
 
-__all__ = ["BankedMemory", "FairArbiter", "locate", "pieces"]
+__all__ = ["BankedMemory", "FairArbiter", "pieces"]
 
 PIECE_WORDS = 512  # of the widest block RAM of ECP5
 MOST_PIECES = 3
@@ -52,30 +52,6 @@ class FairArbiter(wiring.Component):
         return m
 
 
-def locate(address: Value, banks: int, words: int) -> tuple[Value, Value]:
-    """Bank and word within it of a linear address; `words` need not be a power of two. An address
-    past the end falls somewhere into the memory: it is answered, with a word that means nothing."""
-    if banks == 1:
-        return Const(0, 1), address[:max(words - 1, 1).bit_length()]
-    # Only what tells one page from another, the largest power of two that divides a bank, is
-    # compared: with sizes that are not odd, a handful of bits.
-    low = (words & -words).bit_length() - 1
-    pages = words >> low
-    upper, bank = address[low:low + (banks * pages - 1).bit_length()], Const(0, (banks - 1).bit_length())
-    page = upper
-    for number in range(1, banks):
-        past = _at_least(upper, number * pages)
-        bank, page = Mux(past, number, bank), Mux(past, upper - number * pages, page)
-    return bank, Cat(address[:low], page[:(pages - 1).bit_length()])
-
-
-def _at_least(value: Value, bound: int) -> Value:
-    """``value >= bound``; of a few bits without a carry chain, which would start a path anew."""
-    if len(value) > 6:
-        return value >= bound
-    return value.matches(*range(bound, 1 << len(value)))
-
-
 def pieces(words: int) -> list[range]:
     """The words of each of the parts that a bank is made of: few powers of two and a rest, so that
     block RAMs are deep and hardly a word is chosen among several."""
@@ -97,28 +73,35 @@ class BankedMemory(wiring.Component):
     `FairArbiter` chooses. A word arrives `READ_LATENCY` cycles after its address is accepted: one
     in which the arbiter's choice reaches registers, one in a register between the clients and the
     many block RAMs of a bank, one in these, one in registers behind, which keep their long
-    clock-to-output time off every other path, and one in which the word is chosen among them. A read sees each write that was accepted in an
-    earlier cycle, but of one in the same cycle anything between the two words: so no logic guards
-    against it (`no_rw_check`). Nothing ever stalls a word that is under way. Words start as zeros.
+    clock-to-output time off every other path, and one in which the word is chosen among them. A read
+    sees each write that was accepted in an earlier cycle, but of one in the same cycle anything
+    between the two words: so no logic guards against it (`no_rw_check`). Nothing ever stalls a word
+    that is under way. Words start as zeros.
+
+    `address` is the shape of addresses: by default ``BankedAddress(banks, words)``, or plain numbers
+    where there is one bank.
 
     Members
     -------
-    readers : In(ReadPort(shape)).array(readers)
-    writers : In(WritePort(cell_bits, cells)).array(writers)
+    readers : In(ReadPort(shape, address)).array(readers)
+    writers : In(WritePort(cell_bits, cells, address)).array(writers)
     """
 
     def __init__(self, *, cell_bits: int, cells: int, words: int, banks: int = 1, readers: int = 1,
-                 writers: int = 1, shape=None):
+                 writers: int = 1, shape=None, address=None):
         self.cell_bits, self.cells, self.words, self.banks = cell_bits, cells, words, banks
+        self._banked = BankedAddress(banks, words)
+        if address is None:
+            address = self._banked if banks > 1 else unsigned(20)
         shape = unsigned(cell_bits * cells) if shape is None else shape
-        super().__init__({"readers": In(ReadPort(shape)).array(readers),
-                          "writers": In(WritePort(cell_bits, cells)).array(writers)})
+        super().__init__({"readers": In(ReadPort(shape, address)).array(readers),
+                          "writers": In(WritePort(cell_bits, cells, address)).array(writers)})
 
     def elaborate(self, platform):
         m = Module()
-        read_banks, read_words = zip(*(self._located(m, f"read_{i}", port.address.payload)
+        read_banks, read_words = zip(*(self._split(m, f"read_{i}", port.address.payload)
                                        for i, port in enumerate(self.readers)))
-        write_banks, write_words = zip(*(self._located(m, f"write_{i}", port.write.p.address)
+        write_banks, write_words = zip(*(self._split(m, f"write_{i}", port.write.p.address)
                                          for i, port in enumerate(self.writers)))
         written = [(_registered(m, f"written_{i}", port.write.p.data),
                     _registered(m, f"mask_{i}", port.write.p.mask))
@@ -128,13 +111,14 @@ class BankedMemory(wiring.Component):
         outputs = []
         for number in range(self.banks):
             reads = self._arbitrate(m, f"read_grants_{number}", read_grants,
-                                    [port.address.valid & (bank == number)
+                                    [port.address.valid & bank[number]
                                      for port, bank in zip(self.readers, read_banks)])
             writes = self._arbitrate(m, f"write_grants_{number}", write_grants,
-                                     [port.write.valid & (bank == number)
+                                     [port.write.valid & bank[number]
                                       for port, bank in zip(self.writers, write_banks)])
             outputs.append(self._bank(
-                m, number, _select(reads, read_words), _select(writes, write_words),
+                m, number, self._banked.within(_select(reads, read_words), number),
+                self._banked.within(_select(writes, write_words), number),
                 _select(writes, [data for data, _ in written]),
                 _select(writes, [mask for _, mask in written], always=False)))
 
@@ -145,15 +129,16 @@ class BankedMemory(wiring.Component):
                 bank = _registered(m, f"bank_{stage}", bank)
                 arrives = _registered(m, f"valid_{stage}", arrives, reset_less=False)
             m.d.comb += [port.address.ready.eq(accepted), port.data.valid.eq(arrives),
-                         Value.cast(port.data.payload).eq(Array(outputs)[bank])]
+                         Value.cast(port.data.payload).eq(_select(bank, outputs))]
         for port, granted in zip(self.writers, write_grants):
             m.d.comb += port.write.ready.eq(Cat(granted).any())
         return m
 
-    def _located(self, m, name, address):
-        """The bank of an address, and a cycle later its word there."""
-        bank, word = locate(address, self.banks, self.words)
-        return bank, _registered(m, f"{name}_word", word)
+    def _split(self, m, name, address):
+        """The bank of an address, one bit each, and a cycle later its word."""
+        address = Value.cast(address)
+        bank = address[20:] if self.banks > 1 else Const(1, 1)
+        return bank, _registered(m, f"{name}_word", address[:20])
 
     def _arbitrate(self, m, name, granted, requests):
         """The grant of one side of a bank to each client, a cycle late; without delay it is appended

@@ -98,10 +98,13 @@ class Sequencer(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         layout = dispatched_layout(self.opcode)
-        # At least two: a queue of one has an index of no bits, which Verilog cannot express.
-        m.submodules.queue = queue = SyncFIFO(width=layout.size, depth=max(2, self.config.queue))
-        m.d.comb += [queue.w_data.eq(self.queued.payload), queue.w_en.eq(self.queued.valid),
-                     self.queued.ready.eq(queue.w_rdy)]
+        # Whether there is room is known a cycle late, so that it needs a place more. Two at least: an
+        # instruction that is dispatched should find one before it.
+        depth = max(2, self.config.queue)
+        m.submodules.queue = queue = SyncFIFO(width=layout.size, depth=depth + 1)
+        m.d.comb += [queue.w_data.eq(self.queued.payload),
+                     queue.w_en.eq(self.queued.valid & self.queued.ready)]
+        m.d.sync += self.queued.ready.eq(queue.level < depth)
 
         head = Signal(layout)
         skip = Signal()
@@ -111,9 +114,10 @@ class Sequencer(wiring.Component):
 
         with m.FSM() as fsm:
             with m.State("EMPTY"):
+                # Whether there is one is known too late to enable anything as wide as an instruction.
                 m.d.comb += queue.r_en.eq(1)
+                m.d.sync += head.eq(queue.r_data)
                 with m.If(queue.r_rdy):
-                    m.d.sync += head.eq(queue.r_data)
                     m.next = "TOKENS"
             with m.State("TOKENS"):
                 m.d.comb += self.lacking.eq(lacking)

@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import HEAD_WORDS, Opcode
-from ..interfaces import READ_LATENCY, fields_layout
+from ..interfaces import READ_LATENCY, activation_address, fields_layout
 from ..slices import RegisterSlice
 from .shapes import Arrival, Group, delayed
 
@@ -24,7 +24,7 @@ class KeyReader(wiring.Component):
     Members
     -------
     instruction : In(stream.Signature(fields_layout(Opcode.ATTENTION)))
-    address : Out(stream.Signature(20))
+    address : Out(stream.Signature(activation_address(config)))
     arrives : Out(1)
         A word arrives in this cycle, `READ_LATENCY` cycles after its address was accepted.
     arrival : Out(Arrival(config))
@@ -44,7 +44,7 @@ class KeyReader(wiring.Component):
         self.config = config
         super().__init__({
             "instruction": In(stream.Signature(fields_layout(Opcode.ATTENTION))),
-            "address": Out(stream.Signature(20)),
+            "address": Out(stream.Signature(activation_address(config))),
             "arrives": Out(1), "arrival": Out(Arrival(config)),
             "groups": Out(stream.Signature(Group(config))),
             "released": In(1), "retired": In(1), "nothing": Out(1),
@@ -175,12 +175,13 @@ class KeyReader(wiring.Component):
 
     def _issue(self, m, cursor, tag, emit):
         """Sends the address `cursor` with its tag when `emit`; returns whether one can be taken."""
-        layout = data.StructLayout({"address": 20, "tag": Arrival(self.config)})
+        address = activation_address(self.config)
+        layout = data.StructLayout({"address": address, "tag": Arrival(self.config)})
         m.submodules.sent = sent = RegisterSlice(layout)
         accepted = Signal()
         m.d.comb += [
             sent.input.valid.eq(emit),
-            sent.input.p.address.eq(cursor), sent.input.p.tag.eq(tag),
+            sent.input.p.address.eq(address.of(cursor)), sent.input.p.tag.eq(tag),
             self.address.valid.eq(sent.output.valid), sent.output.ready.eq(self.address.ready),
             self.address.payload.eq(sent.output.p.address),
             accepted.eq(self.address.valid & self.address.ready),

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..credit import CreditQueue
 from ..exp2 import Exp2, Octaves
-from ..interfaces import READ_LATENCY
+from ..interfaces import READ_LATENCY, activation_address
 from .shapes import Group, Pass, Weights, delayed, difference_bits, score_shape
 
 __all__ = ["PassReader"]
@@ -32,7 +32,7 @@ class PassReader(wiring.Component):
     scores : In(data.ArrayLayout(score_shape(config), queries))
     released : Out(1)
         All scores of the group have been read.
-    address : Out(stream.Signature(20))
+    address : Out(stream.Signature(activation_address(config)))
     arrives : Out(1)
         A value word arrives in this cycle, `READ_LATENCY` cycles after its address was accepted.
     weights : Out(Weights(config))
@@ -53,7 +53,7 @@ class PassReader(wiring.Component):
             "groups": In(stream.Signature(Group(config))), "maxima": In(scores),
             "score_address": Out(range(config.max_rows)),
             "scores": In(scores), "released": Out(1),
-            "address": Out(stream.Signature(20)),
+            "address": Out(stream.Signature(activation_address(config))),
             "arrives": Out(1), "weights": Out(Weights(config)),
             "passes": Out(stream.Signature(Pass(config))),
             "sums_free": In(1), "sums_claimed": Out(1),
@@ -62,7 +62,8 @@ class PassReader(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         queries = self.config.queries
-        layout = data.StructLayout({"address": 20, "weights": Weights(self.config)})
+        address = activation_address(self.config)
+        layout = data.StructLayout({"address": address, "weights": Weights(self.config)})
         cycles = 3 + Octaves.LATENCY + Exp2.LATENCY
         m.submodules.sent = sent = CreditQueue(layout, cycles)
 
@@ -84,7 +85,7 @@ class PassReader(wiring.Component):
         element = sent.element
         m.d.comb += [
             sent.arrives.eq(delayed(m, sent.enters, cycles, name="valid", reset_less=False)),
-            element.address.eq(place.address), element.weights.first.eq(place.first),
+            element.address.eq(address.of(place.address)), element.weights.first.eq(place.first),
             element.weights.last.eq(place.last), element.weights.counted.eq(place.counted),
         ]
         for row in range(queries):

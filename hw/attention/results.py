@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..credit import CreditQueue
 from ..divide import Reciprocal
-from ..interfaces import Masked
+from ..interfaces import Masked, activation_address
 from ..multiply import Multipliers
 from ..requantise import Requantise
 from .shapes import Pass, accumulator_shape, delayed, total_bits
@@ -36,7 +36,7 @@ class ResultWriter(wiring.Component):
         Come not later than the sums of a counted pass, and only for one.
     summed : In(1)
     sums : In(data.ArrayLayout(accumulator_shape(config), queries * depth))
-    write : Out(stream.Signature(Masked(8, depth)))
+    write : Out(stream.Signature(Masked(8, depth, activation_address(config))))
     done : Out(1)
         The last word of an instruction was written in the cycle before.
     """
@@ -55,7 +55,8 @@ class ResultWriter(wiring.Component):
             "totals": In(data.ArrayLayout(total_bits(config), config.queries)),
             "summed": In(1),
             "sums": In(data.ArrayLayout(accumulator_shape(config), config.queries * config.depth)),
-            "write": Out(stream.Signature(Masked(8, config.depth))),
+            "write": Out(stream.Signature(
+                Masked(8, config.depth, activation_address(config)))),
             "done": Out(1),
         })
 
@@ -66,8 +67,9 @@ class ResultWriter(wiring.Component):
         scales, ready = self._reciprocals(m)
         place_layout = data.StructLayout({"address": 20, "chunk": range(chunks), "last": 1,
                                           "final": 1})
+        address = activation_address(self.config)
         m.submodules.writes = writes = CreditQueue(
-            data.StructLayout({"place": place_layout, "results": 8 * lanes}),
+            data.StructLayout({"address": address, "place": place_layout, "results": 8 * lanes}),
             self.SCALING + Requantise.LATENCY)
 
         # What is to be written: one chunk of `lanes` results after another.
@@ -128,9 +130,10 @@ class ResultWriter(wiring.Component):
                 requantise.multiplier.eq(multiplier), requantise.shift.eq(shift),
             ]
             results.append(requantise.result)
+        written = delayed(m, place, Requantise.LATENCY, name="place")
         m.d.comb += [
             writes.arrives.eq(delayed(m, valid, Requantise.LATENCY, name="valid", reset_less=False)),
-            writes.element.place.eq(delayed(m, place, Requantise.LATENCY, name="place")),
+            writes.element.place.eq(written), writes.element.address.eq(address.of(written.address)),
             writes.element.results.eq(Cat(results)),
         ]
         self._write(m, writes.output)
@@ -140,7 +143,7 @@ class ResultWriter(wiring.Component):
         lanes = self.config.lanes
         m.d.comb += [
             self.write.valid.eq(sent.valid), sent.ready.eq(self.write.ready),
-            self.write.p.address.eq(sent.p.place.address),
+            self.write.p.address.eq(sent.p.address),
             self.write.p.data.eq(sent.p.results.replicate(self.config.depth // lanes)),
             self.write.p.mask.eq(((1 << lanes) - 1) << (sent.p.place.chunk * lanes)),
         ]

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import Out
 
 from ..arch.config import Config
 from ..arch.isa import Opcode
-from ..interfaces import EngineSignature, ReadPort, WritePort
+from ..interfaces import EngineSignature, ReadPort, WritePort, activation_address
 from .keys import KeyReader
 from .passes import PassReader
 from .results import ResultWriter
@@ -49,19 +49,19 @@ class AttentionUnit(wiring.Component):
     Members
     -------
     engine : Out(EngineSignature(Opcode.ATTENTION))
-    key_read : Out(ReadPort(8 * depth))
+    key_read : Out(ReadPort(8 * depth, activation_address(config)))
         Queries and keys.
-    value_read : Out(ReadPort(8 * depth))
-    activation_write : Out(WritePort(8, depth))
+    value_read : Out(ReadPort(8 * depth, activation_address(config)))
+    activation_write : Out(WritePort(8, depth, activation_address(config)))
     """
 
     def __init__(self, config: Config, *, primitive: str | None = None):
         self.config, self.primitive = config, primitive
         super().__init__({
             "engine": Out(EngineSignature(Opcode.ATTENTION)),
-            "key_read": Out(ReadPort(8 * config.depth)),
-            "value_read": Out(ReadPort(8 * config.depth)),
-            "activation_write": Out(WritePort(8, config.depth)),
+            "key_read": Out(ReadPort(8 * config.depth, activation_address(config))),
+            "value_read": Out(ReadPort(8 * config.depth, activation_address(config))),
+            "activation_write": Out(WritePort(8, config.depth, activation_address(config))),
         })
 
     def elaborate(self, platform):

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
-from ..interfaces import EngineSignature, TableWrite, WritePort
+from ..interfaces import EngineSignature, TableWrite, WritePort, activation_address
 from ..ports import Burst
 from ..slices import RegisterSlice
 from .bursts import BurstSplitter
@@ -44,7 +44,7 @@ class LoadEngine(wiring.Component):
     engine : Out(EngineSignature(Opcode.LOAD))
     read_command : Out(stream.Signature(Burst))
     read_data : In(stream.Signature(8 * bus_bytes))
-    activation_write : Out(WritePort(8, depth))
+    activation_write : Out(WritePort(8, depth, activation_address(config)))
     residual_write : Out(WritePort(16, lanes))
     weight_write : Out(WritePort(8 * outputs * depth, 1))
     param_write : Out(WritePort(64 * lanes, 1))
@@ -57,7 +57,7 @@ class LoadEngine(wiring.Component):
             "engine": Out(EngineSignature(Opcode.LOAD)),
             "read_command": Out(stream.Signature(Burst)),
             "read_data": In(stream.Signature(8 * config.bus_bytes)),
-            "activation_write": Out(WritePort(8, config.depth)),
+            "activation_write": Out(WritePort(8, config.depth, activation_address(config))),
             "residual_write": Out(WritePort(16, config.lanes)),
             "weight_write": Out(WritePort(8 * config.outputs * config.depth, 1)),
             "param_write": Out(WritePort(64 * config.lanes, 1)),
@@ -151,10 +151,12 @@ class LoadEngine(wiring.Component):
         ready = Cat(~chosen[number] | streams[each].ready for number, each in enumerate(table)).all()
         m.d.comb += [used.eq(goes & (ready | ~writes)), wrote.eq(used & writes),
                      pop.eq(used & (spread | last_part | one))]
+        located = {Memory.ACTIVATION: activation_address(self.config).of(job.local)}
         for number, (each, geometry) in enumerate(table.items()):
             out = streams[each]
             whole = Cat(earlier[len(earlier) - bus_bits * (geometry.beats_each - 1):], beat)
-            m.d.comb += [out.valid.eq(goes & writes & chosen[number]), out.p.address.eq(job.local),
+            m.d.comb += [out.valid.eq(goes & writes & chosen[number]),
+                         out.p.address.eq(located.get(each, job.local)),
                          out.p.data.eq(whole[:geometry.word_bits])]
             if not geometry.spread:
                 with m.If(used & chosen[number]):
@@ -183,7 +185,7 @@ class LoadEngine(wiring.Component):
         waits = []
         for memory in SHARED:
             port = streams[memory]
-            layout = data.StructLayout({"address": 20, "data": len(port.p.data)})
+            layout = data.StructLayout({"address": port.p.address.shape(), "data": len(port.p.data)})
             m.submodules[f"{memory.name.lower()}_slice"] = held = RegisterSlice(layout)
             m.d.comb += [
                 port.valid.eq(held.output.valid), held.output.ready.eq(port.ready),

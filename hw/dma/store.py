@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
 from ..arch.isa import Memory, Opcode
-from ..interfaces import EngineSignature, ReadPort
+from ..interfaces import EngineSignature, ReadPort, activation_address
 from ..ports import Burst
 from ..slices import RegisterSlice
 from .bursts import BurstSplitter
@@ -32,7 +32,7 @@ class StoreEngine(wiring.Component):
     Members
     -------
     engine : Out(EngineSignature(Opcode.STORE))
-    activation_read : Out(ReadPort(8 * depth))
+    activation_read : Out(ReadPort(8 * depth, activation_address(config)))
     residual_read : Out(ReadPort(16 * lanes))
     write_command : Out(stream.Signature(Burst))
     write_data : Out(stream.Signature(8 * bus_bytes))
@@ -43,7 +43,7 @@ class StoreEngine(wiring.Component):
         self.config = config
         super().__init__({
             "engine": Out(EngineSignature(Opcode.STORE)),
-            "activation_read": Out(ReadPort(8 * config.depth)),
+            "activation_read": Out(ReadPort(8 * config.depth, activation_address(config))),
             "residual_read": Out(ReadPort(16 * config.lanes)),
             "write_command": Out(stream.Signature(Burst)),
             "write_data": Out(stream.Signature(8 * config.bus_bytes)),
@@ -102,13 +102,15 @@ class StoreEngine(wiring.Component):
         ports = {Memory.ACTIVATION: self.activation_read, Memory.RESIDUAL: self.residual_read}
         width = max(8 * self.config.depth, 16 * self.config.lanes)
         m.submodules.words = words = SyncFIFO(width=width, depth=WORDS_HELD)
+        located = {Memory.ACTIVATION: activation_address(self.config).of(job.local)}
         held = Signal(range(WORDS_HELD + 1))  # in the queue or on their way
         read = Signal()
         for memory, port in ports.items():
-            m.submodules[f"{memory.name.lower()}_address"] = address = RegisterSlice(20)
+            m.submodules[f"{memory.name.lower()}_address"] = address = RegisterSlice(
+                port.address.payload.shape())
             wiring.connect(m, address.output, wiring.flipped(port.address))
             m.d.comb += [
-                address.input.payload.eq(job.local),
+                address.input.payload.eq(located.get(memory, job.local)),
                 address.input.valid.eq(wanted & (job.memory == memory) & (held != WORDS_HELD)),
             ]
             with m.If(address.input.valid & address.input.ready):

@@ -5,7 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..interfaces import READ_LATENCY, ReadPort
+from ..interfaces import READ_LATENCY, ReadPort, activation_address
 from ..slices import RegisterSlice
 from .rows import Row
 
@@ -53,7 +53,7 @@ class Fill(wiring.Component):
     Members
     -------
     rows : In(stream.Signature(Row(config)))
-    read : Out(ReadPort(8 * depth))
+    read : Out(ReadPort(8 * depth, activation_address(config)))
     tile : Out(TileWrite(config))
     target : Out(TargetWrite(config))
         Written before the group is filled.
@@ -73,7 +73,7 @@ class Fill(wiring.Component):
         self.config = config
         super().__init__({
             "rows": In(stream.Signature(Row(config))),
-            "read": Out(ReadPort(8 * config.depth)),
+            "read": Out(ReadPort(8 * config.depth, activation_address(config))),
             "tile": Out(TileWrite(config)),
             "target": Out(TargetWrite(config)),
             "filled": Out(1),
@@ -95,10 +95,12 @@ class Fill(wiring.Component):
         taken, row_done, group_done = Signal(), Signal(), Signal()
         tag = data.StructLayout({"bank": bank.shape(), "address": range(2 * config.row_words),
                                  "done": 1})
-        m.submodules.sent = sent = RegisterSlice(data.StructLayout({"address": 20, "tag": tag}))
+        address = activation_address(config)
+        m.submodules.sent = sent = RegisterSlice(
+            data.StructLayout({"address": address, "tag": tag}))
         m.d.comb += [
             sent.input.valid.eq(self.rows.valid & (occupied != 2) & (kept != groups)),
-            sent.input.p.address.eq(row.source + word),
+            sent.input.p.address.eq(address.of(row.source + word)),
             sent.input.p.tag.bank.eq(bank), sent.input.p.tag.done.eq(group_done),
             sent.input.p.tag.address.eq(Mux(half, config.row_words + word, word)),
             taken.eq(sent.input.valid & sent.input.ready),

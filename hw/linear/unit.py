@@ -15,6 +15,7 @@ from ..interfaces import (
     RouteSetup,
     TableWrite,
     WritePort,
+    activation_address,
     fields_layout,
     parameter_layout,
 )
@@ -70,8 +71,8 @@ class LinearUnit(wiring.Component):
     Members
     -------
     engine : Out(EngineSignature(Opcode.LINEAR))
-    activation_read : Out(ReadPort(8 * K))
-    activation_write : Out(WritePort(8, K))
+    activation_read : Out(ReadPort(8 * K, activation_address(config)))
+    activation_write : Out(WritePort(8, K, activation_address(config)))
     residual_read : Out(ReadPort(16 * W))
     residual_write : Out(WritePort(16, W))
     weight_read : Out(ReadPort(8 * O * K))
@@ -97,8 +98,8 @@ class LinearUnit(wiring.Component):
         self.buffer = 1 << (in_flight - 1).bit_length()
         super().__init__({
             "engine": Out(EngineSignature(Opcode.LINEAR)),
-            "activation_read": Out(ReadPort(8 * config.depth)),
-            "activation_write": Out(WritePort(8, config.depth)),
+            "activation_read": Out(ReadPort(8 * config.depth, activation_address(config))),
+            "activation_write": Out(WritePort(8, config.depth, activation_address(config))),
             "residual_read": Out(ReadPort(16 * config.lanes)),
             "residual_write": Out(WritePort(16, config.lanes)),
             "weight_read": Out(ReadPort(8 * config.outputs * config.depth)),

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from ..arch.config import Config
 from ..arch.isa import Target
-from ..interfaces import Logits, ReadPort, WritePort
+from ..interfaces import Logits, ReadPort, WritePort, activation_address
 from ..slices import RegisterSlice
 from .drain import Place
 from .residual import ResidualUpdate
@@ -37,7 +37,7 @@ class WriteBack(wiring.Component):
         Places come in the order of their results, none later than its result.
     results_valid : In(1)
     results : In(data.ArrayLayout(signed(32), lanes))
-    activation_write : Out(WritePort(8, depth))
+    activation_write : Out(WritePort(8, depth, activation_address(config)))
     residual_read : Out(ReadPort(16 * lanes))
     residual_write : Out(WritePort(16, lanes))
     logits : Out(stream.Signature(Logits(config)))
@@ -55,7 +55,7 @@ class WriteBack(wiring.Component):
             "place": In(Place(config)),
             "results_valid": In(1),
             "results": In(data.ArrayLayout(signed(32), config.lanes)),
-            "activation_write": Out(WritePort(8, config.depth)),
+            "activation_write": Out(WritePort(8, config.depth, activation_address(config))),
             "residual_read": Out(ReadPort(16 * config.lanes)),
             "residual_write": Out(WritePort(16, config.lanes)),
             "logits": Out(stream.Signature(Logits(config))),
@@ -93,7 +93,7 @@ class WriteBack(wiring.Component):
             {"word": write.payload.shape(), "end": 1}))
         word = arranged.input.p.word
         m.d.comb += [
-            word.address.eq(place.address),
+            word.address.eq(activation_address(config).of(place.address)),
             word.data.eq(Cat(value[:8] for value in results).replicate(config.depth // lanes)),
             word.mask.eq(Cat(place.mask & (place.part == part).replicate(lanes)
                              for part in range(config.depth // lanes))),

@@ -10,7 +10,13 @@ from amaranth.lib.wiring import Out
 from ..arch.config import Config
 from ..arch.isa import NORM_CHANNELS, NormMode, Opcode
 from ..credit import CreditQueue
-from ..interfaces import EngineSignature, ReadPort, WritePort, parameter_layout
+from ..interfaces import (
+    EngineSignature,
+    ReadPort,
+    WritePort,
+    activation_address,
+    parameter_layout,
+)
 from ..requantise import Requantise
 from ..slices import sliced
 from .inverse_root import InverseRoot
@@ -47,7 +53,7 @@ class NormUnit(wiring.Component):
     engine : Out(EngineSignature(Opcode.NORM))
     residual_read : Out(ReadPort(16 * lanes))
     param_read : Out(ReadPort(parameter_layout(config)))
-    activation_write : Out(WritePort(8, depth))
+    activation_write : Out(WritePort(8, depth, activation_address(config)))
     """
 
     ROW_INTERVAL = InverseRoot.INTERVAL
@@ -62,7 +68,7 @@ class NormUnit(wiring.Component):
             "engine": Out(EngineSignature(Opcode.NORM)),
             "residual_read": Out(ReadPort(16 * config.lanes)),
             "param_read": Out(ReadPort(parameter_layout(config))),
-            "activation_write": Out(WritePort(8, config.depth)),
+            "activation_write": Out(WritePort(8, config.depth, activation_address(config))),
         })
 
     def elaborate(self, platform):
@@ -76,7 +82,7 @@ class NormUnit(wiring.Component):
             residual_reader.word, 1 << (words - 1).bit_length())
         m.submodules.variance = variance = Variance()
         m.submodules.inverse_root = inverse_root = InverseRoot()
-        m.submodules.writer = writer = RowWriter(lanes, self.config.depth)
+        m.submodules.writer = writer = RowWriter(self.config)
 
         wiring.connect(m, residual_reader.port, wiring.flipped(self.residual_read))
         wiring.connect(m, param_reader.port, wiring.flipped(self.param_read))

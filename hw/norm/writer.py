@@ -4,7 +4,8 @@ from amaranth import Module, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..interfaces import WritePort
+from ..arch.config import Config
+from ..interfaces import WritePort, activation_address
 from ..slices import RegisterSlice
 from .reader import Rows, Word
 
@@ -23,17 +24,18 @@ class RowWriter(wiring.Component):
     rows : In(stream.Signature(Rows))
         Taken after `done` of the ones before.
     words : In(stream.Signature(Word(data.ArrayLayout(signed(8), lanes), lanes)))
-    port : Out(WritePort(8, depth))
+    port : Out(WritePort(8, depth, activation_address(config)))
     done : Out(1)
         Pulses once for each `rows`, after its last write was accepted.
     """
 
-    def __init__(self, lanes: int, depth: int):
-        self.lanes, self.depth = lanes, depth
+    def __init__(self, config: Config):
+        self.lanes, self.depth = lanes, depth = config.lanes, config.depth
+        self.address = activation_address(config)
         super().__init__({
             "rows": In(stream.Signature(Rows)),
             "words": In(stream.Signature(Word(data.ArrayLayout(signed(8), lanes), lanes))),
-            "port": Out(WritePort(8, depth)),
+            "port": Out(WritePort(8, depth, self.address)),
             "done": Out(1),
         })
 
@@ -47,7 +49,7 @@ class RowWriter(wiring.Component):
         collected = Signal(data.ArrayLayout(8 * self.lanes, groups))
         merged = Signal.like(collected)
         current = Signal(data.ArrayLayout(8, self.lanes))
-        layout = data.StructLayout({"address": 20, "data": 8 * self.depth})
+        layout = data.StructLayout({"address": self.address, "data": 8 * self.depth})
         m.submodules.writes = writes = RegisterSlice(layout)
 
         for lane in range(self.lanes):
@@ -66,7 +68,7 @@ class RowWriter(wiring.Component):
             self.rows.ready.eq(~active & ~finished),
             self.words.ready.eq(active & (~complete | writes.input.ready)),
             writes.input.valid.eq(active & self.words.valid & complete),
-            writes.input.p.address.eq(address), writes.input.p.data.eq(merged),
+            writes.input.p.address.eq(self.address.of(address)), writes.input.p.data.eq(merged),
             self.port.write.valid.eq(writes.output.valid),
             self.port.write.p.address.eq(writes.output.p.address),
             self.port.write.p.data.eq(writes.output.p.data), self.port.write.p.mask.eq(-1),

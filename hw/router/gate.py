@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..divide import Reciprocal
 from ..multiply import Multipliers
+from ..slices import RegisterSlice, sliced
 from .weigh import weights_layout
 
 __all__ = ["Append", "Gate"]
@@ -39,7 +40,7 @@ class Gate(wiring.Component):
     """
 
     DEPTH = 4
-    LATENCY = Reciprocal.LATENCY + Multipliers.LATENCY + 2
+    LATENCY = Reciprocal.LATENCY + RegisterSlice.LATENCY + Multipliers.LATENCY + 2
 
     def __init__(self, count: int):
         self.count = count
@@ -73,12 +74,12 @@ class Gate(wiring.Component):
         position = Signal(range(count))
         last = position + 1 == self.chosen
         # The result is copied, so that the next division runs beside the products.
-        inverse, valid = Signal.like(reciprocal.reciprocals.payload), Signal()
+        inverses = sliced(m, "inverses", reciprocal.reciprocals)
+        inverse, valid = Signal.like(inverses.payload), Signal()
         with m.If(~valid | last):
-            m.d.sync += [inverse.eq(reciprocal.reciprocals.payload),
-                         valid.eq(reciprocal.reciprocals.valid)]
+            m.d.sync += [inverse.eq(inverses.payload), valid.eq(inverses.valid)]
         m.d.comb += [
-            reciprocal.reciprocals.ready.eq(~valid | last), experts.r_en.eq(valid & last),
+            inverses.ready.eq(~valid | last), experts.r_en.eq(valid & last),
             weights.r_en.eq(valid & last),
             multiplier.advance.eq(1),
             multiplier.a[0].eq(weights.r_data.word_select(position, 16)),

@@ -45,7 +45,7 @@ class Router(wiring.Component):
     """
 
     ROW_INTERVAL = 18
-    LATENCY = Weigh.LATENCY + Gate.LATENCY + 3 * RegisterSlice.LATENCY + 3
+    LATENCY = Weigh.LATENCY + Gate.LATENCY + 2 * RegisterSlice.LATENCY + 3
 
     def __init__(self, config: Config):
         self.config = config
@@ -90,7 +90,7 @@ class Router(wiring.Component):
         # No stage waits in the same cycle for another.
         wiring.connect(m, sliced(m, "first", buffer.first), choose.logits)
         wiring.connect(m, sliced(m, "second", buffer.second), weigh.logits)
-        wiring.connect(m, sliced(m, "weights", weigh.weights), gate.weights)
+        wiring.connect(m, weigh.weights, gate.weights)
         wiring.connect(m, gate.entries, queues.entries)
         choices = sliced(m, "choices", choose.choices)
 

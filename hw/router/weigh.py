@@ -6,6 +6,7 @@ from amaranth import Array, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..credit import CreditQueue
 from ..exp2 import Exp2, Octaves
 from ..interfaces import RouteSetup
 from .buffer import Logit
@@ -26,8 +27,8 @@ class Weigh(wiring.Component):
     the chosen or, without `over_chosen`, over all logits of the row.
 
     A logit a cycle: a row takes `chosen` cycles, and as many more as it has logits if they all
-    count. The weights come `LATENCY` cycles after the last of them. While they are refused
-    everything waits.
+    count. The weights come `LATENCY` cycles after the last of them. While they are refused they wait
+    in a queue, and what is on the way is let in only as far as that has room.
 
     Members
     -------
@@ -40,7 +41,8 @@ class Weigh(wiring.Component):
         Those past `chosen` are undefined.
     """
 
-    LATENCY = 2 + Octaves.LATENCY + Exp2.LATENCY + 1
+    SUMMING = 2 + Octaves.LATENCY + Exp2.LATENCY + 1  # cycles until a row's weights are complete
+    LATENCY = SUMMING + CreditQueue.LATENCY
 
     def __init__(self, count: int):
         self.count = count
@@ -54,8 +56,8 @@ class Weigh(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         setup = self.setup
-        advance = Signal()
-        m.d.comb += advance.eq(~self.weights.valid | self.weights.ready)
+        m.submodules.rows = rows = CreditQueue(self.weights.payload.shape(), self.SUMMING)
+        wiring.connect(m, rows.output, wiring.flipped(self.weights))
 
         # What enters: the chosen, then all.
         tag = data.StructLayout({"valid": 1, "position": range(self.count + 1), "counts": 1,
@@ -67,46 +69,46 @@ class Weigh(wiring.Component):
         m.d.comb += [
             entering.position.eq(Mux(picking, position, self.count)),
             entering.counts.eq(~picking | setup.over_chosen),
-            entering.valid.eq(self.choices.valid & (picking | self.logits.valid)),
+            entering.valid.eq(rows.room & self.choices.valid & (picking | self.logits.valid)),
             entering.last.eq(Mux(picking, setup.over_chosen & (position + 1 == setup.chosen),
                                  self.logits.p.last)),
-            self.logits.ready.eq(advance & self.choices.valid & ~picking),
-            self.choices.ready.eq(advance & entering.valid & entering.last),
+            rows.enters.eq(entering.valid & entering.last),
+            self.logits.ready.eq(rows.room & self.choices.valid & ~picking),
+            self.choices.ready.eq(rows.enters),
         ]
         value, maximum = Signal(signed(32)), Signal(signed(32))
         difference = Signal(32)
-        with m.If(advance):
-            m.d.sync += [
-                value.eq(Mux(picking, chosen, self.logits.p.value)),
-                maximum.eq(self.choices.payload[0].value),
-                difference.eq(maximum - value),
-            ]
-            with m.If(entering.valid & picking):
-                m.d.sync += position.eq(position + 1)
-            with m.If(entering.valid & entering.last):
-                m.d.sync += position.eq(0)
+        m.d.sync += [
+            value.eq(Mux(picking, chosen, self.logits.p.value)),
+            maximum.eq(self.choices.payload[0].value),
+            difference.eq(maximum - value),
+        ]
+        with m.If(entering.valid & picking):
+            m.d.sync += position.eq(position + 1)
+        with m.If(rows.enters):
+            m.d.sync += position.eq(0)
 
         m.submodules.octaves = octaves = Octaves()
         m.submodules.exp2 = exp2 = Exp2()
         m.d.comb += [
-            octaves.advance.eq(advance), exp2.advance.eq(advance),
+            octaves.advance.eq(1), exp2.advance.eq(1),
             octaves.difference.eq(difference), octaves.multiplier.eq(setup.multiplier),
             octaves.shift.eq(setup.shift), exp2.steps.eq(octaves.steps),
         ]
-        tags = [entering] + [Signal(tag, name=f"tag_{i}") for i in range(self.LATENCY - 1)]
+        tags = [entering] + [Signal(tag, name=f"tag_{i}") for i in range(self.SUMMING - 1)]
         leaving = tags[-1]
         fresh = Signal(init=1)  # the next to leave is the first of its row
-        weights = self.weights.p
-        with m.If(advance):
-            m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
-            m.d.sync += self.weights.valid.eq(leaving.valid & leaving.last)
-            with m.If(leaving.valid):
-                m.d.sync += [
-                    fresh.eq(leaving.last),
-                    weights.total.eq(Mux(fresh, 0, weights.total)
-                                     + Mux(leaving.counts, exp2.weight, 0)),
-                ]
-                for i in range(self.count):
-                    with m.If(leaving.position == i):
-                        m.d.sync += weights.weights[i].eq(exp2.weight)
+        weights, complete = Signal.like(rows.element), Signal()
+        m.d.comb += [rows.arrives.eq(complete), rows.element.eq(weights)]
+        m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
+        m.d.sync += complete.eq(leaving.valid & leaving.last)
+        with m.If(leaving.valid):
+            m.d.sync += [
+                fresh.eq(leaving.last),
+                weights.total.eq(Mux(fresh, 0, weights.total)
+                                 + Mux(leaving.counts, exp2.weight, 0)),
+            ]
+            for i in range(self.count):
+                with m.If(leaving.position == i):
+                    m.d.sync += weights.weights[i].eq(exp2.weight)
         return m

@@ -11,6 +11,8 @@ from moeware.hw.arch.isa import Target
 from moeware.hw.arch.layout import pack_params
 from moeware.hw.interfaces import READ_LATENCY
 
+from .simulate import word_at
+
 __all__ = ["EXPERTS", "HIDDEN", "RESIDUAL", "SOURCE", "TABLE", "TABLES", "TOKENS", "Machine",
            "config", "halves", "signed"]
 
@@ -60,7 +62,7 @@ class Machine:
     # The unit's ports, on the same arrays.
 
     async def bench(self, ctx, unit):
-        reads = [(unit.activation_read, lambda a: _pack(self.activation[a], 8)),
+        reads = [(unit.activation_read, lambda a: _pack(self.activation[word_at(a, self.config)], 8)),
                  (unit.residual_read, lambda a: _pack(self.residual[a], 16)),
                  (unit.weight_read, lambda a: _pack(self.weight[a].ravel(), 8)),
                  (unit.param_read, self.params.__getitem__)]
@@ -94,7 +96,7 @@ class Machine:
                     self.writes += 1
                     for cell in range(memory.shape[1]):
                         if payload.mask >> cell & 1:
-                            memory[payload.address, cell] = signed(
+                            memory[word_at(payload.address, self.config), cell] = signed(
                                 payload.data >> bits * cell, bits)
             valid, ready, payload = next(values), next(values), next(values)
             ctx.set(unit.route_done, route_in == 1)

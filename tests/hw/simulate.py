@@ -1,6 +1,15 @@
-"""A simulation that ends: every bench under a watchdog."""
+"""What benches share: a simulation that ends, under a watchdog, and what addresses name."""
 
 from amaranth.sim import Simulator
+
+
+def word_at(address, config):
+    """The word that an address names, plain or banked; a bank must be the word's."""
+    if isinstance(address, int):
+        return address
+    bank = min(address.word // config.activation_words, config.activation_banks - 1)
+    assert address.bank == 1 << bank
+    return address.word
 
 
 def simulate(dut, *benches, deadline=10_000):

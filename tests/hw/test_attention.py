@@ -11,7 +11,7 @@ from moeware.hw.attention import AttentionUnit
 from moeware.hw.attention.results import ResultWriter
 from moeware.hw.interfaces import READ_LATENCY
 
-from .simulate import simulate
+from .simulate import simulate, word_at
 from .streams import put_all
 
 WORDS = 4096  # of the activation memory
@@ -98,17 +98,18 @@ def run(size, heads, memory, *, stalls=(0.0, 0.0, 0.0), seed=0, deadline=20_000)
             *reads, writes, stored, done, busy, no_progress = sampled[2:]
             for i, queue in enumerate(arriving):
                 accepted = reads[2 * i] and ready[i]
-                queue.append(pack(memory[reads[2 * i + 1]]) if accepted else None)
+                queue.append(pack(memory[word_at(reads[2 * i + 1], size)]) if accepted else None)
                 words[i] = queue.pop(0)
             if done:  # before the write of this cycle, which would be too late
                 finish(cycle)
             if writes and ready[2]:
                 word = np.frombuffer(stored.data.to_bytes(depth, "little"), np.int8)
+                address = word_at(stored.address, size)
                 for i in range(depth):
                     if stored.mask >> i & 1:
-                        assert (stored.address, i) not in written, "written twice"
-                        written.add((stored.address, i))
-                        memory[stored.address, i] = word[i]
+                        assert (address, i) not in written, "written twice"
+                        written.add((address, i))
+                        memory[address, i] = word[i]
             if no_progress:
                 stalled.append(cycle)
             idle = idle + 1 if len(finished) == len(heads) else 0

@@ -11,6 +11,7 @@ from moeware.hw.dma.bursts import ceil_divide
 from moeware.hw.interfaces import READ_LATENCY
 
 from .background import simulate_beside
+from .simulate import word_at
 from .dram import Dram
 from .streams import get_all, put_all
 
@@ -81,7 +82,7 @@ def run_load(config, jobs, *, latency, stall, seed, refuse=0.0):
                 valid, ready, payload = next(values), next(values), next(values)
                 if valid and ready:
                     assert memory == Memory.TABLE or payload.mask == 2 ** cells[memory] - 1
-                    written[memory][payload.address] = payload.data
+                    written[memory][word_at(payload.address, config)] = payload.data
 
     async def reads(ctx):
         await dram.serve_reads(ctx, dut.read_command, dut.read_data)
@@ -192,8 +193,8 @@ def run_store(config, jobs, *, latency, stall, seed, refuse=0.0):
                     ctx.set(port.data.payload, word)
                 *_, valid, ready, address = await ctx.tick().sample(
                     port.address.valid, port.address.ready, port.address.payload)
-                pipeline.insert(0, int.from_bytes(contents[memory][address].tobytes(), "little")
-                                if valid and ready else None)
+                word = contents[memory][word_at(address, config)] if valid and ready else None
+                pipeline.insert(0, None if word is None else int.from_bytes(word.tobytes(), "little"))
         return bench
 
     async def issue(ctx):

@@ -1,17 +1,26 @@
 import random
 
 import pytest
+from amaranth import Module, Signal
 from amaranth.lib import data
+from amaranth.sim import Simulator
 
-from moeware.hw.interfaces import READ_LATENCY
+from moeware.hw.interfaces import READ_LATENCY, BankedAddress
 from moeware.hw.memories import BankedMemory, FairArbiter
 
 from .simulate import simulate
 
 
+def number_of(address):
+    return address if isinstance(address, int) else address.word
+
+
 def traffic(memory, *, cycles, seed, readers, writers, spread):
     """Random clients; a model of the memory is written and read in the order of acceptance."""
     draw = random.Random(seed)
+    def at(word):
+        return {"word": word, "bank": 1 << word // memory.words} if memory.banks > 1 else word
+
     size, cells, bits = memory.banks * memory.words, memory.cells, memory.cell_bits
     contents = [[0] * cells for _ in range(size)]
     served = {"read": [0] * readers, "write": [0] * writers}
@@ -22,16 +31,16 @@ def traffic(memory, *, cycles, seed, readers, writers, spread):
             for port in memory.readers:
                 if not ctx.get(port.address.valid) or ctx.get(port.address.ready):
                     ctx.set(port.address.valid, draw.random() < spread)
-                    ctx.set(port.address.payload, draw.randrange(size))
+                    ctx.set(port.address.payload, at(draw.randrange(size)))
             for port in memory.writers:
                 ctx.set(port.write.valid, draw.random() < spread)
-                ctx.set(port.write.payload, {"address": draw.randrange(size),
+                ctx.set(port.write.payload, {"address": at(draw.randrange(size)),
                                              "data": draw.getrandbits(bits * cells),
                                              "mask": draw.getrandbits(cells)})
             reads, writes = [], []
             for number, port in enumerate(memory.readers):
                 accepted = ctx.get(port.address.valid & port.address.ready)
-                address = ctx.get(port.address.payload)
+                address = number_of(ctx.get(port.address.payload))
                 due[number] = [contents[address].copy() if accepted else None, *due[number][:-1]]
                 reads += [address // memory.words] * accepted
                 served["read"][number] += accepted
@@ -43,11 +52,12 @@ def traffic(memory, *, cycles, seed, readers, writers, spread):
             for number, port in enumerate(memory.writers):
                 if ctx.get(port.write.valid & port.write.ready):
                     write = ctx.get(port.write.payload)
-                    writes.append(write.address // memory.words)
+                    written = number_of(write.address)
+                    writes.append(written // memory.words)
                     served["write"][number] += 1
                     for cell in range(cells):
                         if write.mask >> cell & 1:
-                            contents[write.address][cell] = \
+                            contents[written][cell] = \
                                 write.data >> bits * cell & (1 << bits) - 1
             assert len(reads) == len(set(reads)) and len(writes) == len(set(writes))
             await ctx.tick()
@@ -68,15 +78,41 @@ def test_reads_see_earlier_writes(banks, words, cells, readers, writers):
     assert min(served["write"]) > 400 * 0.7 / max(readers, writers) / 2
 
 
+@pytest.mark.parametrize("banks, words", [(4, 8), (3, 7), (2, 16), (5, 4), (8, 5), (4, 22), (1, 9),
+                                          (4, 5632), (3, 129)])
+def test_an_address_names_its_bank(banks, words):
+    layout = BankedAddress(banks, words)
+    m = Module()
+    word, address = Signal(20), Signal(layout)
+    inside = [Signal(range(words), name=f"inside_{bank}") for bank in range(banks)]
+    m.d.comb += [address.eq(layout.of(word)),
+                 *(signal.eq(layout.within(word, bank)) for bank, signal in enumerate(inside))]
+
+    async def bench(ctx):
+        edges = {edge + by for edge in range(0, banks * words + 1, words) for by in (-2, -1, 0, 1)}
+        tried = sorted(edges & set(range(banks * words))) + random.Random(1).choices(
+            range(banks * words), k=50)
+        for at in tried:
+            ctx.set(word, at)
+            bank = at // words
+            assert ctx.get(address) == layout.const({"word": at, "bank": 1 << bank})
+            assert ctx.get(inside[bank]) == at % words
+
+    sim = Simulator(m)
+    sim.add_testbench(bench)
+    sim.run()
+
+
 def test_different_banks_serve_different_readers_in_the_same_cycle():
     memory = BankedMemory(cell_bits=8, cells=2, words=4, banks=3, readers=3, writers=3)
 
     async def bench(ctx):
         for bank, (reader, writer) in enumerate(zip(memory.readers, memory.writers)):
             ctx.set(reader.address.valid, 1)
-            ctx.set(reader.address.payload, 4 * bank + 1)
+            address = {"word": 4 * bank + 1, "bank": 1 << bank}
+            ctx.set(reader.address.payload, address)
             ctx.set(writer.write.valid, 1)
-            ctx.set(writer.write.p.address, 4 * bank + 1)
+            ctx.set(writer.write.p.address, address)
         for _ in range(10):
             for reader, writer in zip(memory.readers, memory.writers):
                 assert ctx.get(reader.address.ready) and ctx.get(writer.write.ready)

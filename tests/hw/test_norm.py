@@ -17,7 +17,7 @@ from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.norm import NormUnit
 from moeware.hw.norm.row_queue import RowQueue
 
-from .simulate import simulate
+from .simulate import simulate, word_at
 from .streams import get_all, put_all
 
 
@@ -107,7 +107,7 @@ def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
                 state["writes"] += 1
                 value = np.frombuffer(data.to_bytes(sizes.depth, "little"), np.uint8)
                 assert mask == (1 << sizes.depth) - 1
-                activation[address] = value
+                activation[word_at(address, sizes)] = value
 
     async def sequencer(ctx):
         for instruction in instructions:

@@ -126,7 +126,7 @@ class OneWrongWord(wiring.Component):
         m.d.comb += [
             write.valid.eq(correct.valid), correct.ready.eq(write.ready),
             write.p.address.eq(correct.p.address), write.p.mask.eq(correct.p.mask),
-            write.p.data.eq(correct.p.data ^ ((correct.p.address == self.word) << 8))]
+            write.p.data.eq(correct.p.data ^ ((correct.p.address.word == self.word) << 8))]
         return m
 
 
