@@ -15,6 +15,7 @@ from amaranth.lib import wiring
 from moeware.hw.arch.config import Config
 
 from .board import Board
+from .floorplan import floorplan
 from .tools import TOOLS, BuildError, find
 
 __all__ = ["BuildError", "build"]
@@ -85,6 +86,7 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
 
         notify("Synthesising (yosys)")
         run("yosys", [tools["yosys"], "-q", "-l", "yosys.log", f"{NAME}.ys"], folder)
+        choose_sites(Path(folder, f"{NAME}.json"), platform.device, notify)
         seed = board.seed if seed is None else seed
         report = place_and_route(tools["nextpnr-ecp5"], platform, folder, range(seed, seed + seeds),
                                  notify)
@@ -113,6 +115,14 @@ def build(board: Board, config: Config, out_dir: str | Path, *, clock_hz: int | 
             os.replace(Path(folder, made), out / kept)
     notify(f"Wrote {out / report['bitstream']}: {summary(report)}")
     return report
+
+
+def choose_sites(netlist: Path, device: str, notify: Progress) -> None:
+    """Fix multipliers and block RAMs in the netlist, see `floorplan`."""
+    notify("Choosing sites of multipliers and block RAMs")
+    cells = json.loads(netlist.read_text())
+    floorplan(cells, device)
+    netlist.write_text(json.dumps(cells))
 
 
 def place_and_route(nextpnr: str, platform, folder: str, seeds: range, notify: Progress) -> dict:
