@@ -147,8 +147,10 @@ class System(wiring.Component):
             wiring.connect(m, sliced(m, f"{client}_read_data", port.read_data), memory.read_data)
             m.d.comb += memory.written.eq(port.written)
         memory = arbiter.memory
-        for name in ("read_command", "write_command", "write_data"):
+        for name in ("read_command", "write_command"):
             wiring.connect(m, getattr(memory, name), getattr(controller.memory, name))
+        # The controller lies at the chip's pins, what writes anywhere.
+        wiring.connect(m, sliced(m, "write_data", memory.write_data), controller.memory.write_data)
         wiring.connect(m, sliced(m, "read_data", controller.memory.read_data), memory.read_data)
         m.d.comb += memory.written.eq(controller.memory.written)
         wiring.connect(m, controller.pins, wiring.flipped(self.sdram))

@@ -1,6 +1,6 @@
 """Saturating addition into the residual memory."""
 
-from amaranth import Cat, Module, Mux, Signal, signed
+from amaranth import Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
@@ -9,7 +9,9 @@ from ..arch.config import Config
 from ..interfaces import READ_LATENCY, Masked, ReadPort, WritePort
 from ..slices import RegisterSlice
 
-__all__ = ["ResidualUpdate", "Update"]
+__all__ = ["ResidualUpdate", "Update", "key_of"]
+
+KEY_BITS = 8
 
 
 class Update(data.StructLayout):
@@ -17,15 +19,23 @@ class Update(data.StructLayout):
 
     def __init__(self, config: Config):
         super().__init__({"word": Masked(16, config.lanes), "accumulate": 1,
-                          "end": 1})  # last of its instruction
+                          "end": 1,  # last of its instruction
+                          "key": KEY_BITS})  # `key_of` its address
+
+
+def key_of(address: Value) -> Value:
+    """By what addresses in work are told apart: equal for equal ones. Folded, so that neither words of
+    a row nor those of rows that lie a power of two apart have the same; comparing all bits with every
+    word in work was the longest path of the linear unit."""
+    return address[:8] ^ address[8:16] ^ address[16:]
 
 
 class ResidualUpdate(wiring.Component):
     """Writes words to the residual memory, or adds them to what is there, saturated to 16 bits.
 
-    One word per cycle while the ports accept; an addition takes 5 cycles. A word that is still
-    being added to holds back the next addition to the same word, and all additions a word that is
-    only written, so that the order of writes is the order of `updates`.
+    One word per cycle while the ports accept; an addition takes READ_LATENCY + 4 cycles. A word that
+    is still being added to holds back the next addition to the same word, or one of the same key, and
+    all additions a word that is only written, so that the order of writes is the order of `updates`.
 
     Members
     -------
@@ -58,10 +68,10 @@ class ResidualUpdate(wiring.Component):
         # A ring of words in work: taken, then added to, then written, each in order.
         busy, added = Signal(self.SLOTS), Signal(self.SLOTS)
         working = Signal(range(self.SLOTS + 1))  # words in the ring; `self.busy` says whether any
-        addresses = Signal(data.ArrayLayout(20, self.SLOTS))
+        keys = Signal(data.ArrayLayout(KEY_BITS, self.SLOTS))
         take, add, retire = (Signal(range(self.SLOTS), name=name)
                              for name in ("take", "add", "retire"))
-        conflict = Cat(busy[i] & (addresses[i] == update.word.address)
+        conflict = Cat(busy[i] & (keys[i] == update.key)
                        for i in range(self.SLOTS)).any()
         lanes = data.ArrayLayout(signed(16), self.config.lanes)
         word = data.StructLayout({"word": update.word.shape(), "end": 1})
@@ -114,7 +124,7 @@ class ResidualUpdate(wiring.Component):
             m.d.sync += [busy.bit_select(retire, 1).eq(0), retire.eq(_next(retire, self.SLOTS))]
         with m.If(taken):
             m.d.sync += [busy.bit_select(take, 1).eq(1), added.bit_select(take, 1).eq(0),
-                         addresses[take].eq(update.word.address), take.eq(_next(take, self.SLOTS))]
+                         keys[take].eq(update.key), take.eq(_next(take, self.SLOTS))]
         with m.If(arrives):
             m.d.sync += [added.bit_select(add, 1).eq(1), add.eq(_next(add, self.SLOTS))]
         return m

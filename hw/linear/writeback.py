@@ -10,7 +10,7 @@ from ..arch.isa import Target
 from ..interfaces import Logits, ReadPort, WritePort, activation_address
 from ..slices import RegisterSlice
 from .drain import Place
-from .residual import ResidualUpdate
+from .residual import ResidualUpdate, key_of
 
 __all__ = ["WriteBack"]
 
@@ -100,7 +100,7 @@ class WriteBack(wiring.Component):
             arranged.input.p.end.eq(place.end),
             write.payload.eq(arranged.output.p.word), write.valid.eq(arranged.output.valid),
             arranged.output.ready.eq(write.ready),
-            updating.input.p.word.address.eq(place.address),
+            updating.input.p.word.address.eq(place.address), updating.input.p.key.eq(key_of(place.address)),
             updating.input.p.word.data.eq(Cat(value[:16] for value in results)),
             updating.input.p.word.mask.eq(place.mask),
             updating.input.p.accumulate.eq(place.accumulate), updating.input.p.end.eq(place.end),

@@ -11,8 +11,8 @@ from moeware.hw.dma.bursts import ceil_divide
 from moeware.hw.interfaces import READ_LATENCY
 
 from .background import simulate_beside
-from .simulate import word_at
 from .dram import Dram
+from .simulate import word_at
 from .streams import get_all, put_all
 
 BASE = {"activation_banks": 1, "activation_words": 64, "residual_words": 64, "weight_words": 64,
