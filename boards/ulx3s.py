@@ -31,7 +31,7 @@ ULX3S_85F = Board(
 # unit takes 128 of the multipliers, scaling, normalisation and routing most of the rest, so those of
 # attention are made of look-up tables.
 ULX3S_85F_LARGE = dataclasses.replace(
-    ULX3S_85F, name="ulx3s-85f-large", clock_hz=80_000_000, seed=1,
+    ULX3S_85F, name="ulx3s-85f-large", clock_hz=66_666_667, sdram_rate=2, seed=1,
     fabric=("attention",),
     config=Config(tokens=4, outputs=4, depth=8, queries=4, lanes=2, bus_bytes=8,
                   activation_banks=4, activation_words=5632, residual_words=24832,
