@@ -19,14 +19,18 @@ def install(folder, monkeypatch, variable, body):
 
 
 def install_all(folder, monkeypatch, *, achieved=(120.0,), utilisation=UTILISATION, fails=False):
-    """Yosys, nextpnr and ecppack. Placement number i reaches `achieved[i]` MHz; with `fails`,
+    """Yosys, nextpnr, which wants a site for the one multiplier, and ecppack. Placement number i reaches `achieved[i]` MHz; with `fails`,
     nextpnr prints the utilisation and fails."""
     install(folder, monkeypatch, "YOSYS", """
         assert "synth_ecp5" in pathlib.Path(sys.argv[-1]).read_text()
-        pathlib.Path("top.json").write_text("{}")
+        cells = {"m": {"type": "MULT18X18D", "attributes": {}, "connections": {"A": [2]}}}
+        pathlib.Path("top.json").write_text(json.dumps(
+            {"modules": {"top": {"attributes": {"top": "1"}, "cells": cells}}}))
         """)
     install(folder, monkeypatch, "NEXTPNR_ECP5", f"""
         argument = dict(zip(sys.argv, sys.argv[1:]))
+        netlist = json.loads(pathlib.Path(argument["--json"]).read_text())
+        assert "BEL" in netlist["modules"]["top"]["cells"]["m"]["attributes"]
         utilisation = {json.dumps(utilisation)}
         log = "".join(f"Info: {{name:>20}}: {{n['used']:5}}/{{n['available']:5}}    10%\\n"
                       for name, n in utilisation.items())
