@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, macs, sources
+from moeware.compiler.canonical import OPERATORS, is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.macs import macs
 from moeware.compiler.to_onnx import lower
 
 
@@ -101,7 +102,7 @@ def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.
     for number, node in enumerate(model.graph):
         if node not in host:
             reason = _plain_reason(node)
-            if is_canonical(node):
+            if is_canonical(node) and node.op_type in _READS:
                 reason = _rule_broken(node, kinds, {*host, *fresh})
             if reason is not None:
                 fresh[node] = f"node `{node.name}`: {reason}"
