@@ -48,6 +48,8 @@ class Config:
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
     max_experts: int = bound(1, 256, "experts of one router")
     max_chosen: int = bound(1, 16, "experts per token")
+    router_forms: int = bound(0, 1, "1: routers with sigmoid scores, corrections and groups of "
+                                    "experts, too", default=0)
     queue: int = bound(1, 64, "instructions that wait at each engine")
 
     def __post_init__(self):
@@ -99,4 +101,4 @@ class Config:
 
 # Part of the digest: raise it whenever the meaning of an instruction, a layout or an operation of
 # `numerics` changes, so that an old program never runs on new gateware.
-ARCHITECTURE_VERSION = 3
+ARCHITECTURE_VERSION = 4

@@ -131,9 +131,12 @@ class Attention(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Operation):
-    """Route: `numerics.chosen_experts` and `gate_weights` of ``source @ weight.T + bias``.
+    """Route: `numerics.route` of ``source @ weight.T + bias``.
 
-    weight : int8 [experts, depth]; bias : int32 [experts].
+    weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
+    softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
+    where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
+    group is chosen by its two largest values.
     """
 
     source: str
@@ -143,6 +146,19 @@ class Route(Operation):
     over_chosen: bool
     multiplier: int
     shift: int
+    sigmoid: bool = False
+    correction: np.ndarray | None = None
+    group: int = 0
+    chosen_groups: int = 0
+    pair: bool = False
+
+    @property
+    def form(self) -> dict[str, int]:
+        """How the router decides, as fields of LINEAR and for `numerics.route`."""
+        return {"chosen": self.chosen, "over_chosen": int(self.over_chosen),
+                "multiplier": self.multiplier, "shift": self.shift, "sigmoid": int(self.sigmoid),
+                "by_score": int(self.correction is not None), "group": self.group,
+                "chosen_groups": self.chosen_groups, "pair": int(self.pair)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..interfaces import Logits
 
-__all__ = ["Logit", "LogitBuffer"]
+__all__ = ["Logit", "LogitBuffer", "quotient"]
 
 
 class Logit(data.Struct):
@@ -19,7 +19,7 @@ class Logit(data.Struct):
     last: 1  # of its row
 
 
-def _quotient(value, divisor: int, limit: int):
+def quotient(value, divisor: int, limit: int):
     """``value // divisor`` for a value below `limit`: a table where it is no shift."""
     if divisor & (divisor - 1) == 0:
         return value[divisor.bit_length() - 1:]
@@ -77,7 +77,7 @@ class LogitBuffer(wiring.Component):
         m.d.comb += [
             self.logits.ready.eq(
                 ~self.restart & ((incoming.row - released)[:13] < (1 << place_bits))),
-            write.addr.eq(address(incoming.row, _quotient(incoming.channel, lanes, experts))),
+            write.addr.eq(address(incoming.row, quotient(incoming.channel, lanes, experts))),
             write.data.eq(incoming.logits),
             write.en.eq(taken),
         ]
