@@ -74,7 +74,7 @@ class Groups(wiring.Component):
     grouped : Out(stream.Signature(Scored))
     """
 
-    DECISION = 5  # cycles from the last expert of a row to the first that leaves
+    DECISION = 3  # cycles from the last expert of a row to the first that leaves
     LATENCY = 2  # from an expert to the same one, without groups
 
     def __init__(self, config: Config):
@@ -110,7 +110,8 @@ class Groups(wiring.Component):
         with m.If(sums.input.ready):
             m.d.sync += complete.eq(0)
         with m.If(taken):
-            m.d.sync += [group.eq(arriving.group), last.eq(incoming.last), fresh.eq(arriving.ends),
+            m.d.sync += [group.eq(arriving.group), last.eq(incoming.last),
+                         fresh.eq(arriving.ends | incoming.last),
                          complete.eq(arriving.ends & grouped)]
             # Pairs are of scores, above 0.
             with m.If(fresh | (incoming.value > best)):

@@ -32,7 +32,7 @@ class Router(wiring.Component):
     ``max(experts + chosen, ROW_INTERVAL)`` if over all. A lone row is done ``LATENCY + experts +
     2 * chosen`` cycles after its last logits, and `experts` later over all; with
     `config.router_forms` `FORMS_LATENCY` later, and with groups `experts + GROUPS_LATENCY`. Two
-    token groups of logits are buffered; more are refused.
+    token groups of logits are buffered, at least; more are refused.
 
     Members
     -------
