@@ -18,7 +18,10 @@ Attention     q, k, v  ([B, N, heads*dim])            heads, kv_heads, scale, ca
 Pointwise     x                                       function (see ``FUNCTIONS``)
 Multiply      a, b
 Add           a, b
-Route         x, weight[E, D], bias[E]                k, normalise ("chosen" or "all")
+Route         x, weight[E, D], bias[E],               k, score ("softmax" or "sigmoid"),
+              correction[E]                           normalise ("chosen" or "all"),
+                                                      groups, chosen_groups,
+                                                      group_score ("max" or "pair")
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
@@ -34,8 +37,13 @@ epsilon), then multiplies by gamma.
 ``(a, b) -> (a cos - b sin, b cos + a sin)``. Rows of weights are permuted where a model pairs
 channels otherwise.
 ``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``.
-``Route`` returns ``(indices int64, weights)``: the k largest of ``softmax(Wx + b)``, ties to the
-lower index; "chosen" divides the weights by their sum (equal to softmax over the chosen logits).
+``Route`` returns ``(indices int64, weights)``: the k experts whose score, of ``Wx + b``, plus
+correction is largest, ties to the lower index, and their scores without it; "chosen" divides these
+by their sum (for softmax equal to softmax over the chosen logits). Where there are several
+``groups`` of experts that follow one another, only those of the ``chosen_groups`` best are chosen
+from; a group is as good as its largest corrected score or, for "pair", the sum of its two largest
+(DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2). A constant factor of the weights belongs
+into the experts' second layer.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
@@ -76,7 +84,7 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "Pointwise": (1, 1, ("function",)),
     "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
-    "Route": (3, 1, ("k", "normalise")),
+    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
     "TakeToken": (1, 1, ("index",)),

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh")
+SCORES = ("softmax", "sigmoid")
 NORMALISATIONS = ("chosen", "all")
+GROUP_SCORES = ("max", "pair")
 
 Shapes = list[tuple[int, ...]]
 # Raises, naming the rule, where the condition does not hold.
@@ -80,8 +82,16 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     experts = inputs[1][0]
     require(inputs[1] == (experts, inputs[0][-1]), "weight is [E, D]")
     require(inputs[2] == (experts,), "bias is [E]")
-    require(1 <= attrs["k"] <= experts, "k is between 1 and E")
-    require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
+    require(inputs[3] == (experts,), "correction is [E]")
+    groups, chosen_groups = attrs["groups"], attrs["chosen_groups"]
+    require(groups >= 1 and experts % groups == 0, "groups divides E")
+    require(1 <= chosen_groups <= groups, "chosen_groups is between 1 and groups")
+    size = experts // groups
+    require(1 <= attrs["k"] <= chosen_groups * size, "k is between 1 and the experts of the groups")
+    for name, values in (("score", SCORES), ("normalise", NORMALISATIONS),
+                         ("group_score", GROUP_SCORES)):
+        require(attrs[name] in values, f"{name} is one of {values}")
+    require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, sources
+from moeware.compiler.canonical import OPERATORS, attributes, is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
 from moeware.compiler.to_onnx import lower
+from moeware.hw.arch.config import Config
+from moeware.hw.arch.numerics import CORRECTION_BITS, GATE_BITS
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,36 @@ _MAY_FOLLOW = {
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
-def partition(model: ir.Model) -> Partition:
-    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator."""
-    host: dict[ir.Node, str] = {}
+def partition(model: ir.Model, config: Config | None = None) -> Partition:
+    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator.
+
+    config: what gateware there is for; None: all that there can be.
+    """
+    host = {} if config is None else dict(_without_gateware(model, config))
     while True:
         found = dict(_violations(model, host))
         if not found:
             break
         host.update(found)
     return Partition(tuple(_steps(model, host)))
+
+
+def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, str]]:
+    for node in model.graph:
+        field = _option(node) if is_canonical(node) else None
+        if field is not None and not getattr(config, field):
+            yield node, (
+                f"node `{node.name}`: {node.op_type} needs gateware that this configuration does "
+                f"not have; use one with Config.{field} = 1"
+            )
+
+
+def _option(node: ir.Node) -> str | None:
+    """The field of `Config` that says whether there is gateware for ``node``, if one does."""
+    if node.op_type == "Route":
+        found = attributes(node)
+        return "router_forms" if found["score"] == "sigmoid" or found["groups"] > 1 else None
+    return None
 
 
 def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.Node, str]]:
@@ -143,6 +166,19 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
         return "Attention must read one stream, not cross-attend; move it to the host model"
     if node.op_type == "Experts" and given_names[1:] != ["route", "route"]:
         return "Experts must read a Route; use softmax and top-k over a linear gate"
+    return _route_broken(node) if node.op_type == "Route" else None
+
+
+def _route_broken(node: ir.Node) -> str | None:
+    found, correction = attributes(node), node.inputs[3].const_value.numpy()
+    if found["score"] == "softmax" and (correction.any() or found["group_score"] == "pair"):
+        return (
+            "Route by softmax probabilities that are corrected, or of which two are summed, is not a "
+            "supported form; correct sigmoid scores, or compare groups by their largest"
+        )
+    spread, limit = np.ptp(correction.astype(np.float64)), 1 << CORRECTION_BITS - GATE_BITS
+    if not spread < limit - 1:
+        return f"corrections of Route must spread over less than {limit - 1}, not {spread:g}; clip them"
     return None
 
 
@@ -299,8 +335,9 @@ def describe(parts: Partition) -> str:
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause; the others follow from them.
+    # The nodes without a canonical form, or gateware, are the cause; the others follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
+    causes += [entry for entry in counts["host"] if "needs gateware" in entry["reason"]]
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]
     return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"

@@ -235,12 +235,14 @@ def _replace(
         build.resolve(router.x, shape),
         build.weight(router.weight),
         build.weight(router.bias, "bias"),
+        build.weight(np.zeros_like(router.bias), "correction"),
     ]
+    form = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
     indices, factors = build.node(
         "Route",
         inputs,
         [chosen, chosen],
-        {"k": k, "normalise": proof.normalise},
+        {"k": k, "normalise": proof.normalise, **form},
         [ir.DataType.INT64, ir.DataType.FLOAT],
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])

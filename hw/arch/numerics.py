@@ -140,7 +140,8 @@ def sigmoid_scores(logits, multiplier, shift):
 
     logits : int32; multiplier, shift : magnitude of a logit to octaves in steps of 2**-14, rounded
     by `scale` and clamped below 16 octaves. A score lies on the chord of its segment of `SIGMOID`,
-    rounded, ties up: within one unit of the curve, and never falling where the logit rises.
+    rounded, ties up: within 1.3 units of the curve (half of one for each rounding, and the chord),
+    and never falling where the logit rises.
     """
     logits = np.asarray(logits, np.int64)
     place = np.minimum(scale(np.abs(logits), multiplier, shift), (1 << SIGMOID_BITS) - 1)

@@ -1,5 +1,7 @@
 """Random transformers as quantised graphs, lowered to programs for any configuration."""
 
+from itertools import islice
+
 from moeware.compiler.allocate import allocate
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
@@ -18,8 +20,10 @@ __all__ = ["lower", "program", "transformer"]
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
                 experts: int, chosen: int, causal: bool = False, gain: float = 1.0, bits: int = 8,
-                mode: NormMode = NormMode.LAYER) -> Graph:
-    """Patches and a class token, a dense and a routed block, the class token's and the mean head."""
+                mode: NormMode = NormMode.LAYER, form: int = 0) -> Graph:
+    """Patches and a class token, a dense and a routed block, the class token's and the mean head.
+
+    form : number of the router's among `Graph.forms`."""
     graph = Graph(seed, gain=gain, bits=bits)
     size = heads * width
     patches = graph.input(tokens, depth)
@@ -29,7 +33,8 @@ def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, h
     x = graph.add_linear(graph.attention(q, k, v, heads, heads, causal=causal), x, size)
     x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, size)
     y = graph.norm(x, mode)
-    x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden)
+    router = next(islice(graph.forms(experts, chosen), form, None)) if form else {}
+    x = graph.experts(y, x, graph.route(y, experts, chosen, **router), experts, hidden)
     y = graph.norm(x, mode)
     graph.add_linear(graph.attention(None, y, y, 1, 1), None, 7)
     graph.add_linear(graph.norm(x, NormMode.SCALE, first_row=tokens // 2, rows=1), None, 5)

@@ -92,9 +92,7 @@ def _attention(op, values):
 
 def _route(op, values):
     logits = values[op.source] @ op.weight.astype(np.int64).T + op.bias.astype(np.int64)
-    chosen = numerics.chosen_experts(logits, op.chosen)
-    return np.stack([chosen, numerics.gate_weights(logits, chosen, op.multiplier, op.shift,
-                                                   over_chosen=op.over_chosen)], -1)
+    return np.stack(numerics.route(logits, op.correction, **op.form), -1)
 
 
 def _experts(op, values):
@@ -178,14 +176,24 @@ class Graph:
                          shift=shift, out_multiplier=out_multiplier, out_shift=out_shift)
 
     def route(self, source: str, experts: int, chosen: int, *, over_chosen: bool = False,
-              weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> str:
+              weight: np.ndarray | None = None, bias: np.ndarray | None = None, **form) -> str:
+        """form : `sigmoid`, `correction`, `group`, `chosen_groups` and `pair` of Route."""
         rows, depth = self.shapes[source]
         weight = self.int8(experts, depth) if weight is None else weight
         bias = (self.random.integers(-1 << 14, 1 << 14, experts).astype(np.int32) if bias is None
                 else bias)
         return self._add(Route, (rows, chosen), source=source, weight=weight, bias=bias,
                          chosen=chosen, over_chosen=over_chosen,
-                         multiplier=int(self.random.integers(1 << 15, 1 << 16)), shift=21)
+                         multiplier=int(self.random.integers(1 << 15, 1 << 16)),
+                         shift=15 if form.get("sigmoid") else 21, **form)
+
+    def forms(self, experts: int, chosen: int):
+        """Forms of a router whose experts divide into groups of two."""
+        correction = self.random.integers(0, 1 << 16, experts).astype(np.uint32)
+        grouped = {"group": 2, "chosen_groups": -(-chosen // 2)}
+        yield from ({}, grouped, {"sigmoid": True}, {"sigmoid": True, **grouped},
+                    {"sigmoid": True, "correction": correction},
+                    {"sigmoid": True, "correction": correction, "pair": True, **grouped})
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
                 table: bool = True) -> str:
