@@ -9,6 +9,7 @@ stream, at graph inputs and after a final Linear.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import OPERATORS, attributes, is_canonical, sources

@@ -351,6 +351,11 @@ def export(model, path, opset=20, dynamo=True, dynamic=True, task=None):
         if dynamic:
             options["dynamic_axes"] = {"image": {0: "batch"}, "logits": {0: "batch"}}
         options["dynamo"] = False
+    return write(model, inputs, path, **options)
+
+
+def write(model, inputs, path, **options):
+    """``torch.onnx.export`` of ``model`` at tensors ``inputs``, without a word."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
