@@ -9,7 +9,7 @@ from moeware.hw.router import Router
 from .router_machine import LOUD, expected_queues, random_logits, route
 from .router_machine import config as base
 
-NATS = (48408, 17)  # multiplier and shift of logits in units of 2**-16: octaves in steps of 2**-14
+NATS = (47274, 17)  # multiplier and shift of logits in units of 2**-16: octaves in steps of 2**-14
 
 
 def config(**sizes):

@@ -127,7 +127,7 @@ def test_one_chosen_expert_saturates_its_weight():
     assert numerics.gate_weights(logits, np.array([[1]]), 1, 1, over_chosen=True).tolist() == [[65535]]
 
 
-NATS = 48408, 17  # logits in units of 2**-16 nats to octaves in steps of 2**-14
+NATS = 47274, 17  # logits in units of 2**-16 nats to octaves in steps of 2**-14
 
 
 def test_scores_are_those_of_the_sigmoid():
@@ -192,3 +192,25 @@ def test_least_scores_divide():
     scores, all_four = numerics.sigmoid_scores(logits, *NATS), np.array([[0, 1, 2, 3]])
     assert numerics.score_weights(scores, all_four, over_chosen=True).tolist() == [[16383] * 4]
     assert numerics.score_weights(scores, all_four, over_chosen=False).tolist() == [[0] * 4]
+
+
+def test_the_choice_is_that_of_real_numbers():
+    """Where corrected scores, and pairs of them, lie further apart than rounding reaches."""
+    logits = RNG.normal(size=(400, 16)) * 2
+    correction = RNG.normal(size=16) * 0.1
+    scores = 1 / (1 + np.exp(-logits)) + correction
+    worth = np.sort(scores.reshape(-1, 4, 4), -1)[..., -2:].sum(-1)
+    groups = np.argsort(-worth, -1)
+    seen = np.zeros(worth.shape, bool)
+    np.put_along_axis(seen, groups[:, :2], True, -1)
+    values = np.where(np.repeat(seen, 4, -1), scores, -np.inf)
+    order = np.argsort(-values, -1)[:, :4]  # three are chosen
+    edge, best = (np.take_along_axis(scores, order, -1), np.take_along_axis(worth, groups, -1))
+    # A score is 1.3 units off at most, a correction half of one.
+    clear = ((edge[:, 2] - edge[:, 3]) * 65536 > 2 * 1.8) & ((best[:, 1] - best[:, 2]) * 65536 > 4 * 1.8)
+    assert clear.mean() > 0.9
+    found, _ = numerics.route(
+        np.rint(logits * 65536).astype(int), np.rint((correction - correction.min()) * 65536).astype(int),
+        chosen=3, over_chosen=True, multiplier=47274, shift=17, sigmoid=True, by_score=True, group=4,
+        chosen_groups=2, pair=True)
+    assert (np.sort(found, -1) == np.sort(order[:, :3], -1))[clear].all()
