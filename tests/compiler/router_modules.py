@@ -79,6 +79,24 @@ class Sigmoid(DeepseekV3):
         return weights * self.factor, indices
 
 
+class TopFirst(Gate):
+    """Top-k of logits, and softmax of these (as GPT-OSS)."""
+
+    def forward(self, x):
+        weights, indices = torch.topk(self.logits(x), self.k, dim=-1)
+        return torch.softmax(weights, dim=-1), indices
+
+
+class Ernie(Sigmoid):
+    """Softmax scores that are corrected for the choice (Ernie 4.5)."""
+
+    def forward(self, x):
+        weights = self.logits(x).softmax(-1)
+        _, indices = torch.topk(weights + self.correction, self.k, dim=-1)
+        weights = torch.gather(weights, -1, indices)
+        return weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=1e-12), indices
+
+
 class Squared(Gate):
     """A form that Route has not: squares of sigmoids."""
 

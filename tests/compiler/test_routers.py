@@ -15,8 +15,10 @@ from tests.compiler.router_modules import (
     TOKENS,
     DeepseekV2,
     DeepseekV3,
+    Ernie,
     Sigmoid,
     Squared,
+    TopFirst,
     export_router,
 )
 
@@ -51,6 +53,9 @@ CASES = {
     "sigmoid": (Sigmoid(6, 2, spread=0.0), {"score": "sigmoid", "normalise": "chosen"} | PLAIN, False),
     "sigmoid, corrected": (Sigmoid(6, 2, normalise=False, factor=1.5),
                            {"score": "sigmoid", "normalise": "all"} | PLAIN, True),
+    "softmax of the chosen": (TopFirst(6, 2), {"score": "softmax", "normalise": "chosen"} | PLAIN, False),
+    "softmax, corrected": (Ernie(6, 2, spread=0.05),
+                           {"score": "softmax", "normalise": "chosen"} | PLAIN, True),
 }
 
 
