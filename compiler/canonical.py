@@ -63,6 +63,7 @@ __all__ = [
     "FUNCTIONS",
     "NORMALISATIONS",
     "OPERATORS",
+    "PLAIN_ROUTE",
     "attributes",
     "is_canonical",
     "shape",
@@ -71,6 +72,8 @@ __all__ = [
 ]
 
 DOMAIN = "moeware"
+# Attributes of a Route that compares softmax scores alone, beside k and normalise.
+PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "PatchEmbed": (3, 1, ("ph", "pw", "channels", "height", "width")),

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from moeware.compiler.canonical import PLAIN_ROUTE
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
@@ -237,12 +238,11 @@ def _replace(
         build.weight(router.bias, "bias"),
         build.weight(np.zeros_like(router.bias), "correction"),
     ]
-    form = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
     indices, factors = build.node(
         "Route",
         inputs,
         [chosen, chosen],
-        {"k": k, "normalise": proof.normalise, **form},
+        {"k": k, "normalise": proof.normalise, **PLAIN_ROUTE},
         [ir.DataType.INT64, ir.DataType.FLOAT],
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])

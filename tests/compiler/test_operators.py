@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from moeware.compiler.canonical import DOMAIN, verify
+from moeware.compiler.canonical import DOMAIN, PLAIN_ROUTE, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.reference import evaluate
 from moeware.compiler.to_onnx import to_onnx
@@ -99,8 +99,7 @@ def test_gated_experts_multiply_before_the_second_layer(experts, chosen):
     assert np.abs(found - expected).max() < 10 * SUM  # values up to ten
 
 
-ROUTE = {"k": 2, "score": "softmax", "normalise": "chosen", "groups": 1, "chosen_groups": 1,
-         "group_score": "max"}
+ROUTE = {"k": 2, "normalise": "chosen", **PLAIN_ROUTE}
 
 
 def route(weights, **attributes):
