@@ -200,7 +200,7 @@ def _per_expert(weight: np.ndarray, affine: Affine,
                 **options) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
     """The scaled products of (rows, counts), where the experts' rows, so many of each, follow one
     another. options : of the scales."""
-    layers = [(product, Scale(_of_expert(affine, expert), reach=product.reach, **options))
+    layers = [(product, Scale(affine.part(expert), reach=product.reach, **options))
               for expert, product in enumerate(map(Product, weight))]
     scales = [scale for _, scale in layers]
     finish = max(scales, key=lambda scale: scale.saturates).finish
@@ -215,8 +215,3 @@ def _per_expert(weight: np.ndarray, affine: Affine,
                 scale.linear(product.sums(part), own)
         return finish(result)
     return scaled
-
-
-def _of_expert(affine: Affine, expert: int) -> Affine:
-    return Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                  shift=affine.shift[expert])

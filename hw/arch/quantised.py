@@ -47,6 +47,11 @@ class Affine:
     multiplier: np.ndarray
     shift: np.ndarray
 
+    def part(self, index) -> "Affine":
+        """That of an expert, or of some channels: each array at `index`."""
+        return Affine(bias=self.bias[index], multiplier=self.multiplier[index],
+                      shift=self.shift[index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:

@@ -110,8 +110,7 @@ def _route(op, values):
 def _experts(op, values):
     result = values[op.residual].copy()
     for expert in range(len(op.up)):
-        up, down, gated = (affine and Affine(bias=affine.bias[expert], shift=affine.shift[expert],
-                                             multiplier=affine.multiplier[expert])
+        up, down, gated = (affine and affine.part(expert)
                            for affine in (op.up_affine, op.down_affine, op.gate_affine))
         gate_weight = None if op.gate is None else op.gate[expert]
         for row, chosen in enumerate(values[op.route]):
