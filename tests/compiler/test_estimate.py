@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The estimate of cycles against the gateware's, in total and layer by layer."""
 
 import dataclasses
