@@ -24,7 +24,7 @@ class Calibration:
     """Samples of every tensor of the canonical graph.
 
     samples : float32 [rows, features] by value name, at most `KEPT_ROWS` rows spread over the data;
-    tokens : tokens that reached each expert, int64 [experts] by the name of the Experts node;
+    tokens : tokens that reached each expert, int64 [experts] by the name of their node;
     frames : calibration inputs seen.
     """
 
@@ -165,7 +165,8 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
             stride[name] = max(1, len(rows) * result.frames // (BATCH * KEPT_ROWS))
         parts.setdefault(name, []).append(rows[::stride[name]].copy())
 
-    experts = {node.outputs[0].name: node for node in model.graph if node.op_type == "Experts"}
+    experts = {node.outputs[0].name: node for node in model.graph
+               if node.op_type in ("Experts", "GatedExperts")}
     for node in experts.values():
         result.tokens[node.name] = np.zeros(shape(node.inputs[3])[0], np.int64)
     for start in range(0, result.frames, BATCH):

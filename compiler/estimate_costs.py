@@ -130,12 +130,13 @@ class Linear(Engine):
     ROWS, QUEUED = 8, 3  # from the start to the first row's address; more for rows of a queue
     GROUP, ROW = 5, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 32  # from the last product to the last result, but for the adder tree's stages
+    PRODUCTS = 2  # more, where results can be multiplied by each other
     ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 6
     ROUTE, ROUTE_ROW = 41, 18  # the router's latency; cycles of a row at least
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
-        self._latency = self.LATENCY + ceil_log2(config.depth)
+        self._latency = self.LATENCY + self.PRODUCTS * config.products + ceil_log2(config.depth)
         self._fetched = self._array = self._done = 0
         self._released = [0, 0]
 

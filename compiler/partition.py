@@ -16,6 +16,7 @@ from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
 from moeware.compiler.to_onnx import lower
+from moeware.hw.arch.config import Config
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ _READS: dict[str, tuple[tuple[str, ...], str]] = {
     "ClassToken": (("start",), "start"),
     "AddConstant": (("start",), "start"),
     "LayerNorm": (("start", "stream", "row"), "norm"),
-    "Linear": (("norm", "norm row", "attention", "function"), "linear"),
+    "Linear": (("norm", "norm row", "attention", "function", "product"), "linear"),
     "Pointwise": (("linear",), "function"),
+    "Multiply": (("linear", "function"), "product"),
     "Attention": (("linear",), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
+    "GatedExperts": (("norm",), "experts"),
     "SoftExperts": (("norm",), "experts"),
     "MeanTokens": (("norm",), "norm row"),
     "TakeToken": (("start", "stream", "norm"), "row"),
@@ -73,27 +76,45 @@ _READS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _STREAMS = ("start", "stream")
 _MAY_FOLLOW = {
-    "norm": ("Linear", "Route", "Experts", "SoftExperts", "MeanTokens", "TakeToken"),
+    "norm": (
+        "Linear", "Route", "Experts", "GatedExperts", "SoftExperts", "MeanTokens", "TakeToken"
+    ),
     "norm row": ("Linear",),
     "row": ("LayerNorm",),
-    "linear": ("Pointwise", "Attention", "Add"),
-    "function": ("Linear",),
+    "linear": ("Pointwise", "Multiply", "Attention", "Add"),
+    "function": ("Linear", "Multiply"),
+    "product": ("Linear",),
     "attention": ("Linear",),
-    "route": ("Experts",),
+    "route": ("Experts", "GatedExperts"),
     "experts": ("Add",),
 }
+# Operator: the field of `Config` that says whether there is gateware for it.
+_OPTIONS = {"Multiply": "products", "GatedExperts": "products"}
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
-def partition(model: ir.Model) -> Partition:
-    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator."""
-    host: dict[ir.Node, str] = {}
+def partition(model: ir.Model, config: Config | None = None) -> Partition:
+    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator.
+
+    config: what gateware there is for; None: all that there can be.
+    """
+    host = {} if config is None else dict(_without_gateware(model, config))
     while True:
         found = dict(_violations(model, host))
         if not found:
             break
         host.update(found)
     return Partition(tuple(_steps(model, host)))
+
+
+def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, str]]:
+    for node in model.graph:
+        field = _OPTIONS.get(node.op_type) if is_canonical(node) else None
+        if field is not None and not getattr(config, field):
+            yield node, (
+                f"node `{node.name}`: {node.op_type} needs gateware that this configuration does "
+                f"not have; use one with Config.{field} = 1"
+            )
 
 
 def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.Node, str]]:
@@ -142,8 +163,31 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
         return "Attention must read three Linears; project queries, keys and values"
     if node.op_type == "Attention" and len({kind.stream for kind in given}) != 1:
         return "Attention must read one stream, not cross-attend; move it to the host model"
-    if node.op_type == "Experts" and given_names[1:] != ["route", "route"]:
-        return "Experts must read a Route; use softmax and top-k over a linear gate"
+    if node.op_type in ("Experts", "GatedExperts") and given_names[1:] != ["route", "route"]:
+        return f"{node.op_type} must read a Route; use softmax and top-k over a linear gate"
+    if node.op_type == "Multiply":
+        return _multiply_broken(node, given_names)
+    return None
+
+
+def _multiply_broken(node: ir.Node, given_names: list[str]) -> str | None:
+    if given_names not in (["function", "linear"], ["linear", "function"], ["linear", "linear"]):
+        return (
+            f"Multiply of {given_names[0]} and {given_names[-1]} is not a supported form, it joins "
+            f"a Linear with a Linear or a function of one; write a gated linear unit"
+        )
+    operands = list(dict.fromkeys(node.inputs))
+    layers = []
+    for value in operands:
+        producer = value.producer()
+        if producer.op_type == "Pointwise":
+            operands.append(producer.inputs[0])
+        else:
+            layers.append(producer)
+    if len(layers) != 2 or any(len(v.uses()) != 1 or v.is_graph_output() for v in operands):
+        return "the factors of Multiply must be two Linears without other readers; repeat the Linear"
+    if layers[0].inputs[0] is not layers[1].inputs[0]:
+        return "the factors of Multiply must be Linears of one value; write a gated linear unit"
     return None
 
 
@@ -300,8 +344,9 @@ def describe(parts: Partition) -> str:
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause; the others follow from them.
+    # The nodes without a canonical form are the cause, or gateware; the others follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
+    causes += [entry for entry in counts["host"] if entry["operator"] in _OPTIONS]
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]
     return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"

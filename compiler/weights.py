@@ -20,7 +20,7 @@ class Tensor:
 
     tensor : name in the quantised graph; first_row, rows : the part of it that the value is. shift is
     what a channel has in common over the rows; offset belongs to the grid, and integers are far from
-    0 where the value is 0. mean : of the value less its shift, by channel, where gain is None: what
+    0 where the value is 0. mean : of the value less its shift, over its gain, by channel: what
     weights lose to rounding is made up for at this value (bias correction, Nagel et al. 2019,
     section 4.2).
     """
@@ -36,13 +36,13 @@ class Tensor:
 
 
 def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
-                     per_tensor: bool = False, target: float | None = None,
+                     per_tensor: bool = False, target: float | np.ndarray | None = None,
                      bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
 
     The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
-    target : step of the result, of so many bits, if the ratio of steps may be `coarsened`. limit :
-    the largest weight, for all or [...] for each of a stack.
+    target : step of the result, of so many bits, for all or [..., N], if the ratio of steps may be
+    `coarsened`. limit : the largest weight, for all or [...] for each of a stack.
     """
     weight, bias = weight.astype(np.float64), bias.astype(np.float64)
     if source.shift is not None:
@@ -70,7 +70,7 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
     return integer, integer_bias, step * source.step
 
 
-def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
+def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float | np.ndarray,
                    bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, Affine]:
     """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
     integer, integer_bias, accumulator = quantise_weights(weight, bias, source, target=step,

@@ -22,6 +22,7 @@ from .torch_arithmetic import (
     Scale,
     gate_weight_table,
     inverse,
+    paired,
     top_experts,
 )
 from .torch_attention import attention
@@ -58,8 +59,18 @@ def _(op: quantised.Constant, attended: bool):
 @prepare.register
 def _(op: quantised.Linear, attended: bool):
     product = Product(op.weight)
-    scale = Scale(op.affine, table=op.table, reach=product.reach)
     dtype = torch.float32 if attended else torch.int8
+    if op.gate is not None:
+        gate = Product(op.gate)
+        value = Scale(op.gate_affine, table=op.table, reach=gate.reach)
+        factor = Scale(op.affine, wide=True, reach=product.reach)
+
+        def gated(values: Values, frames: int) -> torch.Tensor:
+            source = values[op.source].flatten(0, 1)
+            result = paired(value(gate.sums(source)), factor(product.sums(source)))
+            return by_row(result.to(dtype), frames)
+        return gated
+    scale = Scale(op.affine, table=op.table, reach=product.reach)
 
     def linear(values: Values, frames: int) -> torch.Tensor:
         return by_row(scale(product.sums(values[op.source].flatten(0, 1))).to(dtype), frames)
@@ -150,27 +161,15 @@ def _(op: quantised.Route, attended: bool):
 
 @prepare.register
 def _(op: quantised.Experts, attended: bool):
-    up = [(product, Scale(_of_expert(op.up_affine, expert), table=op.table, reach=product.reach))
-          for expert, product in enumerate(map(Product, op.up))]
-    down = [(product, Scale(_of_expert(op.down_affine, expert), wide=True, reach=product.reach))
-            for expert, product in enumerate(map(Product, op.down))]
+    if op.gate is None:
+        hidden_of = _per_expert(op.up, op.up_affine, table=op.table)
+    else:
+        value = _per_expert(op.gate, op.gate_affine, table=op.table)
+        factor = _per_expert(op.up, op.up_affine, wide=True)
 
-    finish_up, finish_down = (max((scale for _, scale in layers),
-                                  key=lambda scale: scale.saturates).finish
-                              for layers in (up, down))
-
-    def each(layers: list[tuple[Product, Scale]], source: torch.Tensor,
-             counts: list[int]) -> torch.Tensor:
-        """What the scales round, for the experts' rows, which follow one another."""
-        dtype = torch.float32
-        if any(scale.dtype == torch.float64 for _, scale in layers):
-            dtype = torch.float64
-        result = torch.empty(len(source), len(layers[0][1].factor), dtype=dtype)
-        parts = zip(layers, source.split(counts), result.split(counts), strict=True)
-        for (product, scale), part, own in parts:
-            if len(part):
-                scale.linear(product.sums(part), own)
-        return result
+        def hidden_of(source: torch.Tensor, counts: list[int]) -> torch.Tensor:
+            return paired(value(source, counts), factor(source, counts))
+    update_of = _per_expert(op.down, op.down_affine, wide=True)
 
     def experts(values: Values, frames: int) -> torch.Tensor:
         source, residual = values[op.source], values[op.residual]
@@ -178,10 +177,10 @@ def _(op: quantised.Experts, attended: bool):
         # Entry i of the queues of all experts, one behind the other, is slot queue[i] of the rows.
         flat = chosen.view(-1).numpy().astype(np.uint8)
         queue = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat, minlength=len(up)).tolist()
+        counts = np.bincount(flat, minlength=len(op.up)).tolist()
         rows = source.flatten(0, 1).index_select(0, torch.from_numpy(queue // chosen.shape[1]))
-        hidden = finish_up(each(up, rows, counts)).to(torch.int8)
-        update = finish_down(each(down, hidden, counts)).to(torch.int32)
+        hidden = hidden_of(rows, counts).to(torch.int8)
+        update = update_of(hidden, counts).to(torch.int32)
         # (2**15 - 1) * 65535 + 2**15 and -2**15 * 65535 fit.
         gate = gates.to(torch.int32).view(-1).index_select(0, torch.from_numpy(queue))
         update.mul_(gate.unsqueeze(1)).add_(32768).bitwise_right_shift_(16)
@@ -197,6 +196,22 @@ def _(op: quantised.Experts, attended: bool):
     return experts
 
 
-def _of_expert(affine: Affine, expert: int) -> Affine:
-    return Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                  shift=affine.shift[expert])
+def _per_expert(weight: np.ndarray, affine: Affine,
+                **options) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """The scaled products of (rows, counts), where the experts' rows, so many of each, follow one
+    another. options : of the scales."""
+    layers = [(product, Scale(affine.part(expert), reach=product.reach, **options))
+              for expert, product in enumerate(map(Product, weight))]
+    scales = [scale for _, scale in layers]
+    finish = max(scales, key=lambda scale: scale.saturates).finish
+    wide = any(scale.dtype == torch.float64 for scale in scales)
+    dtype = torch.float64 if wide else torch.float32
+
+    def scaled(source: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        result = torch.empty(len(source), weight.shape[1], dtype=dtype)
+        parts = zip(layers, source.split(counts), result.split(counts), strict=True)
+        for (product, scale), part, own in parts:
+            if len(part):
+                scale.linear(product.sums(part), own)
+        return finish(result)
+    return scaled

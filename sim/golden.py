@@ -158,8 +158,10 @@ class Machine:
                             i.source_words)
         if i.source_words > c.row_words:
             raise ValueError(f"LINEAR.source_words must be at most {c.row_words}, not {i.source_words}")
-        if i.narrow and not c.narrow:
-            raise ValueError("LINEAR.narrow must be 0 where Config.narrow is 0, not 1")
+        for field, have in (("narrow", c.narrow), ("product", c.products)):
+            if getattr(i, field) and not have:
+                raise ValueError(f"LINEAR.{field} must be 0 on this configuration, which has no "
+                                 "gateware for it, not 1")
         weight = self._weights(i)
         param = self._params(i.param, i.channels)
         value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
@@ -171,6 +173,8 @@ class Machine:
             result = numerics.requantise(value, param["multiplier"], param["shift"])
             if i.tabled:
                 result = self.table[256 * i.table + (result & 255), 0]
+            if i.product:
+                result = self._product(i, result, value, param)
             self._write(self.activation, i.destination, target, i.destination_stride, result)
             return
         update = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
@@ -181,6 +185,17 @@ class Machine:
             word = i.destination + target[:, None] * i.destination_stride + channel // c.lanes
             update = numerics.accumulate_residual(self.residual[word, channel % c.lanes], update)
         self._write(self.residual, i.destination, target, i.destination_stride, update)
+
+    def _product(self, i: Instruction, result: np.ndarray, value: np.ndarray,
+                 param: np.ndarray) -> np.ndarray:
+        """Products [rows, products] of the channels' results in pairs of words."""
+        lanes = self.config.lanes
+        if -(-i.channels // lanes) % 2:
+            raise ValueError("LINEAR.channels must fill an even number of words with product, not be "
+                             f"{i.channels} with Config.lanes = {lanes}")
+        second = np.flatnonzero(np.arange(i.channels) // lanes % 2)
+        factor = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
+        return numerics.product(result[:, second - lanes], factor[:, second])
 
     def _weights(self, i: Instruction) -> np.ndarray:
         """Weights int64 [channels, source_words * depth]."""

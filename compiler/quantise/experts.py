@@ -8,6 +8,7 @@ import onnx_ir as ir
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.quantise.gated import STAGES, gated_layers
 from moeware.compiler.quantise.state import State
 from moeware.compiler.scales import (
     FUNCTION,
@@ -23,7 +24,7 @@ __all__ = ["Experts"]
 
 
 class Experts(State):
-    """Rules for Route and Experts."""
+    """Rules for Route, Experts and GatedExperts."""
 
     def _Route(self, node, k, normalise):
         source = self._tensor(node.inputs[0])
@@ -38,30 +39,43 @@ class Experts(State):
     def _Experts(self, node, function):
         self.pending[node.outputs[0].name] = node
 
+    _GatedExperts = _Experts
+
     def _experts(self, node: ir.Node, stream: Tensor, output: str) -> None:
         function = attributes(node)["function"]
         source = self._tensor(node.inputs[0])
-        w1, b1, w2, b2 = self._constants(node, 3)
-        before = shifted_grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
-        after = shifted_grid(self._expert_samples(node, "activation"))
+        w1, b1, w2, b2, *third = self._constants(node, 3)
         bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
                          for e in range(len(w1))], np.uint8)
         limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
-        up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
-        mean = self._expert_samples(node, "activation").mean(0)
-        hidden = Tensor("", after[0], offset=after[1], mean=mean)
+        samples = self._expert_samples(node)
+        if third:
+            made = gated_layers((w1, b1), third, source, function, samples, np.abs(w2).max(1), limit)
+            layers = {name: getattr(made, name)
+                      for name in ("up", "up_affine", "gate", "gate_affine", "table")}
+            w2 = w2 * made.scale[:, None]
+            hidden = Tensor("", 1.0, mean=made.mean[:, None])
+        else:
+            activation = np.concatenate([each["activation"] for each in samples])
+            before = shifted_grid(np.concatenate([each["hidden"] for each in samples]),
+                                  of=FUNCTION[function])
+            after = shifted_grid(activation)
+            up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
+            layers = {"up": up, "up_affine": up_affine,
+                      "table": function_table(function, before, after)}
+            hidden = Tensor("", after[0], offset=after[1], mean=activation.mean(0))
         down, down_affine = scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
-            route=node.inputs[1].name, up=up,
-            up_affine=up_affine, table=function_table(function, before, after), down=down,
-            down_affine=down_affine, bits=bits))
+            route=node.inputs[1].name, down=down, down_affine=down_affine, bits=bits, **layers))
 
-    def _expert_samples(self, node: ir.Node, stage: str) -> np.ndarray:
-        names = [f"{node.name}/expert{e}/{stage}" for e in range(shape(node.inputs[3])[0])]
-        found = [self.calibration.samples[name] for name in names
-                 if name in self.calibration.samples]
-        if not found:
+    def _expert_samples(self, node: ir.Node) -> list[dict[str, np.ndarray]]:
+        """Samples [rows, hidden] of every expert, by stage; without rows where none reached it."""
+        experts, hidden, _ = shape(node.inputs[3])
+        none = np.zeros((0, hidden), np.float32)
+        found = [{stage: self.calibration.samples.get(f"{node.name}/expert{e}/{stage}", none)
+                  for stage in STAGES} for e in range(experts)]
+        if not any(len(each["hidden"]) for each in found):
             raise CompileError(f"Node {node.name!r} must be reached by the calibration data: no "
                                "token was routed to any of its experts")
-        return np.concatenate(found)
+        return found

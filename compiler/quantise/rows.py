@@ -8,6 +8,7 @@ import onnx_ir as ir
 from moeware.compiler.canonical import attributes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.quantise.gated import STAGES, gated_layers
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
     FUNCTION,
@@ -23,9 +24,12 @@ from moeware.hw.arch.isa import NormMode
 
 __all__ = ["Rows"]
 
+# Places of the weights that an operator's first input meets.
+_WEIGHTS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 7)}
+
 
 class Rows(State):
-    """Rules for LayerNorm, Linear and Pointwise."""
+    """Rules for LayerNorm, Linear, Pointwise and Multiply."""
 
     def _LayerNorm(self, node, epsilon):
         value, source = node.outputs[0], self._tensor(node.inputs[0])
@@ -58,18 +62,18 @@ class Rows(State):
         variants."""
         largest = np.zeros(channels)
         for node in self._consumers(value):
-            if node.op_type in ("Linear", "Route", "Experts"):
+            if node.op_type in _WEIGHTS:
                 for variant in self.variants:
-                    inputs = variant[node.name].inputs
-                    weight = inputs[3 if node.op_type == "Experts" else 1].const_value.numpy()
-                    largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
+                    for place in _WEIGHTS[node.op_type]:
+                        weight = variant[node.name].inputs[place].const_value.numpy()
+                        largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
             elif node.op_type in ("TakeToken", "MeanTokens"):
                 largest = np.maximum(largest, self._demand(node.outputs[0], channels))
         return largest
 
     def _Linear(self, node):
         value, consumers = node.outputs[0], self._consumers(node.outputs[0])
-        if value in self.outputs or consumers[0].op_type in ("Add", "Pointwise"):
+        if value in self.outputs or consumers[0].op_type in ("Add", "Pointwise", "Multiply"):
             self.pending[value.name] = node
             return
         weight, bias = self._constants(node)
@@ -113,6 +117,9 @@ class Rows(State):
                                          mean=mean, rows=source.rows)
 
     def _Pointwise(self, node, function):
+        if self._consumers(node.outputs[0])[0].op_type == "Multiply":
+            self.pending[node.outputs[0].name] = node
+            return
         linear = self.pending.pop(node.inputs[0].name, None)
         if linear is None:
             raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
@@ -125,3 +132,26 @@ class Rows(State):
         self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
                           table=function_table(function, before, after), after=after,
                           mean=samples.mean(0))
+
+    def _Multiply(self, node):
+        """A Linear, or a function of one, times another Linear of the same source."""
+        value = node.outputs[0]
+        operands = sorted((self.pending.pop(v.name) for v in node.inputs),
+                          key=lambda operand: operand.op_type != "Pointwise")
+        gate, function = operands[0], None
+        if gate.op_type == "Pointwise":
+            function = attributes(gate)["function"]
+            gate = self.pending.pop(gate.inputs[0].name)
+        up, source = operands[1], self._tensor(operands[1].inputs[0])
+        stages = (gate.outputs[0], operands[0].outputs[0], up.outputs[0], value)
+        samples = {stage: self.calibration.rows(each.name) for stage, each in zip(STAGES, stages)}
+        layers = [[array[None] for array in self._constants(layer)] for layer in (gate, up)]
+        bits = self.precision.of(up.name, gate.name, "linear")
+        made = gated_layers(*layers, source, function, [samples],
+                            self._demand(value, samples["product"].shape[-1])[None],
+                            np.array([WEIGHT_BITS[bits]]))
+        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=made.up[0],
+                           affine=made.up_affine.part(0), table=made.table, bits=bits,
+                           gate=made.gate[0], gate_affine=made.gate_affine.part(0)))
+        self.values[value.name] = Tensor(value.name, 1.0, gain=made.scale[0], mean=made.mean[0],
+                                         rows=source.rows)

@@ -50,7 +50,7 @@ def without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 class State:
     """What the rules for the canonical operators share: consumers, grids, the step so far.
 
-    pending : Linear or Experts by the value that its consumer will emit; norms : all rows of a
+    pending : nodes by the value that its consumer will emit; norms : all rows of a
     LayerNorm's value.
     """
 
@@ -63,7 +63,7 @@ class State:
         self.calibration, self.precision = calibration, precision
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
-        self.pending: dict[str, ir.Node] = {}  # Linear or Experts that its consumer will emit
+        self.pending: dict[str, ir.Node] = {}  # what its consumer will emit
         self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # LayerNorm value -> all its rows
         self.stream_step = self._stream_step()
 

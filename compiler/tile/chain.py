@@ -105,7 +105,7 @@ def lower_chain(lowering: Lowering, chain: Chain) -> None:
             _down(lowering, chain, hidden, block)
     else:
         _follow(lowering, chain, blocks)
-    lowering.macs += sum(rows * op.weight.size for op in (chain.project, chain.up, chain.down)
+    lowering.macs += sum(rows * op.row_macs for op in (chain.project, chain.up, chain.down)
                          if op is not None)
 
 

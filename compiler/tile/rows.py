@@ -8,7 +8,7 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Block
 from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.products import filled, require, spread
+from moeware.compiler.tile.products import activation_layers, require, spread
 from moeware.compiler.tile.tensors import Tensor, chunks
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
@@ -37,16 +37,24 @@ def lower_linear(lowering: Lowering, op: q.Linear) -> None:
     target = lowering.tensor(op.output, Memory.ACTIVATION, source.rows, len(op.weight),
                              roles.get(op.output, 1))
     linear_rows(lowering, op, source, target, Run(source.span(), target.span()))
-    lowering.macs += source.rows * op.weight.size
+    lowering.macs += source.rows * op.row_macs
 
 
 def linear_rows(lowering: Lowering, op: q.Linear, source: Tensor, target: Tensor, run: Run) -> None:
     """Some rows of `source` to some of `target`."""
-    weight, affine = filled(spread(op.weight, source), op.affine, target.columns(),
-                            target.stride * lowering.config.depth)
+    _activate(lowering, op, op, source, run, target.columns(), target.stride)
+
+
+def _activate(lowering: Lowering, op: q.Linear, part: q.Linear, source: Tensor, run: Run,
+              columns: np.ndarray, words: int, **options) -> None:
+    """A part of an operation's channels, to `columns` of rows of so many words; options : of
+    `Assembly.product`."""
+    gate = None if part.gate is None else (part.gate, part.gate_affine)
+    weight, affine, product = activation_layers((part.weight, part.affine), gate, source, columns,
+                                                words)
     table, span = lowering.assembly.table(op.table, op.name)
-    lowering.assembly.product(op.name, weight, affine, [run], reads=span, bits=op.bits,
-                              target=Target.ACTIVATION, **table)
+    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span,
+                              bits=op.bits, target=Target.ACTIVATION, **product, **table, **options)
 
 
 def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *,
@@ -57,20 +65,17 @@ def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int,
     Other frames load its weights again: their heads would take more room than that is worth.
     """
     op = lowering.deferred[name]
-    source, depth = lowering.tensors[op.source], lowering.config.depth
+    source = lowering.tensors[op.source]
     if name not in lowering.tensors:
         lowering.tensor(name, Memory.ACTIVATION, source.rows, len(op.weight), bank)
     target, (start, stop) = lowering.tensors[name], rows or (0, source.rows)
     part = head_rows(op, group, target.groups)
-    weight, affine = filled(spread(part.weight, source), part.affine,
-                            np.arange(len(part.weight)), target.width * depth)
-    table, span = lowering.assembly.table(op.table, op.name)
     at = frame * source.rows
     run = Run(source.span(at + start, at + stop), target.head(frame, group, start, stop))
-    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span, first=first,
-                              last=last, bits=op.bits, target=Target.ACTIVATION, **table)
+    _activate(lowering, op, part, source, run, np.arange(len(part.weight)), target.width, first=first,
+              last=last)
     if frame == 0:
-        lowering.macs += (stop - start) * part.weight.size
+        lowering.macs += (stop - start) * part.row_macs
     if lowering.trace and stop == source.rows:
         lowering.probe(op, frame, group)
 
@@ -79,10 +84,9 @@ def head_rows(op: q.Linear, head: int, heads: int) -> q.Linear:
     """The product that makes one of `heads` heads of an operation's output."""
     size = len(op.weight) // heads
     rows = slice(head * size, (head + 1) * size)
-    affine = q.Affine(bias=op.affine.bias[rows], multiplier=op.affine.multiplier[rows],
-                      shift=op.affine.shift[rows])
+    gate = {} if op.gate is None else {"gate": op.gate[rows], "gate_affine": op.gate_affine.part(rows)}
     return dataclasses.replace(op, name=f"{op.name}/head{head}", weight=op.weight[rows],
-                               affine=affine)
+                               affine=op.affine.part(rows), **gate)
 
 
 def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
@@ -103,7 +107,7 @@ def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
             runs.append(Run(rows, target.span(at, at + source.rows)))
     for part in [[run] for run in runs] if op.source in lowering.apart else [runs]:
         add_rows(lowering, op, source, part)
-    lowering.macs += source.rows * op.weight.size
+    lowering.macs += source.rows * op.row_macs
 
 
 def add_rows(lowering: Lowering, op: q.AddLinear, source: Tensor, runs: list[Run]) -> None:

@@ -158,7 +158,7 @@ class _Spiller:
                 small.tensors[op.source] = rows
                 lower_linear(small, part)
                 self._keep(small.tensors[op.output], op.output, frame, a, head or 0)
-        self.whole.macs += source.rows * op.weight.size
+        self.whole.macs += source.rows * op.row_macs
 
     def _AddLinear(self, op: q.AddLinear) -> None:
         source = self.shapes[op.source]
@@ -176,7 +176,7 @@ class _Spiller:
             else:
                 small.tensors[op.output] = small.tensors[op.residual]
             self._keep(small.tensors[op.output], op.output, frame, a)
-        self.whole.macs += source.rows * op.weight.size
+        self.whole.macs += source.rows * op.row_macs
 
     def _Norm(self, op: q.Norm) -> None:
         source = self.shapes[op.source]
@@ -246,5 +246,4 @@ class _Spiller:
             lower_route(small, route)
             lower_experts(small, op)
             self._keep(small.tensors[op.output], op.output, frame, a)
-        self.whole.macs += source.rows * (route.weight.size + route.chosen * (
-            op.up[0].size + op.down[0].size))
+        self.whole.macs += source.rows * (route.weight.size + route.chosen * op.row_macs)

@@ -43,6 +43,8 @@ class Config:
     param_words: int = bound(4, 1 << 14, "words of the parameter memory, lanes channels each")
     narrow: int = bound(0, 1, "1: weights of 4 bits, too, two of them to a multiplier",
                         default=0)
+    products: int = bound(0, 1, "1: products of two results, too, as in a gated linear unit",
+                          default=0)
     tables: int = bound(1, 16, "pointwise tables of 256 entries")
     row_words: int = bound(2, 1 << 12, "activation words of the longest row a matrix product takes")
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
@@ -99,4 +101,4 @@ class Config:
 
 # Part of the digest: raise it whenever the meaning of an instruction, a layout or an operation of
 # `numerics` changes, so that an old program never runs on new gateware.
-ARCHITECTURE_VERSION = 3
+ARCHITECTURE_VERSION = 4

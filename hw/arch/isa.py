@@ -117,6 +117,9 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("over_chosen", 1),  # softmax over the chosen experts alone (1) or over all (0)
         ("multiplier", 16),  # logit difference -> 1/256 octaves
         ("shift", 6),
+        ("product", 1),  # ACTIVATION: words of `lanes` results come in pairs, an even number of them.
+        #                  The first of a pair is as without `product`, the second of 16 bits;
+        #                  their product, see `numerics.product`, is the one word that is written
     ),
     Opcode.ATTENTION: (
         ("rows", 13), ("keys", 13), ("causal", 1),

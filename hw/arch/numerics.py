@@ -8,13 +8,14 @@ no intermediate value needs more than 64 bits within the stated ranges.
 import numpy as np
 
 __all__ = ["EXP2", "GATE_BITS", "NORM_FRACTION_BITS", "OCTAVE_BITS", "PROBABILITY_BITS",
-           "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight", "gate_weights", "gated",
-           "normalise", "octaves", "probability", "reciprocal", "requantise", "row_scale",
-           "saturate", "scale"]
+           "PRODUCT_BITS", "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight",
+           "gate_weights", "gated", "normalise", "octaves", "probability", "product", "reciprocal",
+           "requantise", "row_scale", "saturate", "scale"]
 
 OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
 PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
 GATE_BITS = 16  # a gate weight: 65535 stands for one
+PRODUCT_BITS = 10  # fraction bits of the 16-bit factor of a product: +-32
 NORM_FRACTION_BITS = 10  # a normalised value: |x| < 32 in int16
 
 # 2**(-i / 256), scaled to 65472 = 1023 * 64, so that rounding to the 10 bits of a probability
@@ -50,6 +51,13 @@ def accumulate_residual(residual, update):
 def gated(update, weight):
     """An int16 update under a gate weight (0..65535): ``floor(update * weight / 65536 + 1/2)``."""
     return (np.asarray(update, np.int64) * weight + (1 << (GATE_BITS - 1))) >> GATE_BITS
+
+
+def product(value, factor):
+    """An int8 times an int16 factor, int8: ``floor(value * factor / 2**PRODUCT_BITS + 1/2)``,
+    saturated."""
+    exact = np.asarray(value, np.int64) * factor
+    return saturate((exact + (1 << (PRODUCT_BITS - 1))) >> PRODUCT_BITS, 8)
 
 
 def bit_length(value):

@@ -47,6 +47,11 @@ class Affine:
     multiplier: np.ndarray
     shift: np.ndarray
 
+    def part(self, index) -> "Affine":
+        """That of an expert, or of some channels: each array at `index`."""
+        return Affine(bias=self.bias[index], multiplier=self.multiplier[index],
+                      shift=self.shift[index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
@@ -65,11 +70,12 @@ class Constant(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Operation):
-    """Activation ``table[source @ weight.T scaled by affine]``.
+    """Activation ``table[source @ weight.T scaled by affine]``; with a gate `numerics.product` of
+    ``table[source @ gate.T scaled by gate_affine]`` and ``source @ weight.T scaled by affine`` (int16).
 
-    weight : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and 7, or
-    2 where all are between -1 and 1; table : int8 [256], indexed by the result as an unsigned byte,
-    or None.
+    weight, gate : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and
+    7, or 2 where all are between -1 and 1; table : int8 [256], indexed by the result as an unsigned
+    byte, or None.
     """
 
     source: str
@@ -77,6 +83,13 @@ class Linear(Operation):
     affine: Affine
     table: np.ndarray | None
     bits: int = 8
+    gate: np.ndarray | None = None
+    gate_affine: Affine | None = None
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row."""
+        return self.weight.size * (1 if self.gate is None else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,11 @@ class AddLinear(Operation):
     weight: np.ndarray
     affine: Affine
     bits: int = 8
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row."""
+        return self.weight.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +169,10 @@ class Experts(Operation):
 
     Expert by expert, 0 first: for each row routed to it ``h = table[source @ up[e].T scaled by
     up_affine[e]]`` and ``residual += gated(h @ down[e].T scaled by down_affine[e] to int16, weight)``,
-    saturating at each expert.
+    saturating at each expert. With a gate h is the product that `Linear` has, of `gate` and `up`.
 
-    up : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have the
-    experts as first axis; table : int8 [256] or None; bits : of each expert's weights, uint8
+    up, gate : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have
+    the experts as first axis; table : int8 [256] or None; bits : of each expert's weights, uint8
     [experts], or None where all are 8.
     """
 
@@ -167,6 +185,13 @@ class Experts(Operation):
     down: np.ndarray
     down_affine: Affine
     bits: np.ndarray | None = None
+    gate: np.ndarray | None = None
+    gate_affine: Affine | None = None
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row in one expert."""
+        return self.up[0].size * (1 if self.gate is None else 2) + self.down[0].size
 
 
 OPERATIONS = {kind.__name__: kind

@@ -18,8 +18,9 @@ __all__ = ["lower", "program", "transformer"]
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
                 experts: int, chosen: int, causal: bool = False, gain: float = 1.0, bits: int = 8,
-                mode: NormMode = NormMode.LAYER) -> Graph:
-    """Patches and a class token, a dense and a routed block, the class token's and the mean head."""
+                mode: NormMode = NormMode.LAYER, gated: bool = False) -> Graph:
+    """Patches and a class token, a dense and a routed block, the class token's and the mean head;
+    gated : whether hidden values are products."""
     graph = Graph(seed, gain=gain, bits=bits)
     size = heads * width
     patches = graph.input(tokens, depth)
@@ -27,9 +28,10 @@ def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, h
     y = graph.norm(x, mode)
     q, k, v = (graph.linear(y, size) for _ in range(3))
     x = graph.add_linear(graph.attention(q, k, v, heads, heads, causal=causal), x, size)
-    x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, size)
+    hidden_values = graph.linear(graph.norm(x, mode), hidden, table=True, gated=gated)
+    x = graph.add_linear(hidden_values, x, size)
     y = graph.norm(x, mode)
-    x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden)
+    x = graph.experts(y, x, graph.route(y, experts, chosen), experts, hidden, gated=gated)
     y = graph.norm(x, mode)
     graph.add_linear(graph.attention(None, y, y, 1, 1), None, 7)
     graph.add_linear(graph.norm(x, NormMode.SCALE, first_row=tokens // 2, rows=1), None, 5)

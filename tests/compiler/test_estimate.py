@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The estimate of cycles against the gateware's, in total and layer by layer."""
 
 import dataclasses
@@ -14,6 +15,7 @@ from moeware.hw.arch.isa import Engine, NormMode, Opcode, Target
 from moeware.hw.attention.passes import PassReader
 from moeware.hw.attention.results import ResultWriter
 from moeware.hw.dma import bursts, load, share, store
+from moeware.hw.linear.scale import Scale
 from moeware.hw.norm.inverse_root import InverseRoot
 from moeware.hw.norm.variance import Variance
 from moeware.hw.router.unit import Router
@@ -36,7 +38,8 @@ MODELS = {
                "mode": NormMode.RMS},
     "long": {"tokens": 15, "depth": 12, "width": 8, "heads": 1, "hidden": 20},
 }
-MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2}}
+MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2},
+           "gated": MODELS["bidirectional"] | {"gated": True}}
 TOTAL, LAYER = 0.05, 0.10  # errors that we allow
 BOUNDARY = 0.01  # of the run, where one layer ends and the next begins
 INSTRUCTION_BURST = 256  # bytes; a few cycles decide before which layer's loads it goes
@@ -66,7 +69,9 @@ def of_operations(layers: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_cycles_are_those_of_the_gateware(name):
     config = CONFIGURATIONS[name]
-    for number, model in enumerate(MODELS):
+    models = [model for model, sizes in MODELS.items()
+              if config.products or not sizes.get("gated")]
+    for number, model in enumerate(models):
         memory = MEMORIES[(number + list(CONFIGURATIONS).index(name)) % len(MEMORIES)]
         compiled, step, inputs = made(config, model)
         device = ProfilingDevice(config, fast=False, dram=memory)
@@ -104,6 +109,8 @@ def test_constants_are_those_of_the_gateware():
     assert estimate_costs.Attention.ROWS_PER_DIVIDER == ResultWriter.ROWS_PER_DIVIDER
     assert estimate_costs.Attention.GROUP >= PassReader.GROUP_CYCLES
     assert estimate_costs.Linear.ROUTE_ROW == Router.ROW_INTERVAL
+    latencies = [Scale(dataclasses.replace(CONFIGS[0], products=each)).latency for each in (0, 1)]
+    assert estimate_costs.Linear.PRODUCTS == latencies[1] - latencies[0]
 
 
 def test_narrow_buses_and_slow_memories_take_longer():

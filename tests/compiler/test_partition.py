@@ -116,7 +116,7 @@ def test_report_counts_macs(mixed):
     "case,words",
     [
         ("three_operand_einsum", "3-operand Einsum is not a supported form; write"),
-        ("post_norm", "reads norm or norm row or attention or function; use pre-norm"),
+        ("post_norm", "reads norm or norm row or attention or function or product; use pre-norm"),
         ("masked_attention", "Softmax has no form on the accelerator"),
     ],
 )

@@ -49,8 +49,18 @@ def _constant(op, values):
 
 
 def _linear(op, values):
-    result = _requantise(values[op.source] @ op.weight.astype(np.int64).T, op.affine)
-    return result if op.table is None else op.table[result & 255].astype(np.int64)
+    return _activation(values[op.source], op.weight, op.affine, op.table, op.gate, op.gate_affine)
+
+
+def _activation(source, weight, affine, table, gate, gate_affine):
+    def looked_up(weight, affine):
+        result = _requantise(source @ weight.astype(np.int64).T, affine)
+        return result if table is None else table[result & 255].astype(np.int64)
+
+    if gate is None:
+        return looked_up(weight, affine)
+    return numerics.product(looked_up(gate, gate_affine),
+                            _requantise(source @ weight.astype(np.int64).T, affine, 16))
 
 
 def _add_linear(op, values):
@@ -100,15 +110,13 @@ def _route(op, values):
 def _experts(op, values):
     result = values[op.residual].copy()
     for expert in range(len(op.up)):
-        up, down = (Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                           shift=affine.shift[expert])
-                    for affine in (op.up_affine, op.down_affine))
+        up, down, gated = (affine and affine.part(expert)
+                           for affine in (op.up_affine, op.down_affine, op.gate_affine))
+        gate_weight = None if op.gate is None else op.gate[expert]
         for row, chosen in enumerate(values[op.route]):
             for gate in chosen[chosen[:, 0] == expert, 1]:
-                hidden = _requantise(op.up[expert].astype(np.int64) @ values[op.source][row],
-                                     up)
-                if op.table is not None:
-                    hidden = op.table[hidden & 255].astype(np.int64)
+                hidden = _activation(values[op.source][row], op.up[expert], up, op.table,
+                                     gate_weight, gated)
                 update = _requantise(op.down[expert].astype(np.int64) @ hidden, down, 16)
                 result[row] = numerics.accumulate_residual(result[row],
                                                            numerics.gated(update, gate))
@@ -142,11 +150,11 @@ class Graph:
         value = self.random.integers(-20000, 20001, (rows, channels)).astype(np.int16)
         return self._add(Constant, (rows, channels), value=value)
 
-    def linear(self, source: str, channels: int, *, table: bool = False) -> str:
+    def linear(self, source: str, channels: int, *, table: bool = False, gated: bool = False) -> str:
         rows, depth = self.shapes[source]
-        return self._add(Linear, (rows, channels), source=source, weight=self.weight(channels, depth),
-                         affine=self.affine((channels,), depth, 127, self.width), bits=self.bits,
-                         table=self.int8(256) if table else None)
+        return self._add(Linear, (rows, channels), source=source,
+                         **self.layers(("weight", "gate"), (channels,), depth, gated),
+                         bits=self.bits, table=self.int8(256) if table else None)
 
     def add_linear(self, source: str, residual: str | None, channels: int,
                    first_row: int = 0) -> str:
@@ -188,15 +196,25 @@ class Graph:
                          multiplier=int(self.random.integers(1 << 15, 1 << 16)), shift=21)
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
-                table: bool = True) -> str:
+                table: bool = True, gated: bool = False) -> str:
         depth, channels = self.shapes[source][1], self.shapes[residual][1]
         return self._add(Experts, self.shapes[residual], source=source, residual=residual,
-                         route=route, up=self.weight(experts, hidden, depth),
-                         up_affine=self.affine((experts, hidden), depth, 127, self.width),
+                         route=route, **self.layers(("up", "gate"), (experts, hidden), depth, gated),
                          table=self.int8(256) if table else None,
                          down=self.weight(experts, channels, hidden),
                          down_affine=self.affine((experts, channels), hidden, 20000, self.width),
                          bits=np.full(experts, self.bits, np.uint8))
+
+    def layers(self, names: tuple[str, str], shape: tuple[int, ...], depth: int,
+               gated: bool) -> dict[str, np.ndarray | Affine]:
+        """The first of two products by the names of their fields, or both: then it makes the factor
+        of 16 bits that the other one's values are multiplied by."""
+        found = {}
+        for name, reach in zip(names, (5000, 127) if gated else (127,)):
+            affine = "affine" if name == "weight" else f"{name}_affine"
+            found[name] = self.weight(*shape, depth)
+            found[affine] = self.affine(shape, depth, reach, self.width)
+        return found
 
     def int8(self, *shape: int) -> np.ndarray:
         return self.random.integers(-128, 128, shape).astype(np.int8)

@@ -16,7 +16,7 @@ from ..runtime.reference import evaluate
 
 CONFIG = Config(tokens=2, outputs=3, depth=4, queries=2, lanes=1, bus_bytes=8, activation_banks=2,
                 activation_words=64, residual_words=128, weight_words=64, param_words=32, tables=2,
-                row_words=4, max_rows=12, max_experts=4, max_chosen=2, queue=2)
+                row_words=4, max_rows=12, max_experts=4, max_chosen=2, queue=2, products=1)
 D = CONFIG.depth
 
 
@@ -101,6 +101,24 @@ def test_linear_through_a_table(machine):
             index = scaled(value[row][channel], machine.param[3 + channel, 0]) % 256
             assert (machine.activation[60 + 2 * row + channel // D, channel % D]
                     == machine.table[256 + index, 0])
+
+
+@pytest.mark.parametrize("tabled", [0, 1])
+def test_linear_to_products_of_pairs(machine, tabled):
+    value = products(machine, [10 + 3 * r for r in range(5)], 7, 10, 2)
+    before = machine.activation.copy()
+    execute(machine, (Opcode.LINEAR, LINEAR | {"tabled": tabled, "table": 1, "channels": 10,
+                                               "product": 1}))
+    for row in range(5):
+        for number in range(5):  # with one lane a word is a channel
+            record = machine.param[3 + 2 * number, 0], machine.param[4 + 2 * number, 0]
+            first = scaled(value[row][2 * number], record[0])
+            first = int(machine.table[256 + first % 256, 0]) if tabled else first
+            exact = (first * scaled(value[row][2 * number + 1], record[1], 16) + 512) // 1024
+            place = 60 + 2 * row + number // D, number % D
+            assert machine.activation[place] == max(-128, min(127, exact))
+            before[place] = machine.activation[place]
+    assert np.array_equal(machine.activation, before)
 
 
 @pytest.mark.parametrize("accumulate", [0, 1])
@@ -362,6 +380,9 @@ def test_tokens_are_counted(machine):
     ([(Opcode.LINEAR, LINEAR | {"source_words": 5})], "LINEAR.source_words must be at most 4, not 5"),
     ([(Opcode.LINEAR, LINEAR | {"weight": 60})], "words 60 to 65 must lie in a memory of 64 words"),
     ([(Opcode.LINEAR, LINEAR | {"param": 26})], "words 26 to 32 must lie in a memory of 32 words"),
+    ([(Opcode.LINEAR, LINEAR | {"narrow": 1})], "LINEAR.narrow must be 0 on this configuration"),
+    ([(Opcode.LINEAR, LINEAR | {"product": 1})], "must fill an even number of words with product, "
+                                                 "not be 7 with Config.lanes = 1"),
     ([(Opcode.LINEAR, LINEAR | {"destination": 120})], "word 129 must be below 128"),
     ([(Opcode.ATTENTION, ATTENTION | {"keys": 13})], "ATTENTION.keys must be at most 12, not 13"),
     ([(Opcode.NORM, NORM | {"source": 120})], "residual word 141 must be below 128"),

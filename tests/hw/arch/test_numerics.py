@@ -34,6 +34,23 @@ def test_gated_rounds_ties_up_and_keeps_16_bits():
             assert -32768 <= exact <= 32767
 
 
+@pytest.mark.parametrize("value", [-128, -127, -1, 0, 1, 127])
+def test_product_rounds_ties_up_and_saturates_to_8_bits(value):
+    factors = [-32768, -1025, -1024, -512, -1, 0, 1, 511, 512, 513, 1023, 1024, 1025, 32767]
+    for factor in factors + RNG.integers(-2048, 2048, 200).tolist():
+        exact = floor_half_up(Fraction(value * factor, 1024))
+        assert numerics.product(value, factor) == min(127, max(-128, exact))
+    assert numerics.product(value, 1024) == value
+
+
+def test_product_at_its_borders():
+    pairs = [(1, 512, 1), (1, -512, 0), (-1, 512, 0), (1, 511, 0), (1, -513, -1), (-128, -1024, 127),
+             (-128, 1024, -128), (127, 1028, 127), (127, 1029, 127), (-128, 1032, -129 + 1),
+             (-127, 1024, -127), (-128, -32768, 127), (-128, 32767, -128)]
+    values, factors, products = np.array(pairs).T
+    assert numerics.product(values, factors).tolist() == products.tolist()
+
+
 def test_bit_length_is_exact_next_to_powers_of_two():
     values = [v for e in range(53) for v in ((1 << e) - 1, 1 << e, (1 << e) + 1) if v < 1 << 53]
     assert numerics.bit_length(values).tolist() == [v.bit_length() for v in values]
