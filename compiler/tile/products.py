@@ -13,7 +13,8 @@ from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 
-__all__ = ["channel_unit", "filled", "fits_pair", "require", "spread", "tiles", "weight_words"]
+__all__ = ["channel_unit", "filled", "filled_affine", "fits_pair", "require", "spread", "tiles",
+           "weight_words"]
 
 SHARE = 4  # tiles that the weight memory holds: one at work, the others on their way
 
@@ -101,9 +102,14 @@ def filled(weight: np.ndarray, affine: q.Affine, columns: np.ndarray,
     read whole words."""
     rows = np.zeros((width, weight.shape[1]), np.int8)
     rows[columns] = weight
+    return rows, filled_affine(affine, columns, width)
+
+
+def filled_affine(affine: q.Affine, columns: np.ndarray, width: int) -> q.Affine:
+    """Parameters moved to `columns` of `width`; results are zero elsewhere."""
     parts = {}
     for name, default in (("bias", 0), ("multiplier", 0), ("shift", 1)):
         array = getattr(affine, name)
         parts[name] = np.full(width, default, array.dtype)
         parts[name][columns] = array
-    return rows, q.Affine(**parts)
+    return q.Affine(**parts)

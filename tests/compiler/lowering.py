@@ -13,7 +13,7 @@ from moeware.hw.arch.program import Port, Program, Region
 
 from ..runtime.reference import Graph
 
-__all__ = ["lower", "program", "transformer"]
+__all__ = ["decoder", "lower", "program", "transformer"]
 
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
@@ -36,6 +36,26 @@ def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, h
     return graph
 
 
+def decoder(seed: int, form: str, *, tokens: int, width: int, heads: int, hidden: int,
+            causal: bool = True, gain: float = 1.0, bits: int = 8, turned: bool = True) -> Graph:
+    """A block of a language model and its head, on a stream that enters; queries and keys turned by
+    rotary factors as in the model `form`: llama as they are, olmoe normalised over all heads, qwen3
+    head by head."""
+    graph = Graph(seed, gain=gain, bits=bits)
+    size = heads * width
+    x = graph.input(tokens, size, Memory.RESIDUAL)
+    rotation = graph.rotation(tokens, width) if turned else None
+    mode = NormMode.SCALE if form == "llama" else NormMode.RMS
+    y = graph.norm(x, NormMode.RMS)
+    q, k = (graph.norm(graph.add_linear(y, None, size), mode, rotation=rotation,
+                       groups={"llama": 1, "olmoe": 1, "qwen3": heads}[form]) for _ in range(2))
+    x = graph.add_linear(graph.attention(q, k, graph.linear(y, size), heads, heads, causal=causal),
+                         x, size)
+    x = graph.add_linear(graph.linear(graph.norm(x, NormMode.RMS), hidden, table=True), x, size)
+    graph.add_linear(graph.norm(x, NormMode.RMS, first_row=tokens - 1, rows=1), None, 7)
+    return graph
+
+
 def quantised(graph: Graph) -> QuantisedStep:
     """The graph as a step whose inputs and last two results are ports."""
     def port(name: str, memory: Memory) -> Port:
@@ -43,7 +63,8 @@ def quantised(graph: Graph) -> QuantisedStep:
         return Port(name=name, tensor=name, shape=(rows, channels), scale=1 / 64,
                     split=(rows, channels), order=(0, 1),
                     region=Region(memory=memory, rows=rows, channels=channels, address=0))
-    heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None]
+    heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None
+             and not any(getattr(other, "source", None) == op.output for other in graph.operations)]
     return QuantisedStep(graph.operations, [port(*item) for item in graph.sources.items()],
                          [port(name, Memory.RESIDUAL) for name in heads])
 
