@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, sources
+from moeware.compiler.canonical import OPERATORS, attributes, is_canonical, projection, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
@@ -61,9 +61,11 @@ _READS: dict[str, tuple[tuple[str, ...], str]] = {
     "ClassToken": (("start",), "start"),
     "AddConstant": (("start",), "start"),
     "LayerNorm": (("start", "stream", "row"), "norm"),
+    "RMSNorm": (("start", "stream", "row", "linear"), "norm"),
     "Linear": (("norm", "norm row", "attention", "function"), "linear"),
     "Pointwise": (("linear",), "function"),
-    "Attention": (("linear",), "attention"),
+    "Rotary": (("linear", "normalised linear"), "turned"),
+    "Attention": (("linear", "normalised linear", "turned"), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
     "MeanTokens": (("norm",), "norm row"),
@@ -74,8 +76,10 @@ _STREAMS = ("start", "stream")
 _MAY_FOLLOW = {
     "norm": ("Linear", "Route", "Experts", "MeanTokens", "TakeToken"),
     "norm row": ("Linear",),
-    "row": ("LayerNorm",),
-    "linear": ("Pointwise", "Attention", "Add"),
+    "row": ("LayerNorm", "RMSNorm"),
+    "linear": ("Pointwise", "RMSNorm", "Rotary", "Attention", "Add"),
+    "normalised linear": ("Rotary", "Attention"),
+    "turned": ("Attention",),
     "function": ("Linear",),
     "attention": ("Linear",),
     "route": ("Experts",),
@@ -137,12 +141,33 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
             f"{node.op_type} of a {first} value is not a supported form, it reads "
             f"{' or '.join(allowed)}; use pre-norm residual blocks"
         )
-    if node.op_type == "Attention" and set(given_names) != {"linear"}:
-        return "Attention must read three Linears; project queries, keys and values"
-    if node.op_type == "Attention" and len({kind.stream for kind in given}) != 1:
-        return "Attention must read one stream, not cross-attend; move it to the host model"
+    if node.op_type in ("RMSNorm", "Rotary") and first not in (*_STREAMS, "row"):
+        if len(variable[0].uses()) != 1 or variable[0].is_graph_output():
+            return f"a projection before {node.op_type} must have no other reader; remove it"
+    elif node.op_type == "RMSNorm" and attributes(node)["groups"] != 1:
+        return "RMSNorm of the residual stream must have 1 group; normalise whole rows"
+    if node.op_type == "Attention":
+        return _attention_broken(node, given)
     if node.op_type == "Experts" and given_names[1:] != ["route", "route"]:
         return "Experts must read a Route; use softmax and top-k over a linear gate"
+    return None
+
+
+def _attention_broken(node: ir.Node, given: list[_Kind]) -> str | None:
+    """What attention reads: projections of one stream, normalised and turned as their heads are."""
+    kinds, attrs = [kind.name for kind in given], attributes(node)
+    if len(kinds) != 3 or not set(kinds) <= set(_READS["Attention"][0]):
+        return "Attention must read three Linears; project queries, keys and values"
+    if len({kind.stream for kind in given}) != 1:
+        return "Attention must read one stream, not cross-attend; move it to the host model"
+    if [kind == "turned" for kind in kinds] not in ([True, True, False], [False, False, False]):
+        return "Attention must have rotary queries and keys, or neither, and no rotary values"
+    for value, heads in zip(node.inputs, (attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):
+        _, norm, rotary = projection(value)
+        if rotary is not None and attributes(rotary)["heads"] != heads:
+            return f"Attention of {heads} heads must have Rotary of as many"
+        if norm is not None and attributes(norm)["groups"] not in (1, heads):
+            return f"RMSNorm before Attention must have 1 or {heads} groups, a head each"
     return None
 
 
@@ -198,8 +223,10 @@ def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
         return _Kind(name, number)
     if node.op_type == "Add":
         first = next(kind for kind in given if kind.name in _STREAMS)
-    if node.op_type == "LayerNorm" and first.name == "row":
+    if node.op_type in ("LayerNorm", "RMSNorm") and first.name == "row":
         name = "norm row"
+    if node.op_type == "RMSNorm" and first.name == "linear":
+        name = "normalised linear"
     if node.op_type == "TakeToken" and first.name == "norm":
         name = "norm row"
     return _Kind(name, first.stream)

@@ -12,8 +12,8 @@ from moeware.compiler.lowered import Block, Lowered
 from moeware.compiler.tile.attention import attend, lower_attention
 from moeware.compiler.tile.experts import lower_experts, lower_route
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.products import require
 from moeware.compiler.tile.norm import head_of, lower_norm
+from moeware.compiler.tile.products import require
 from moeware.compiler.tile.rows import lower_add_linear, lower_linear
 from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import layout

@@ -56,8 +56,11 @@ def decoder(seed: int, form: str, *, tokens: int, width: int, heads: int, hidden
     return graph
 
 
-def quantised(graph: Graph) -> QuantisedStep:
-    """The graph as a step whose inputs and last two results are ports."""
+def quantised(graph: Graph | QuantisedStep) -> QuantisedStep:
+    """The graph as a step whose inputs and results that nothing reads are ports."""
+    if isinstance(graph, QuantisedStep):
+        return graph
+
     def port(name: str, memory: Memory) -> Port:
         rows, channels = graph.shapes[name]
         return Port(name=name, tensor=name, shape=(rows, channels), scale=1 / 64,
@@ -69,7 +72,7 @@ def quantised(graph: Graph) -> QuantisedStep:
                          [port(name, Memory.RESIDUAL) for name in heads])
 
 
-def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **options):
+def lower(graph: Graph | QuantisedStep, config: Config, *, trace: bool = True, plans=PLANS, **options):
     """The graph after `allocate`, verified between the stages."""
     step = quantised(graph)
     verify_quantised(step)
@@ -89,7 +92,8 @@ def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **op
     return lowered
 
 
-def program(graph: Graph, config: Config, *, trace: bool = True, **options) -> Program:
+def program(graph: Graph | QuantisedStep, config: Config, *, trace: bool = True,
+            **options) -> Program:
     """The graph as a program; with `trace` it stores every tensor."""
     image, dram_bytes, steps = emit([lower(graph, config, trace=trace, **options)], config)
     ports = {side: [(port.name, port.shape, "tensor(float)") for port in getattr(steps[0], side)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moeware.compiler.errors import CompileError
-from moeware.compiler.tile import PLANS
+from moeware.compiler.tile import PLANS, chain
 from moeware.hw.arch.isa import Memory, NormMode, Opcode
 from moeware.hw.arch.work import works
 from moeware.runtime.torch_path import TorchDevice
@@ -81,6 +81,19 @@ def test_any_interleaving_that_tokens_allow_gives_the_same(config, form):
                 found = region.unpack(config, dram[region.address:].tobytes())
                 np.testing.assert_array_equal(found, expected[probe.tensor][frame],
                                               err_msg=probe.name)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_rows_behind_attention_give_the_same(monkeypatch, form, frames):
+    monkeypatch.setattr(chain, "LEAST_CYCLES", 1)
+    large = dataclasses.replace(ROTARY[0], activation_words=4096, residual_words=16384, max_rows=200)
+    graph = decoder(5, form, tokens=95, width=8, heads=3, hidden=16)
+    compiled = program(graph, large, frames=frames)
+    again = [work.instruction.address for work in works(compiled, compiled.steps[0])
+             if work.layer == "/addlinear7" and work.instruction.opcode is Opcode.LOAD]
+    assert len(again) > len(set(again))  # a block's weights are loaded for it
+    compare(graph, compiled, frames=2)
 
 
 def test_heads_are_made_one_by_one_and_share_their_factors():
