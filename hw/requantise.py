@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from .multiply import Multipliers
 
-__all__ = ["Requantise"]
+__all__ = ["Requantise", "halved"]
 
 _INT32, _INT8 = signed(32), signed(8)
 
@@ -69,7 +69,8 @@ class Requantise(wiring.Component):
             m.d.sync += [
                 coarse.eq(product >> (amounts[-2][3:] << 3)),
                 fine.eq(coarse >> amounts[-1][:3]),
-                self.result.eq(self._round(m, fine)),
+                self.result.eq(halved(m, fine, self.result.shape()) if self.saturated
+                               else (fine + 1) >> 1),
             ]
         return m
 
@@ -95,24 +96,22 @@ class Requantise(wiring.Component):
             m.d.sync += product.eq(whole)
         return product
 
-    def _round(self, m, doubled):
-        """``(doubled + 1) >> 1``, saturated; the range check runs beside the short addition."""
-        if not self.saturated:
-            return (doubled + 1) >> 1
-        shape = self.result.shape()
-        kept = shape.width + 1
-        if kept >= len(doubled):
-            doubled = Cat(doubled, doubled[-1].replicate(kept + 1 - len(doubled))).as_signed()
-        low = doubled[:kept]
-        if shape.signed:
-            # In range: all bits from the sign of `low` upwards agree, and the addition does not
-            # carry into that sign.
-            upper = doubled[kept - 1:]
-            fits = (upper.all() | ~upper.any()) & (low != (1 << (kept - 1)) - 1)
-            limit = Mux(doubled[-1], -(1 << (shape.width - 1)), (1 << (shape.width - 1)) - 1)
-        else:
-            fits = ~doubled[kept:].any() & ~low.all()
-            limit = (1 << shape.width) - 1
-        rounded = Signal(kept)
-        m.d.comb += rounded.eq(low + 1)
-        return Mux(fits, rounded[1:], limit)
+
+def halved(m, doubled, shape):
+    """``(doubled + 1) >> 1``, saturated; the range check runs beside the short addition."""
+    kept = shape.width + 1
+    if kept >= len(doubled):
+        doubled = Cat(doubled, doubled[-1].replicate(kept + 1 - len(doubled))).as_signed()
+    low = doubled[:kept]
+    if shape.signed:
+        # In range: all bits from the sign of `low` upwards agree, and the addition does not
+        # carry into that sign.
+        upper = doubled[kept - 1:]
+        fits = (upper.all() | ~upper.any()) & (low != (1 << (kept - 1)) - 1)
+        limit = Mux(doubled[-1], -(1 << (shape.width - 1)), (1 << (shape.width - 1)) - 1)
+    else:
+        fits = ~doubled[kept:].any() & ~low.all()
+        limit = (1 << shape.width) - 1
+    rounded = Signal(kept)
+    m.d.comb += rounded.eq(low + 1)
+    return Mux(fits, rounded[1:], limit)
