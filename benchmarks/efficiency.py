@@ -121,8 +121,9 @@ def _operation(layer: str, known: Iterable[str]) -> str:
 def _split(operations: list[q.Operation]) -> list[Block]:
     """Blocks begin where the residual stream is normalised."""
     groups: list[list[q.Operation]] = [[]]
+    wide = {op.output for op in operations if isinstance(op, q.AddLinear) and op.residual is None}
     for op in operations:
-        if isinstance(op, q.Norm) and groups[-1]:
+        if isinstance(op, q.Norm) and op.source not in wide and groups[-1]:
             groups.append([])
         groups[-1].append(op)
     found, layer = [], -1

@@ -63,6 +63,7 @@ __all__ = [
     "OPERATORS",
     "attributes",
     "is_canonical",
+    "projection",
     "shape",
     "sources",
     "verify",
@@ -115,6 +116,18 @@ def shape(value: ir.Value) -> tuple[int, ...]:
             f"export without data-dependent shapes"
         )
     return tuple(int(size) for size in value.shape)
+
+
+def projection(value: ir.Value) -> tuple[ir.Node | None, ir.Node | None, ir.Node | None]:
+    """The Linear, RMSNorm and Rotary that make ``value`` one after the other, as attention reads it;
+    None for each that is not there."""
+    found: list[ir.Node | None] = []
+    for kind in ("Rotary", "RMSNorm", "Linear"):
+        node = value.producer()
+        found.insert(0, node if node is not None and node.op_type == kind else None)
+        if found[0] is not None and found[0].inputs[0] is not None:
+            value = found[0].inputs[0]
+    return found[0], found[1], found[2]
 
 
 def verify(model: ir.Model) -> None:

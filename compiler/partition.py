@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, sources
+from moeware.compiler.canonical import OPERATORS, attributes, is_canonical, projection, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
@@ -62,10 +62,12 @@ _READS: dict[str, tuple[tuple[str, ...], str]] = {
     "ClassToken": (("start",), "start"),
     "AddConstant": (("start",), "start"),
     "LayerNorm": (("start", "stream", "row"), "norm"),
+    "RMSNorm": (("start", "stream", "row", "linear"), "norm"),
     "Linear": (("norm", "norm row", "attention", "function", "product"), "linear"),
     "Pointwise": (("linear",), "function"),
     "Multiply": (("linear", "function"), "product"),
-    "Attention": (("linear",), "attention"),
+    "Rotary": (("linear", "normalised linear"), "turned"),
+    "Attention": (("linear", "normalised linear", "turned"), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
     "GatedExperts": (("norm",), "experts"),
@@ -80,8 +82,10 @@ _MAY_FOLLOW = {
         "Linear", "Route", "Experts", "GatedExperts", "SoftExperts", "MeanTokens", "TakeToken"
     ),
     "norm row": ("Linear",),
-    "row": ("LayerNorm",),
-    "linear": ("Pointwise", "Multiply", "Attention", "Add"),
+    "row": ("LayerNorm", "RMSNorm"),
+    "linear": ("Pointwise", "Multiply", "RMSNorm", "Rotary", "Attention", "Add"),
+    "normalised linear": ("Rotary", "Attention"),
+    "turned": ("Attention",),
     "function": ("Linear", "Multiply"),
     "product": ("Linear",),
     "attention": ("Linear",),
@@ -89,7 +93,7 @@ _MAY_FOLLOW = {
     "experts": ("Add",),
 }
 # Operator: the field of `Config` that says whether there is gateware for it.
-_OPTIONS = {"Multiply": "products", "GatedExperts": "products"}
+OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary"}
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
@@ -109,7 +113,7 @@ def partition(model: ir.Model, config: Config | None = None) -> Partition:
 
 def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, str]]:
     for node in model.graph:
-        field = _OPTIONS.get(node.op_type) if is_canonical(node) else None
+        field = OPTIONS.get(node.op_type) if is_canonical(node) else None
         if field is not None and not getattr(config, field):
             yield node, (
                 f"node `{node.name}`: {node.op_type} needs gateware that this configuration does "
@@ -159,10 +163,13 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
             f"{node.op_type} of a {first} value is not a supported form, it reads "
             f"{' or '.join(allowed)}; use pre-norm residual blocks"
         )
-    if node.op_type == "Attention" and set(given_names) != {"linear"}:
-        return "Attention must read three Linears; project queries, keys and values"
-    if node.op_type == "Attention" and len({kind.stream for kind in given}) != 1:
-        return "Attention must read one stream, not cross-attend; move it to the host model"
+    if node.op_type in ("RMSNorm", "Rotary") and first not in (*_STREAMS, "row"):
+        if len(variable[0].uses()) != 1 or variable[0].is_graph_output():
+            return f"a projection before {node.op_type} must have no other reader; remove it"
+    elif node.op_type == "RMSNorm" and attributes(node)["groups"] != 1:
+        return "RMSNorm of the residual stream must have 1 group; normalise whole rows"
+    if node.op_type == "Attention":
+        return _attention_broken(node, given)
     if node.op_type in ("Experts", "GatedExperts") and given_names[1:] != ["route", "route"]:
         return f"{node.op_type} must read a Route; use softmax and top-k over a linear gate"
     if node.op_type == "Multiply":
@@ -188,6 +195,24 @@ def _multiply_broken(node: ir.Node, given_names: list[str]) -> str | None:
         return "the factors of Multiply must be two Linears without other readers; repeat the Linear"
     if layers[0].inputs[0] is not layers[1].inputs[0]:
         return "the factors of Multiply must be Linears of one value; write a gated linear unit"
+    return None
+
+
+def _attention_broken(node: ir.Node, given: list[_Kind]) -> str | None:
+    """What attention reads: projections of one stream, normalised and turned as their heads are."""
+    kinds, attrs = [kind.name for kind in given], attributes(node)
+    if len(kinds) != 3 or not set(kinds) <= set(_READS["Attention"][0]):
+        return "Attention must read three Linears; project queries, keys and values"
+    if len({kind.stream for kind in given}) != 1:
+        return "Attention must read one stream, not cross-attend; move it to the host model"
+    if [kind == "turned" for kind in kinds] not in ([True, True, False], [False, False, False]):
+        return "Attention must have rotary queries and keys, or neither, and no rotary values"
+    for value, heads in zip(node.inputs, (attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):
+        _, norm, rotary = projection(value)
+        if rotary is not None and attributes(rotary)["heads"] != heads:
+            return f"Attention of {heads} heads must have Rotary of as many"
+        if norm is not None and attributes(norm)["groups"] not in (1, heads):
+            return f"RMSNorm before Attention must have 1 or {heads} groups, a head each"
     return None
 
 
@@ -243,8 +268,10 @@ def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
         return _Kind(name, number)
     if node.op_type == "Add":
         first = next(kind for kind in given if kind.name in _STREAMS)
-    if node.op_type == "LayerNorm" and first.name == "row":
+    if node.op_type in ("LayerNorm", "RMSNorm") and first.name == "row":
         name = "norm row"
+    if node.op_type == "RMSNorm" and first.name == "linear":
+        name = "normalised linear"
     if node.op_type == "TakeToken" and first.name == "norm":
         name = "norm row"
     return _Kind(name, first.stream)
@@ -346,7 +373,7 @@ def describe(parts: Partition) -> str:
         return line
     # The nodes without a canonical form are the cause, or gateware; the others follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
-    causes += [entry for entry in counts["host"] if entry["operator"] in _OPTIONS]
+    causes += [entry for entry in counts["host"] if entry["operator"] in OPTIONS]
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]
     return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"

@@ -23,7 +23,7 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
-from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.partition import OPTIONS, describe, partition, report
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
 from moeware.compiler.schedule import schedule
@@ -264,11 +264,11 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         raise CompileError(f"Dump folder {folder} must be of the configuration "
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
-    if (state.config.products != wanted.config.products
-            and list(STAGES).index(stage) >= list(STAGES).index("partition")):
-        raise CompileError(f"Dump folder {folder} must be of a configuration with products = "
-                           f"{wanted.config.products}, not {state.config.products}: start at "
-                           "partition")
+    for option in sorted(set(OPTIONS.values())):
+        had, has = getattr(state.config, option), getattr(wanted.config, option)
+        if had != has and list(STAGES).index(stage) >= list(STAGES).index("partition"):
+            raise CompileError(f"Dump folder {folder} must be of a configuration with {option} = "
+                               f"{has}, not {had}: start at partition")
     if state.choices != wanted.choices:
         raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
                            f"{state.choices}: start at load")

@@ -40,6 +40,14 @@ def verify_quantised(step: QuantisedStep) -> None:
             layer = op.weight if isinstance(op, q.Linear) else op.up
             _require(gate.shape == layer.shape and op.gate_affine is not None, what,
                      "the gate has the shape of its layer, and scales")
+        if isinstance(op, q.Norm):
+            _require(op.groups >= 1 and len(op.affine.bias) % op.groups == 0, what,
+                     "its groups are equal")
+            _require(0 <= op.epsilon < 1 << 48, what, "epsilon has 48 bits")
+            if op.rotation is not None:
+                rows, width = op.rotation.shape
+                _require(rows == op.rows and width % 2 == 0 and len(op.affine.bias) % width == 0,
+                         what, "there are factors for each pair of a head in each row")
         for weight, bias in _products(op):
             reach = 128 * np.abs(weight.astype(np.int64)).sum(-1) + np.abs(bias.astype(np.int64))
             _require(int(reach.max(initial=0)) < 1 << 31, what, "no accumulator passes 32 bits")

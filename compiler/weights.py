@@ -79,16 +79,16 @@ def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: f
     return integer, Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
 
 
-def smoothed_norm(samples: np.ndarray, epsilon: float, demand: np.ndarray
-                  ) -> tuple[np.ndarray, float]:
+def smoothed_norm(samples: np.ndarray, epsilon: float, demand: np.ndarray, *,
+                  centred: bool = True) -> tuple[np.ndarray, float]:
     """A factor for each channel of a normalised tensor, and the step of its grid.
 
     samples : float [rows, channels] that are normalised; demand : largest weight that each channel
-    meets. The factors balance the two (SmoothQuant, section 4, alpha = 1/2): tensor and weights
+    meets; centred : whether a row's mean is subtracted. The factors balance the two (SmoothQuant, section 4, alpha = 1/2): tensor and weights
     share the rounding error.
     """
     samples = samples.astype(np.float64)
-    plain = samples - samples.mean(-1, keepdims=True)
+    plain = samples - samples.mean(-1, keepdims=True) * centred
     plain /= np.sqrt(np.maximum(np.square(plain).mean(-1, keepdims=True) + epsilon, 1e-300))
     spread = np.abs(plain).max(0)
     usable = (spread > 0) & (demand > 0)

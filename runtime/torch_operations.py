@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeware.hw.arch import quantised
+from moeware.hw.arch import numerics, quantised
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.quantised import Affine
 
@@ -97,18 +97,19 @@ def _(op: quantised.AddLinear, attended: bool):
 
 @prepare.register
 def _(op: quantised.Norm, attended: bool):
-    scale = Scale(op.affine, reach=32768)
+    scale = Scale(op.affine, wide=op.rotation is not None, reach=32768)
     dtype = torch.float32 if attended else torch.int8
+    turn = _rotate(op.rotation)
     half = (np.arange(54) + 1) >> 1  # by the number of bits of the variance
     align = torch.from_numpy(np.ldexp(1.0, 32 - 2 * half))
     drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
 
     def norm(values: Values, frames: int) -> torch.Tensor:
         source = values[op.source][op.first_row:op.first_row + op.rows]
-        row = source.flatten(0, 1).double()
-        channels = row.shape[1]
         if op.mode is NormMode.SCALE:
-            return by_row(scale(row).to(dtype), frames)
+            return turn(by_row(scale(source.flatten(0, 1).double()), frames)).to(dtype)
+        row = source.unflatten(-1, (op.groups, -1)).flatten(0, 2).double()
+        channels = row.shape[1]
         # A float64 of 1 + 2**-53 times the norm has a square of 1 + 2**-51 times at most: the root
         # of a sum of squares, an integer below 2**42, leads back to it.
         squares = torch.linalg.vector_norm(row, dim=-1).square_().round_()
@@ -127,8 +128,24 @@ def _(op: quantised.Norm, attended: bool):
             row.add_(0.5).floor_()
         if channels > UNSATURATED_CHANNELS:
             row.clamp_(-32768, 32767)
-        return by_row(scale(row).to(dtype), frames)
+        return turn(by_row(scale(row.view(-1, source.shape[-1])), frames)).to(dtype)
     return norm
+
+
+def _rotate(rotation: np.ndarray | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`numerics.rotate` of [rows, frames, channels], each head by the factors of its row."""
+    if rotation is None:
+        return lambda values: values
+    # A product has 31 bits at most, so float64 holds it and its fraction.
+    factors = np.ldexp(np.asarray(rotation, np.float64), -numerics.FACTOR_BITS - numerics.PAIR_BITS)
+    cos, sin = torch.from_numpy(factors)[:, None, None].unflatten(-1, (-1, 2)).unbind(-1)
+
+    def turn(values: torch.Tensor) -> torch.Tensor:
+        pairs = values.double().unflatten(-1, (-1, rotation.shape[1] // 2, 2))
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+        return turned.add_(0.5).floor_().clamp_(-128, 127).flatten(2)
+    return turn
 
 
 @prepare.register

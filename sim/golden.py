@@ -248,12 +248,24 @@ class Machine:
             raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
         value = self.residual[index].reshape(len(rows), words * c.lanes)[:, :i.channels]
         value = value.astype(np.int64)
+        if (i.counted or i.factor_words) and not c.rotary:
+            raise ValueError("NORM.counted and NORM.factor_words must be 0 where Config.rotary is 0, "
+                             f"not {i.counted} and {i.factor_words}")
+        if i.factor_words and i.channels % 2:
+            raise ValueError(f"NORM.channels must be even where pairs are turned, not {i.channels}")
         if i.mode != NormMode.SCALE:
-            value = numerics.normalise(value, i.channels, i.epsilon,
+            value = numerics.normalise(value, i.counted or i.channels, i.epsilon,
                                        centred=i.mode == NormMode.LAYER)
         param = self._params(i.param, i.channels)
         value = (value + param["bias"]).astype(np.int32)
-        result = numerics.requantise(value, param["multiplier"], param["shift"])
+        bits = 16 if i.factor_words else 8
+        result = numerics.requantise(value, param["multiplier"], param["shift"], bits)
+        if i.factor_words:
+            index = i.factors + rows[:, None] * i.factor_stride + np.arange(words) % i.factor_words
+            if index.size and index.max() >= len(self.residual):
+                raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
+            factors = self.residual[index].reshape(len(rows), words * c.lanes)
+            result = numerics.rotate(result, factors[:, :i.channels])
         padded = np.zeros((len(rows), -(-i.channels // c.depth) * c.depth), np.int64)
         padded[:, :i.channels] = result  # later products read whole words
         self._write(self.activation, i.destination, rows, i.destination_stride, padded)

@@ -9,6 +9,7 @@ from moeware.compiler.canonical import attributes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.quantise.gated import STAGES, gated_layers
+from moeware.compiler.quantise.projections import head_channels
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
     FUNCTION,
@@ -29,29 +30,39 @@ _WEIGHTS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 
 
 
 class Rows(State):
-    """Rules for LayerNorm, Linear, Pointwise and Multiply."""
+    """Rules for LayerNorm and RMSNorm of the stream, Linear, Pointwise and Multiply."""
 
     def _LayerNorm(self, node, epsilon):
-        value, source = node.outputs[0], self._tensor(node.inputs[0])
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
+        self._stream_norm(node, NormMode.LAYER, epsilon, gamma, beta)
+
+    def _RMSNorm(self, node, epsilon, groups):
+        if node.inputs[0].name in self.pending:
+            self._projected_norm(node)
+        else:
+            gamma = self._constants(node)[0].astype(np.float64)
+            self._stream_norm(node, NormMode.RMS, epsilon, gamma, None)
+
+    def _stream_norm(self, node, mode, epsilon, gamma, beta) -> None:
+        value, source = node.outputs[0], self._tensor(node.inputs[0])
         channels = len(gamma)
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
         demand = self._demand(value, channels) * np.abs(gamma)
-        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand)
+        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand,
+                                     centred=mode is NormMode.LAYER)
         scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
         multiplier, shift = encode_scales(scale)
-        integer_epsilon = round(epsilon * (channels / source.step) ** 2)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
         self.norms[value.name] = (
             q.Norm(name=node.name, output=value.name, source=source.tensor,
-                   first_row=source.first_row, rows=source.rows, mode=NormMode.LAYER,
-                   epsilon=integer_epsilon, affine=affine),
+                   first_row=source.first_row, rows=source.rows, mode=mode,
+                   epsilon=self._epsilon(channels, epsilon, source.step), affine=affine),
             Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta, rows=source.rows))
         if any(user.op_type not in ("TakeToken", "SoftExperts") for user in self._consumers(value)):
             self.values[value.name] = self._norm(value.name, value.name, 0, source.rows)
 
     def _norm(self, norm: str, output: str, first_row: int, rows: int) -> Tensor:
-        """Emit some rows of a LayerNorm as the tensor `output`."""
+        """Emit some rows of a normalised stream as the tensor `output`."""
         operation, tensor = self.norms[norm]
         self._add(dataclasses.replace(operation, output=output, rows=rows,
                                       first_row=operation.first_row + first_row))
@@ -73,7 +84,8 @@ class Rows(State):
 
     def _Linear(self, node):
         value, consumers = node.outputs[0], self._consumers(node.outputs[0])
-        if value in self.outputs or consumers[0].op_type in ("Add", "Pointwise", "Multiply"):
+        later = ("Add", "Pointwise", "Multiply", "RMSNorm", "Rotary")
+        if value in self.outputs or consumers[0].op_type in later:
             self.pending[value.name] = node
             return
         weight, bias = self._constants(node)
@@ -92,13 +104,9 @@ class Rows(State):
                 samples = without(samples, lifted)
                 shift = None if shift is None else shift + lifted
                 bias = -lifted
-            # The attention unit has one stride for query, key and value: shared heads are repeated.
-            a = attributes(users[0])
-            if a["heads"] != a["kv_heads"]:
-                heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
-                order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
-                weight, bias, samples = weight[order], bias[order], samples[..., order]
-                shift = None if shift is None else shift[order]
+            order = head_channels(users[0], value).ravel()
+            weight, bias, samples = weight[order], bias[order], samples[..., order]
+            shift = None if shift is None else shift[order]
         gain = None
         if len(users) == len(consumers) == 1 and roles == {2}:
             gain = self._value_gain(users[0], samples, shift)

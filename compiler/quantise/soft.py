@@ -85,15 +85,15 @@ class SoftExperts(State):
                               residual=stream.tensor, first_row=0, weight=same, affine=affine))
 
     def _whole_norm(self, value: ir.Value, output: str) -> Tensor:
-        """A LayerNorm with its scale and shift, which tokens as keys and queries cannot pass on to a
+        """A norm with its scale and shift, which tokens as keys and queries cannot pass on to a
         weight; `gain` has the signs of the scale."""
         operation, _ = self.norms[value.name]
-        gamma, beta = (array.astype(np.float64) for array in self._constants(value.producer()))
+        gamma, *beta = (array.astype(np.float64) for array in self._constants(value.producer()))
         sign = np.where(gamma < 0, -1.0, 1.0)
         size = np.maximum(np.abs(gamma), LIVE * np.abs(gamma).max() or 1.0)
         step, one = grid(self.calibration.rows(value.name)), 1 << numerics.NORM_FRACTION_BITS
         multiplier, shift = encode_scales(size / (step * one))
-        bias = np.rint(sign * beta / size * one).astype(np.int32)
+        bias = np.rint(sign * (beta[0] if beta else 0.0 * gamma) / size * one).astype(np.int32)
         affine = q.Affine(bias=bias, multiplier=multiplier, shift=shift)
         self._add(dataclasses.replace(operation, name=output, output=output, affine=affine))
         return Tensor(output, step, sign, rows=operation.rows)

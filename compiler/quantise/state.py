@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.calibrate import Calibration
-from moeware.compiler.canonical import attributes, shape
+from moeware.compiler.canonical import attributes, projection, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
 from moeware.compiler.weights import Tensor, scaled_weights
@@ -19,6 +19,7 @@ from moeware.hw.arch.program import Port, Region
 __all__ = ["Embedding", "QuantisedStep", "State", "without"]
 
 HEADROOM = 1.5  # of the residual grid over the largest calibrated value
+EPSILON_BITS = 48  # that the normalisation unit holds epsilon in
 
 
 @dataclass
@@ -50,8 +51,8 @@ def without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 class State:
     """What the rules for the canonical operators share: consumers, grids, the step so far.
 
-    pending : nodes by the value that its consumer will emit; norms : all rows of a
-    LayerNorm's value.
+    pending : nodes by the value that its consumer will emit; norms : all rows of a normalised
+    stream.
     """
 
     def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
@@ -64,7 +65,7 @@ class State:
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
         self.pending: dict[str, ir.Node] = {}  # what its consumer will emit
-        self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # LayerNorm value -> all its rows
+        self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # value of a norm -> all its rows
         self.stream_step = self._stream_step()
 
     # Consumers, grids, weights
@@ -79,11 +80,21 @@ class State:
         stream += [value for value in self.inputs if len(shape(value)) == 3]
         largest = max((np.abs(self.calibration.rows(value.name)).max() for value in stream),
                       default=0.0)
-        # The normalisation unit holds epsilon in 48 bits; a finer grid would resolve only what
-        # epsilon drowns.
-        finest = max((shape(node.outputs[0])[-1] * math.sqrt(attributes(node)["epsilon"])
-                      for node in self.nodes if node.op_type == "LayerNorm"), default=0.0)
-        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) if largest else 1.0
+        finest = max((self._finest(shape(node.outputs[0])[-1], attributes(node)["epsilon"])
+                      for node in self.nodes if node.op_type in ("LayerNorm", "RMSNorm")
+                      and projection(node.outputs[0])[0] is None), default=0.0)
+        return max(float(HEADROOM * largest / 32767), finest) if largest else 1.0
+
+    @staticmethod
+    def _finest(channels: int, epsilon: float) -> float:
+        """The finest grid on which so many channels are normalised: a finer one would resolve only
+        what epsilon drowns."""
+        return channels * math.sqrt(epsilon) / (1 << EPSILON_BITS // 2 - 1)
+
+    @staticmethod
+    def _epsilon(channels: int, epsilon: float, step: float) -> int:
+        """Epsilon as `numerics.normalise` takes it, of rows on the grid `step`."""
+        return round(epsilon * (channels / step) ** 2)
 
     def _tensor(self, value: ir.Value) -> Tensor:
         found = self.values[value.name]
@@ -145,9 +156,11 @@ class State:
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
     def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
-                    residual: str | None, first_row: int = 0) -> None:
+                    residual: str | None, first_row: int = 0,
+                    constants: Sequence[np.ndarray] | None = None) -> None:
+        """constants : weight and bias in place of the node's own."""
         bits = self.precision.of(node.name, "linear")
-        weight, affine = scaled_weights(*self._constants(node), source, step, 16,
+        weight, affine = scaled_weights(*(constants or self._constants(node)), source, step, 16,
                                         limit=WEIGHT_BITS[bits])
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
                               residual=residual, first_row=first_row, weight=weight, affine=affine,

@@ -14,12 +14,8 @@ from moeware.compiler.tile.attention import lower_attention
 from moeware.compiler.tile.chain import Chain, chains, lower_chain
 from moeware.compiler.tile.experts import lower_experts, lower_route
 from moeware.compiler.tile.lowering import Lowering, Plan
-from moeware.compiler.tile.rows import (
-    lower_add_linear,
-    lower_constant,
-    lower_linear,
-    lower_norm,
-)
+from moeware.compiler.tile.norm import lower_norm
+from moeware.compiler.tile.rows import lower_add_linear, lower_constant, lower_linear
 from moeware.compiler.tile.spill import spill
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config

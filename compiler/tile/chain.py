@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.attention import attend_blocks
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.rows import add_rows, linear_rows, norm_rows
+from moeware.compiler.tile.norm import norm_rows
+from moeware.compiler.tile.rows import add_rows, linear_rows
 from moeware.compiler.tile.tensors import Tensor, chunks
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
@@ -132,7 +133,7 @@ def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -
     """Heads that a block passes before the next block does. Before a feed-forward network, so many
     that the first rows have passed all heads when the last head is made."""
     op, c = chain.attention, lowering.config
-    parts = [lowering.deferred.get(tensor) for tensor in (op.query, op.key, op.value)]
+    parts = [lowering.deferred_product(tensor) for tensor in (op.query, op.key, op.value)]
     if chain.up is None or None in parts:
         return 1
     rows, channels = lowering.rows[op.output], len(parts[0].weight)
@@ -189,7 +190,7 @@ def _project(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> tuple[
     if op.output not in lowering.tensors:
         lowering.inherit(op.output, op.residual)
     stream = lowering.tensors[op.output]
-    add_rows(lowering, op, source, [Run(source.span(first, last), stream.span(first, last))])
+    add_rows(lowering, op, source, stream, [Run(source.span(first, last), stream.span(first, last))])
     lowering.probe_rows(op, stream.span(first, last), first, stream.channels)
     if chain.up is not None:  # which alone reads it
         normed, base = _block_tensor(lowering, norm.output, block, stream.channels), first
@@ -216,8 +217,9 @@ def _down(lowering: Lowering, chain: Chain, hidden: Tensor, block: tuple[int, in
     op = chain.down
     if op.output not in lowering.tensors:
         lowering.inherit(op.output, op.residual)
-    target = lowering.tensors[op.output].span(*block)
-    add_rows(lowering, op, hidden, [Run(hidden.span(), target)])
+    stream = lowering.tensors[op.output]
+    target = stream.span(*block)
+    add_rows(lowering, op, hidden, stream, [Run(hidden.span(), target)])
     lowering.probe_rows(op, target, block[0], len(op.weight))
 
 

@@ -14,7 +14,8 @@ from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 
-__all__ = ["activation_layers", "channel_unit", "fits_pair", "require", "spread", "tiles",
+__all__ = ["activation_layers", "channel_unit", "filled", "filled_affine", "fits_pair", "require",
+           "spread", "tiles",
            "weight_words"]
 
 SHARE = 4  # tiles that the weight memory holds: one at work, the others on their way
@@ -106,29 +107,34 @@ def activation_layers(layer: tuple[np.ndarray, q.Affine], gate: tuple[np.ndarray
     many words; results elsewhere are zero, as later products read whole words.
     """
     lanes, width = source.config.lanes, words * source.config.depth
-    filled = [_filled(spread(weight, source), affine, columns, width)
+    layers = [filled(spread(weight, source), affine, columns, width)
               for weight, affine in ([layer] if gate is None else [gate, layer])]
     if gate is None:
-        return *filled[0], {}
+        return *layers[0], {}
 
     def in_turns(arrays: list[np.ndarray]) -> np.ndarray:
         apart = np.stack([array.reshape(width // lanes, lanes, -1) for array in arrays], 1)
         return apart.reshape(2 * width, *arrays[0].shape[1:])
 
-    weight = in_turns([weight for weight, _ in filled])
-    affine = q.Affine(**{field.name: in_turns([getattr(affine, field.name) for _, affine in filled])
+    weight = in_turns([weight for weight, _ in layers])
+    affine = q.Affine(**{field.name: in_turns([getattr(affine, field.name) for _, affine in layers])
                          for field in dataclasses.fields(q.Affine)})
     return weight, affine, {"product": 1}
 
 
-def _filled(weight: np.ndarray, affine: q.Affine, columns: np.ndarray,
+def filled(weight: np.ndarray, affine: q.Affine, columns: np.ndarray,
             width: int) -> tuple[np.ndarray, q.Affine]:
     """Rows and parameters moved to `columns` of `width`; zero results elsewhere."""
     rows = np.zeros((width, weight.shape[1]), np.int8)
     rows[columns] = weight
+    return rows, filled_affine(affine, columns, width)
+
+
+def filled_affine(affine: q.Affine, columns: np.ndarray, width: int) -> q.Affine:
+    """Parameters moved to `columns` of `width`; results are zero elsewhere."""
     parts = {}
     for name, default in (("bias", 0), ("multiplier", 0), ("shift", 1)):
         array = getattr(affine, name)
         parts[name] = np.full(width, default, array.dtype)
         parts[name][columns] = array
-    return rows, q.Affine(**parts)
+    return q.Affine(**parts)

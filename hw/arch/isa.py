@@ -136,6 +136,12 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("destination", 20), ("destination_stride", 13),  # activation words
         ("param", 14),
         ("epsilon", 48),  # epsilon * channels**2 in squared units of the residual stream
+        # With Config.rotary only:
+        ("counted", 11),  # channels that statistics count, where others are zeros; 0: all of them
+        ("factors", 20),  # residual word of the factors of row 0, as `numerics.rotate` takes them
+        ("factor_stride", 13),
+        ("factor_words", 13),  # words after which a row's factors begin again; 0: nothing is turned,
+        #                        else `channels` are even
     ),
     Opcode.END: (),
 }

@@ -31,8 +31,9 @@ class Region:
     """Where rows of integers lie in DRAM: the words of an on-chip memory, row after row.
 
     memory : ACTIVATION (int8) or RESIDUAL (int16); a row has `groups` equal groups of channels (the
-    heads of attention, else 1), and each group starts at a new word. What fills up a group's last
-    word is arbitrary. split : the rows of one group lie together, then those of the next, each from
+    heads of attention, else 1), and each group takes whole words: side by side in the residual
+    memory as many channels as in the activation memory. What fills up a group's last word is
+    arbitrary. split : the rows of one group lie together, then those of the next, each from
     a multiple of `layout.ALIGNMENT` on. address : byte address, such a multiple, too.
     """
 
@@ -48,7 +49,10 @@ class Region:
         return np.dtype(np.int8 if self.memory is Memory.ACTIVATION else "<i2")
 
     def words_per_row(self, config: Config) -> int:
-        group_bytes = self.channels // self.groups * self.dtype.itemsize
+        channels = self.channels // self.groups
+        if self.groups > 1 and not self.split:
+            channels = -(-channels // config.depth) * config.depth
+        group_bytes = channels * self.dtype.itemsize
         return self.groups * -(-group_bytes // layout.word_bytes(config, self.memory))
 
     @property

@@ -114,7 +114,10 @@ class AddLinear(Operation):
 class Norm(Operation):
     """Activation: rows [first_row, first_row + rows) of a residual tensor, normalised and scaled.
 
-    epsilon : as `numerics.normalise` takes it; mode SCALE takes the value itself.
+    epsilon : as `numerics.normalise` takes it; mode SCALE takes the value itself. groups : equal
+    parts of a row that are normalised each by itself. rotation : int16 [rows, width], or None; the
+    results are then scaled to int16, and those of each head of `width` channels turned by a row of
+    factors, as `numerics.rotate` takes them.
     """
 
     source: str
@@ -123,6 +126,8 @@ class Norm(Operation):
     mode: NormMode
     epsilon: int
     affine: Affine
+    groups: int = 1
+    rotation: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,9 +76,13 @@ def _add_linear(op, values):
 def _norm(op, values):
     rows = values[op.source][op.first_row:op.first_row + op.rows]
     if op.mode != NormMode.SCALE:
-        rows = numerics.normalise(rows, rows.shape[1], op.epsilon,
-                                  centred=op.mode == NormMode.LAYER)
-    return _requantise(rows, op.affine)
+        groups = np.split(rows, op.groups, 1)
+        rows = np.hstack([numerics.normalise(group, group.shape[1], op.epsilon,
+                                             centred=op.mode == NormMode.LAYER) for group in groups])
+    if op.rotation is None:
+        return _requantise(rows, op.affine)
+    heads = np.split(_requantise(rows, op.affine, 16), rows.shape[1] // op.rotation.shape[1], 1)
+    return np.hstack([numerics.rotate(head, op.rotation) for head in heads])
 
 
 def _attention(op, values):
@@ -165,14 +169,22 @@ class Graph:
                          affine=self.affine((channels,), depth, 20000, self.width))
 
     def norm(self, source: str, mode: NormMode = NormMode.LAYER, *, first_row: int = 0,
-             rows: int | None = None, epsilon: int | None = None) -> str:
+             rows: int | None = None, epsilon: int | None = None, groups: int = 1,
+             rotation: np.ndarray | None = None) -> str:
         have, channels = self.shapes[source]
         rows = have if rows is None else rows
         reach = 20000 if mode == NormMode.SCALE else 3072
+        into = 127 << (0 if rotation is None else numerics.PAIR_BITS)
         epsilon = int(self.random.integers(0, 1 << 20)) if epsilon is None else epsilon
         return self._add(Norm, (rows, channels), source=source, first_row=first_row, rows=rows,
-                         mode=mode, epsilon=epsilon,
-                         affine=self.affine((channels,), 1, 127, reach))
+                         mode=mode, epsilon=epsilon, groups=groups, rotation=rotation,
+                         affine=self.affine((channels,), 1, into, reach))
+
+    def rotation(self, rows: int, width: int) -> np.ndarray:
+        """Factors of random angles, int16 [rows, width]."""
+        angles = self.random.uniform(-np.pi, np.pi, (rows, width // 2))
+        pairs = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(rows, width)
+        return np.rint(pairs * (1 << numerics.FACTOR_BITS)).astype(np.int16)
 
     def attention(self, query: str | None, key: str, value: str, heads: int, key_heads: int, *,
                   causal: bool = False, multiplier: int | None = None, shift: int = 20,

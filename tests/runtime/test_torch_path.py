@@ -176,6 +176,28 @@ def test_norm(mode, channels):
         compare(graph)
 
 
+@pytest.mark.parametrize("mode", list(NormMode))
+@pytest.mark.parametrize("gain", [1, 6], ids=["fitting", "saturating"])
+@pytest.mark.parametrize("groups, width", [(1, 12), (2, 6), (6, 2), (1, 4), (2, 2)])
+def test_norm_of_groups_and_turned_heads(mode, gain, groups, width):
+    for first_row, rows in ((0, 5), (2, 1)):
+        graph = Graph(width, gain=gain)
+        source = graph.input(5, 12, Memory.RESIDUAL)
+        graph.norm(source, mode, first_row=first_row, rows=rows, groups=groups)
+        graph.norm(source, mode, first_row=first_row, rows=rows, groups=groups,
+                   rotation=graph.rotation(rows, width))
+        compare(graph)
+
+
+def test_attention_reads_turned_queries_and_keys():
+    graph = Graph(3)
+    source, rotation = graph.input(7, 9), graph.rotation(7, 6)
+    q, k = (graph.norm(graph.add_linear(source, None, heads * 6), NormMode.RMS, groups=heads,
+                       rotation=rotation) for heads in (4, 2))
+    graph.attention(q, k, graph.linear(source, 12), 4, 2, causal=True)
+    compare(graph)
+
+
 def test_norm_of_special_rows():
     rows = np.array([[0] * 6, [5] * 6, [32767] * 6, [-32768] * 6, [0, 0, 0, 0, 0, 1],
                      [-32768, 32767] * 3, [-32768] * 5 + [32767]])

@@ -1,12 +1,13 @@
 """Each instruction of the golden device against plain Python arithmetic, and what it refuses."""
 
+import dataclasses
 import math
 import random
 
 import numpy as np
 import pytest
 
-from moeware.hw.arch import isa, layout
+from moeware.hw.arch import isa, layout, numerics
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
 from moeware.sim.golden import GoldenDevice, GoldenError, Machine
@@ -295,6 +296,43 @@ def test_norm_of_equal_channels_is_the_bias(machine):
     for i in range(6):
         expected = scaled(int(machine.param[3 + i, 0]["bias"]), machine.param[3 + i, 0])
         assert {int(machine.activation[100 + 3 * r + i // D, i % D]) for r in range(3)} == {expected}
+
+
+ROTARY = dataclasses.replace(CONFIG, outputs=4, lanes=2, rotary=1)
+TURN = NORM | {"channels": 10, "counted": 7, "factors": 60, "factor_stride": 3, "factor_words": 2}
+
+
+@pytest.mark.parametrize("mode", NormMode)
+def test_norm_turns_pairs_and_counts_channels(mode):
+    machine, draw = Machine(ROTARY, np.zeros(1 << 14, np.uint8)), np.random.default_rng(4)
+    machine.residual[:] = draw.integers(-20000, 20000, machine.residual.shape)
+    machine.param["bias"] = draw.integers(-900, 900, machine.param.shape)
+    machine.param["multiplier"] = draw.integers(20000, 65536, machine.param.shape)
+    machine.param["shift"] = 16 if mode == NormMode.SCALE else 12
+    execute(machine, (Opcode.NORM, TURN | {"mode": mode}))
+    for r in range(3):
+        value = machine.residual[5 + 8 * r:][:5].ravel().astype(np.int64)
+        if mode != NormMode.SCALE:
+            value = numerics.normalise(value, 7, 1000, centred=mode == NormMode.LAYER)
+        wide = [scaled(int(x) + int(p["bias"]), p, 16)
+                for x, p in zip(value, machine.param[3:8].ravel())]
+        expected = []
+        for pair in range(5):  # two pairs, and their factors again
+            cos, sin = machine.residual[60 + 3 * r + pair % 2].tolist()
+            a, b = wide[2 * pair:2 * pair + 2]
+            expected += [max(-128, min(127, x + (1 << 19) >> 20))
+                         for x in (a * cos - b * sin, b * cos + a * sin)]
+        assert machine.activation[100 + 3 * r:][:3].ravel().tolist() == [*expected, 0, 0]
+
+
+def test_turning_needs_gateware_and_pairs(machine):
+    for field in ("counted", "factor_words"):
+        with pytest.raises(GoldenError, match="must be 0 where Config.rotary is 0"):
+            execute(machine, (Opcode.NORM, NORM | {field: 2}))
+    with pytest.raises(GoldenError, match="NORM.channels must be even .*, not 9"):
+        execute(Machine(ROTARY, np.zeros(1 << 14, np.uint8)), (Opcode.NORM, TURN | {"channels": 9}))
+    with pytest.raises(GoldenError, match="residual word 128 must be below 128"):
+        execute(Machine(ROTARY, np.zeros(1 << 14, np.uint8)), (Opcode.NORM, TURN | {"factors": 121}))
 
 
 @pytest.mark.parametrize(("memory", "word_bytes"), [
