@@ -4,7 +4,12 @@ The batch axis of a model is the frame axis: every later stage sees one frame, a
 several frames repeats the graph. So the first axis of each graph input is fixed to 1 here.
 """
 
-from collections.abc import Mapping
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 from google.protobuf.message import DecodeError
 
+from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
 from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
@@ -23,8 +29,14 @@ OPSETS = range(17, 25)
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 
-# Folding limits: large enough for every weight that a transformer folds (transposes, casts).
-_FOLD_ELEMENTS = 1 << 28
+_CONTROL = ("If", "Loop", "Scan")
+_FOLDING_ROUNDS = 8
+_LARGE_CONSTANT = 100  # elements; shape inference reads the values of smaller ones
+
+# The reason ends where that of a node that reads its result begins.
+_NODE_OF_INFERENCE = re.compile(
+    r"\(op_type:(.*?), node name: (.*?)\): (?:\[\w+\] )*(.*?)(?:\s*\(op_type:|$)", re.DOTALL
+)
 
 
 def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
@@ -36,6 +48,7 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
     path = Path(path)
     try:
         proto = _read(path)
+        _name_nodes(proto.graph)
         _check_opset(proto)
         _load_external_data(proto, path)
         substitute(proto, choice or {})
@@ -59,6 +72,20 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _one_line(message: str) -> str:
+    """A message of several lines, of which a later one may name the node."""
+    return textwrap.shorten(message.replace("==> Context: ", ""), 400, placeholder=" …")
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """So that every error can name its node; text models, for example, have no names."""
+    for number, node in enumerate(graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _name_nodes(inner)
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -93,17 +120,29 @@ def _check_opset(proto: onnx.ModelProto) -> None:
             )
 
 
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The constants of a graph: initializers, attributes, those of its subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
 def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    for tensor in proto.graph.initializer:
+    for tensor in _tensors(proto.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
-        if not (path.parent / location).is_file():
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if not os.path.isfile(path.parent / location):
             raise CompileError(
                 f"External data of initializer {tensor.name!r} must be beside the model, but "
                 f"{location!r} is missing; copy it into the folder of {path.name}"
             )
         try:
+            _check_length(tensor, entries, (path.parent / location).stat().st_size)
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
@@ -115,13 +154,25 @@ def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
             ) from error
 
 
+def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file_bytes: int) -> None:
+    """Refuse, before they are read, bytes of another number than the tensor's shape takes."""
+    needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+    offset = int(entries.get("offset") or 0)
+    given = int(entries.get("length") or file_bytes - offset)
+    if given != needed or offset + given > file_bytes:
+        raise ValueError(
+            f"bytes {offset} to {offset + given} of a file of {file_bytes} for the shape "
+            f"{list(tensor.dims)}, which takes {needed}"
+        )
+
+
 def _check_proto(proto: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise CompileError(
             f"Model {path.name} must pass the ONNX checker, not fail with: "
-            f"{_first_line(error)}; repair the graph or export it again"
+            f"{_one_line(str(error))}; repair the graph or export it again"
         ) from error
 
 
@@ -216,16 +267,23 @@ def _forget_shapes(proto: onnx.ModelProto) -> None:
 def _simplify(proto: onnx.ModelProto) -> ir.Model:
     model = ir.from_proto(proto)
     passes.NameFixPass()(model)
+    weights = weight_elements(model)
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    check_sizes(model, weights)
+
+    def is_small(node: ir.Node) -> bool | None:
+        return None if is_foldable(node, weights) else False
+
     # Each round may fix a shape that lets the next one fold the nodes that read it.
-    for _ in range(3):
+    for _ in range(_FOLDING_ROUNDS):
         onnxscript.optimizer.optimize_ir(
-            model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
+            model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize, should_fold=is_small
         )
         _register_constants(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.LiftSubgraphInitializersToMainGraphPass()(model)
         passes.NameFixPass()(model)
-        if not _fold_constants(model):
+        if not _fold_constants(model, weights):
             break
     passes.IdentityEliminationPass()(model)
     passes.DeduplicateInitializersPass()(model)
@@ -233,25 +291,55 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     passes.NameFixPass()(model)
-    inferred = passes.ShapeInferencePass()(model).model
-    refuse_baked_counts(inferred)
-    if any(value.shape is None for value in inferred.graph.outputs):
-        # The pass swallows the reason why inference failed; the strict mode raises it.
-        onnx.shape_inference.infer_shapes(ir.to_proto(inferred), strict_mode=True)
-    for node in inferred.graph:
+    refuse_baked_counts(model)
+    _infer_shapes(model)
+    check_sizes(model, weights)
+    for node in model.graph:
         for value in node.outputs:
             if value.shape is not None and any(size == 0 for size in value.shape):
                 raise CompileError(
                     f"Value {value.name!r} of node {node.name!r} must have elements, not shape "
                     f"{list(value.shape)}; remove the empty slice and export again"
                 )
-    for value in inferred.graph.outputs:
+    names = [value.name for value in model.graph.outputs]
+    for value in model.graph.outputs:
+        if names.count(value.name) > 1:
+            raise CompileError(
+                f"Graph output {value.name!r} must be listed once, not {names.count(value.name)} "
+                f"times; remove the others from the model"
+            )
         if value.is_graph_input() or value.is_initializer():
             raise CompileError(
                 f"Graph output {value.name!r} must be computed, not be an input or a constant; "
                 f"remove it from the model"
             )
-    return inferred
+    return model
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Give every value its shape; refuse a node whose operands and attributes contradict.
+
+    The pass swallows the reason why inference fails, so the graph is looked at before, without the
+    weights, which do not matter to it. No propagation of data: folding has done that, and it
+    takes memory for each element of a vector.
+    """
+    light = model.clone()
+    for name, value in list(light.graph.initializers.items()):
+        if value.const_value is None or value.const_value.size > _LARGE_CONSTANT:
+            del light.graph.initializers[name]
+            light.graph.inputs.append(value)
+    try:
+        onnx.shape_inference.infer_shapes(
+            ir.to_proto(light), check_type=True, strict_mode=True
+        )
+    except onnx.shape_inference.InferenceError as error:
+        operator, name, reason = _NODE_OF_INFERENCE.search(str(error)).groups()
+        raise CompileError(
+            f"Node {name!r} ({operator}) must have operands and attributes that fit together, not "
+            f"fail shape inference with: {_one_line(reason)}; repair the node or export the model "
+            f"again"
+        ) from error
+    passes.ShapeInferencePass(data_prop=False)(model)
 
 
 def _register_constants(model: ir.Model) -> None:
@@ -271,7 +359,7 @@ def _register_constants(model: ir.Model) -> None:
             known.add(value)
 
 
-def _fold_constants(model: ir.Model) -> bool:
+def _fold_constants(model: ir.Model, weights: int) -> bool:
     """Compute what depends on no graph input and is not folded yet; whether there was any.
 
     The optimizer leaves operators such as ConstantOfShape and Range.
@@ -280,7 +368,8 @@ def _fold_constants(model: ir.Model) -> bool:
     ready: list[ir.Value] = []
     for node in model.graph:
         random = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
-        if random or any(value in variable for value in inputs_of(node)):
+        stays = random or node.op_type in _CONTROL or not is_foldable(node, weights)
+        if stays or any(value in variable for value in inputs_of(node)):
             variable.update(node.outputs)
     for node in model.graph:
         for value in node.outputs:

@@ -1,7 +1,8 @@
 """Float evaluation of the canonical graph on PyTorch: the reference for calibration and tests."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -212,7 +213,8 @@ def _plain(
                 length = len(array) // frames
                 array = array[frame * length : (frame + 1) * length]
             feed[str(value.name)] = np.ascontiguousarray(array)
-        results.append(session.run(None, feed))
+        with _running(node):
+            results.append(session.run(None, feed))
     used = [index for index, value in enumerate(node.outputs) if value.name]
     joined = dict.fromkeys(range(len(node.outputs)), torch.empty(0))
     for position, index in enumerate(used):
@@ -246,8 +248,15 @@ def _session(
     proto = onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
+    with _running(node):
         return onnxruntime.InferenceSession(proto.SerializeToString(), options)
+
+
+@contextlib.contextmanager
+def _running(node: ir.Node) -> Iterator[None]:
+    """What ONNX Runtime raises, of many types, as an error that names the node."""
+    try:
+        yield
     except Exception as error:
         raise CompileError(
             f"Node {node.name!r} ({node.op_type}) must run in ONNX Runtime, not fail with: "

@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 CHECKED_EVERY = 5  # cases that go through the command line instead
 
 # An error that says so is one that nobody foresaw.
-_UNFORESEEN = re.compile(r"fault of|report the model|not one that fails with|\w+Error\b|bad_alloc")
+_UNFORESEEN = re.compile(r"fault of|report the model|not one that fails with|not fail with \w+Error|bad_alloc|Memory")
 
 
 @dataclass
