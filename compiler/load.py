@@ -4,31 +4,26 @@ The batch axis of a model is the frame axis: every later stage sees one frame, a
 several frames repeats the graph. So the first axis of each graph input is fixed to 1 here.
 """
 
-import math
-import os
 import re
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxscript.optimizer
-from google.protobuf.message import DecodeError
 
 from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
 from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
-
-OPSETS = range(17, 25)
+from moeware.compiler.read import check_model, one_line, read_model
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 
+_NODE_OF_FOLDING = re.compile(r"for node '(.*?)' \(.*::(.*)\)")
 _CONTROL = ("If", "Loop", "Scan")
 _FOLDING_ROUNDS = 8
 _LARGE_CONSTANT = 100  # elements; shape inference reads the values of smaller ones
@@ -47,158 +42,29 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
     """
     path = Path(path)
     try:
-        proto = _read(path)
-        _name_nodes(proto.graph)
-        _check_opset(proto)
-        _load_external_data(proto, path)
+        proto = read_model(path)
         substitute(proto, choice or {})
         _fix_batch(proto)
-        _check_proto(proto, path)
-        _check_weights(proto)
+        check_model(proto, path)
         _forget_shapes(proto)
         model = _simplify(proto)
-        _check_precision(model)
+        _check_types(model)
+        _check_dependence(model)
         _check_choice(model, choice or {})
         return model
     except CompileError:
         raise
+    except UnicodeDecodeError as error:
+        raise CompileError(
+            f"Model {path.name} must hold text in UTF-8, not {error.object[:40]!r}; copy or export "
+            f"it again"
+        ) from error
     except Exception as error:
         raise CompileError(
             f"Model {path.name} must be a valid ONNX graph, not one that fails with "
-            f"{type(error).__name__}: {_first_line(error)}; check it with onnx.checker and "
+            f"{type(error).__name__}: {one_line(str(error))}; check it with onnx.checker and "
             f"export it again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def _one_line(message: str) -> str:
-    """A message of several lines, of which a later one may name the node."""
-    return textwrap.shorten(message.replace("==> Context: ", ""), 400, placeholder=" …")
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """So that every error can name its node; text models, for example, have no names."""
-    for number, node in enumerate(graph.node):
-        node.name = node.name or f"{node.op_type}_{number}"
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                _name_nodes(inner)
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise CompileError(f"Model file must exist, not {str(path)!r}; check the path")
-    head = path.read_bytes()[:1]
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, onnx.parser.ParseError, UnicodeDecodeError) as error:
-        # A ModelProto starts with field 1 (ir_version, varint), which is the byte 0x08.
-        truncated = path.suffix == ".onnx" and head == b"\x08"
-        raise CompileError(
-            f"Model {path.name} must be a complete ONNX file, not one that is "
-            f"{'truncated or damaged' if truncated else 'in another format'} "
-            f"({_first_line(error)}); {'copy or ' if truncated else ''}export it again"
-        ) from error
-    if not proto.ir_version or not proto.graph.node and not proto.graph.output:
-        raise CompileError(
-            f"Model {path.name} must be an ONNX file with a graph, not {head!r}…; "
-            f"export it with torch.onnx.export"
-        )
-    return proto
-
-
-def _check_opset(proto: onnx.ModelProto) -> None:
-    versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-    for version in versions or [0]:
-        if version not in OPSETS:
-            raise CompileError(
-                f"Opset of ai.onnx must be between {OPSETS[0]} and {OPSETS[-1]}, not {version}; "
-                f"export with opset_version={OPSETS[3]} or use onnx.version_converter"
-            )
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """The constants of a graph: initializers, attributes, those of its subgraphs."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
-
-
-def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        if not os.path.isfile(path.parent / location):
-            raise CompileError(
-                f"External data of initializer {tensor.name!r} must be beside the model, but "
-                f"{location!r} is missing; copy it into the folder of {path.name}"
-            )
-        try:
-            _check_length(tensor, entries, (path.parent / location).stat().st_size)
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-            onnx.numpy_helper.to_array(tensor)
-        except Exception as error:
-            raise CompileError(
-                f"External data of initializer {tensor.name!r} must be readable from "
-                f"{location!r}, not fail with {_first_line(error)}; copy the file again"
-            ) from error
-
-
-def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file_bytes: int) -> None:
-    """Refuse, before they are read, bytes of another number than the tensor's shape takes."""
-    needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
-    offset = int(entries.get("offset") or 0)
-    given = int(entries.get("length") or file_bytes - offset)
-    if given != needed or offset + given > file_bytes:
-        raise ValueError(
-            f"bytes {offset} to {offset + given} of a file of {file_bytes} for the shape "
-            f"{list(tensor.dims)}, which takes {needed}"
-        )
-
-
-def _check_proto(proto: onnx.ModelProto, path: Path) -> None:
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        raise CompileError(
-            f"Model {path.name} must pass the ONNX checker, not fail with: "
-            f"{_one_line(str(error))}; repair the graph or export it again"
-        ) from error
-
-
-def _check_weights(proto: onnx.ModelProto) -> None:
-    """Refuse non-finite and empty weights. A mask of minus infinities is not a weight."""
-    readers: dict[str, set[str]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
-    for tensor in proto.graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        if not np.issubdtype(array.dtype, np.floating):
-            continue
-        if array.size == 0 and readers.get(tensor.name, set()) - {"Resize"}:
-            raise CompileError(
-                f"Initializer {tensor.name!r} must have elements, not shape {array.shape}; "
-                f"remove the empty layer and export again"
-            )
-        finite = array[np.isfinite(array)]
-        is_mask = not np.isnan(array).any() and (finite.size == 0 or np.ptp(finite) == 0)
-        if finite.size != array.size and not is_mask:
-            kind = "NaN" if np.isnan(array).any() else "infinite"
-            raise CompileError(
-                f"Initializer {tensor.name!r} must be finite, not hold "
-                f"{array.size - finite.size} {kind} values; repair the checkpoint"
-            )
 
 
 def _fix_batch(proto: onnx.ModelProto) -> None:
@@ -234,8 +100,9 @@ def _fix_batch(proto: onnx.ModelProto) -> None:
                 )
 
 
-def _check_precision(model: ir.Model) -> None:
-    """Refuse products in another precision than float32, as calibration and the host work in it."""
+def _check_types(model: ir.Model) -> None:
+    """Refuse products in another precision than float32, as calibration and the host work in it,
+    and values that are no tensors of numbers that NumPy and PyTorch have."""
     for node in model.graph:
         kind = node.inputs[0].dtype if node.op_type in _PRODUCTS and node.inputs[0] else None
         if kind not in (None, ir.DataType.FLOAT):
@@ -243,6 +110,31 @@ def _check_precision(model: ir.Model) -> None:
                 f"Node {node.name!r} ({node.op_type}) must compute in FLOAT, not {kind.name}; export "
                 f"the model in float32 (in PyTorch: model.float())"
             )
+        for value in node.outputs:
+            is_tensor = isinstance(value.type, ir.TensorType)
+            if value.type is None or is_tensor and value.dtype.numpy().kind in "fiub":
+                continue
+            raise CompileError(
+                f"Value {value.name!r} of node {node.name!r} ({node.op_type}) must be a tensor of "
+                f"numbers, not {value.type}; leave the node out of the model"
+            )
+
+
+def _check_dependence(model: ir.Model) -> None:
+    """Refuse nodes whose results are no function of the inputs."""
+    variable = set(model.graph.inputs)
+    for node in model.graph:
+        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must give the same for the same inputs, not "
+                f"random numbers; export the model in evaluation mode (in PyTorch: model.eval())"
+            )
+        if not variable.intersection(inputs_of(node)):
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must read an input of the model or be a "
+                f"constant that can be computed, not fail to be one; repair its operands"
+            )
+        variable.update(node.outputs)
 
 
 def _check_choice(model: ir.Model, choice: Mapping[str, int]) -> None:
@@ -276,9 +168,15 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
 
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(_FOLDING_ROUNDS):
-        onnxscript.optimizer.optimize_ir(
-            model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize, should_fold=is_small
-        )
+        try:
+            onnxscript.optimizer.optimize_ir(
+                model,
+                input_size_limit=sys.maxsize,
+                output_size_limit=sys.maxsize,
+                should_fold=is_small,
+            )
+        except ir.passes.PassError as error:
+            raise _not_folded(error) from error
         _register_constants(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.LiftSubgraphInitializersToMainGraphPass()(model)
@@ -316,6 +214,20 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     return model
 
 
+def _not_folded(error: Exception) -> Exception:
+    """An error of the optimizer: the reason is at the end of its chain, the node in the middle."""
+    node = None
+    while error.__cause__:
+        error = error.__cause__
+        node = node or _NODE_OF_FOLDING.search(str(error))
+    if node is None:
+        return error
+    return CompileError(
+        f"Node {node[1]!r} ({node[2]}) must have operands and attributes that fit together, not fail "
+        f"folding with {one_line(str(error))}; repair the node or export the model again"
+    )
+
+
 def _infer_shapes(model: ir.Model) -> None:
     """Give every value its shape; refuse a node whose operands and attributes contradict.
 
@@ -336,7 +248,7 @@ def _infer_shapes(model: ir.Model) -> None:
         operator, name, reason = _NODE_OF_INFERENCE.search(str(error)).groups()
         raise CompileError(
             f"Node {name!r} ({operator}) must have operands and attributes that fit together, not "
-            f"fail shape inference with: {_one_line(reason)}; repair the node or export the model "
+            f"fail shape inference with: {one_line(reason)}; repair the node or export the model "
             f"again"
         ) from error
     passes.ShapeInferencePass(data_prop=False)(model)
@@ -367,8 +279,7 @@ def _fold_constants(model: ir.Model, weights: int) -> bool:
     variable: set[ir.Value] = set(model.graph.inputs)
     ready: list[ir.Value] = []
     for node in model.graph:
-        random = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
-        stays = random or node.op_type in _CONTROL or not is_foldable(node, weights)
+        stays = node.op_type in _CONTROL or not is_foldable(node, weights)
         if stays or any(value in variable for value in inputs_of(node)):
             variable.update(node.outputs)
     for node in model.graph:

@@ -226,6 +226,11 @@ def _plain(
                     f"evaluate it with one frame"
                 )
             joined[index] = torch.from_numpy(np.array(arrays[0]))
+        elif len({array.shape[1:] for array in arrays}) > 1:
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must give the same shape for every frame, not "
+                f"{sorted({array.shape for array in arrays})}; export without data-dependent shapes"
+            )
         else:
             joined[index] = torch.from_numpy(np.concatenate(arrays))
     return list(joined.values())

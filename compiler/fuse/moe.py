@@ -80,8 +80,9 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
     logits, router = found
     features = router.weight.shape[1]
     k = constant(operand(top_k, 1))
-    shape = static_shape(flat_root(router.x))
-    if k is None or k.size != 1 or shape is None or attribute(top_k, "largest", 1) != 1:
+    if static_shape(router.x) is None or k is None or k.size != 1:
+        return
+    if attribute(top_k, "largest", 1) != 1:
         return
     x_size = size(router.x)
     if x_size <= 0 or x_size % features:

@@ -40,6 +40,8 @@ def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
         return
     features = shape[-1]
     beta = np.zeros(features) if beta is None else beta
+    if not gamma.shape[-1:] == beta.shape[-1:] == (features,):
+        return
     epsilon = attribute(node, "epsilon", 1e-5)
     _replace(model, [node], x, node.outputs[0], gamma, beta, epsilon)
 
