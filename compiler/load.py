@@ -49,8 +49,8 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
         _forget_shapes(proto)
         model = _simplify(proto)
         _check_types(model)
-        _check_dependence(model)
         _check_choice(model, choice or {})
+        _check_dependence(model)
         return model
     except CompileError:
         raise
@@ -120,11 +120,15 @@ def _check_types(model: ir.Model) -> None:
             )
 
 
+def _is_random(node: ir.Node) -> bool:
+    return node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+
+
 def _check_dependence(model: ir.Model) -> None:
     """Refuse nodes whose results are no function of the inputs."""
     variable = set(model.graph.inputs)
     for node in model.graph:
-        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
+        if _is_random(node):
             raise CompileError(
                 f"Node {node.name!r} ({node.op_type}) must give the same for the same inputs, not "
                 f"random numbers; export the model in evaluation mode (in PyTorch: model.eval())"
@@ -279,7 +283,7 @@ def _fold_constants(model: ir.Model, weights: int) -> bool:
     variable: set[ir.Value] = set(model.graph.inputs)
     ready: list[ir.Value] = []
     for node in model.graph:
-        stays = node.op_type in _CONTROL or not is_foldable(node, weights)
+        stays = node.op_type in _CONTROL or _is_random(node) or not is_foldable(node, weights)
         if stays or any(value in variable for value in inputs_of(node)):
             variable.update(node.outputs)
     for node in model.graph:
