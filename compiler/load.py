@@ -4,6 +4,7 @@ The batch axis of a model is the frame axis: every later stage sees one frame, a
 several frames repeats the graph. So the first axis of each graph input is fixed to 1 here.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from moeware.compiler.read import check_model, one_line, read_model
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 
 _NODE_OF_FOLDING = re.compile(r"for node '(.*?)' \(.*::(.*)\)")
+# What folding could not compute is left in the graph, or refused with the name of the node.
+logging.getLogger("onnxscript").setLevel(logging.ERROR)
+
 _CONTROL = ("If", "Loop", "Scan")
 _FOLDING_ROUNDS = 8
 _LARGE_CONSTANT = 100  # elements; shape inference reads the values of smaller ones

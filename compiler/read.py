@@ -146,23 +146,14 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
     _check_functions(proto)
     for node in _nodes(proto):
         _check_node(node)
+    for value in (*proto.graph.input, *proto.graph.output):
+        _check_value(value)
     for sparse in proto.graph.sparse_initializer:
         raise CompileError(
             f"Initializer {sparse.values.name!r} must be dense, not sparse; write its zeros out"
         )
     for tensor in _tensors(proto):
-        if tensor.data_type not in _TYPES or tensor.data_type == onnx.TensorProto.STRING:
-            raise CompileError(
-                f"Constant {tensor.name!r} must hold numbers, not elements of type "
-                f"{tensor.data_type}; leave what reads it out of the model"
-            )
-        try:
-            onnx.numpy_helper.to_array(tensor)
-        except ValueError as error:
-            raise CompileError(
-                f"Constant {tensor.name!r} must hold the values of its shape "
-                f"{list(tensor.dims)}, not fail with: {error}; export the model again"
-            ) from error
+        _check_tensor(tensor)
     _check_weights(proto)
 
 
@@ -208,6 +199,29 @@ def _check_node(node: onnx.NodeProto) -> None:
                 f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be a "
                 f"type of ONNX, not {attribute.i}; repair the node or export the model again"
             )
+
+
+def _check_value(value: onnx.ValueInfoProto) -> None:
+    kind = value.type.tensor_type.elem_type
+    if value.type.HasField("tensor_type") and kind not in _TYPES:
+        raise CompileError(
+            f"Type of {value.name!r} must be one of ONNX, not {kind}; export the model again"
+        )
+
+
+def _check_tensor(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type not in _TYPES or tensor.data_type == onnx.TensorProto.STRING:
+        raise CompileError(
+            f"Constant {tensor.name!r} must hold numbers, not elements of type "
+            f"{tensor.data_type}; leave what reads it out of the model"
+        )
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except ValueError as error:
+        raise CompileError(
+            f"Constant {tensor.name!r} must hold the values of its shape {list(tensor.dims)}, not "
+            f"fail with: {error}; export the model again"
+        ) from error
 
 
 def _check_weights(proto: onnx.ModelProto) -> None:

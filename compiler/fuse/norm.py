@@ -1,5 +1,7 @@
 """LayerNorm: the fused operator and its primitive forms."""
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -136,6 +138,8 @@ def _measure(
 def _replace(model, nodes, x, y, gamma, beta, epsilon) -> None:
     shape = token_shape(x)
     if shape is None or gamma.size != shape[-1] or beta.size != shape[-1]:
+        return
+    if not 0 < epsilon < math.inf:
         return
     build = Builder(model, nodes[-1], nodes)
     inputs = [build.resolve(x, shape), build.weight(gamma.reshape(-1), "gamma")]

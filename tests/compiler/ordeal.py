@@ -1,23 +1,19 @@
 """Compile damaged files, each in a process of its own, and judge how that ends.
 
-``python -m tests.compiler.ordeal FOLDER SEED [SEED ...]`` prints a line of JSON for each seed.
-``FOLDER`` holds the valid models. A process that has imported everything forks for each case, so
-that a case costs its compilation alone and cannot harm the next.
+``python -m tests.compiler.ordeal FIRST LAST`` prints a line of JSON for each seed. The process, which
+has imported everything, forks for each case, so that a case costs its compilation alone and cannot
+harm the next. `verdicts` is that from another process.
 """
 
+import contextlib
+import io
 import json
-import os
 import re
-import resource
-import select
-import shutil
-import signal
+import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,17 +33,26 @@ from moeware.hw.arch.config import ConfigError
 from moeware.hw.arch.program import HostStep
 
 from ..hw.arch.configs import config
+from . import exports
 from .damage import Case, case
+from .fork import ENDS, forked
 
-__all__ = ["Verdict", "judge", "read_models"]
+__all__ = ["Verdict", "verdicts"]
 
-SECONDS, WALL_SECONDS, MEGABYTES = 10, 30, 1024
+ROOT = Path(__file__).parents[2]
+MODELS = {
+    "dense": exports.vit,
+    "loop": lambda: exports.vit(mixer=exports.Moe("loop")),
+    "gather": lambda: exports.vit(mixer=exports.Moe("gather", "all"), pool="mean"),
+    "where": lambda: exports.vit(exports.SeparateAttention(True), exports.Moe("where")),
+}
+TEXTS = ("gelu_erf", "layer_norm_rsqrt", "masked_attention", "post_norm")
 CONFIG = config(2, 4, 2, 2, 2, 8, activation_banks=1)
 TOLERANCE = 1e-4
 CHECKED_EVERY = 5  # cases that go through the command line instead
 
 # An error that says so is one that nobody foresaw.
-_UNFORESEEN = re.compile(r"fault of|report the model|not one that fails with|not fail with \w+Error|bad_alloc|Memory")
+_UNFORESEEN = re.compile(r"fault of|report the model|not one that fails|fail with \w+Error|bad_alloc|Memory")
 
 
 @dataclass
@@ -68,10 +73,27 @@ class Verdict:
     megabytes: float
 
 
-def read_models(folder: Path) -> dict[str, onnx.ModelProto]:
-    with warnings.catch_warnings():
+def verdicts(first: int, last: int) -> Iterator[Verdict]:
+    """Those of the seeds `first` to `last`, by another process: this one may have threads."""
+    command = [sys.executable, "-m", "tests.compiler.ordeal", str(first), str(last)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield Verdict(**json.loads(line))
+    assert process.returncode == 0, f"{command} ends with status {process.returncode}"
+
+
+def models() -> dict[str, onnx.ModelProto]:
+    """Valid models: dense, mixtures in three forms, and single operators."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the text format
-        return {path.stem: onnx.load(path) for path in sorted(folder.iterdir())}
+        for name, build in MODELS.items():
+            path = exports.export(build(), Path(folder) / "model.onnx", opset=17, dynamo=False)
+            found[name] = onnx.load(path)
+        for name in TEXTS:
+            found[name] = onnx.load(Path(__file__).parent / "cases" / f"{name}.onnxtxt")
+    return found
 
 
 def judge(each: Case) -> Verdict:
@@ -86,13 +108,13 @@ def judge(each: Case) -> Verdict:
         path = folder / each.name
         path.write_bytes(each.data)
         compiling = check if each.seed % CHECKED_EVERY == 0 else compile_and_compare
-        outcome, message, seconds, megabytes = _forked(lambda: compiling(path, each))
+        outcome, message, seconds, megabytes = forked(lambda: compiling(path, each))
     return Verdict(each.seed, each.kind, each.model, outcome, message, seconds, megabytes)
 
 
 def compile_and_compare(path: Path, each: Case) -> Iterator[tuple[str, str]]:
     """What is known, as soon as it is: later lines replace earlier ones."""
-    yield "failed", "ends the process"
+    yield "failed", ENDS
     try:
         model = fuse(load(path))
         feeds = {name: _sample(dims, kind) for name, dims, kind in model_ports(model)[0]}
@@ -143,11 +165,10 @@ def equality(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> tuple
 
 def check(path: Path, each: Case) -> Iterator[tuple[str, str]]:
     """The same of ``moeware check``, which says whether a file is good, not what it computes."""
-    yield "failed", "ends the process"
-    error, sys.stderr, sys.stdout = sys.stderr, tempfile.TemporaryFile("w+"), open(os.devnull, "w")
-    status = cli.main(["check", str(path)])
-    sys.stderr.seek(0)
-    error, sys.stderr = sys.stderr.read(), error
+    yield "failed", ENDS
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        status = cli.main(["check", str(path)])
+    error = said.getvalue()
     if status == 0:
         yield "compiled", ""
     elif error.startswith("moeware: error: "):
@@ -174,69 +195,11 @@ def _sample(dims: tuple[int, ...], kind: str) -> np.ndarray:
     return draw.integers(0, 2, shape).astype(dtype)
 
 
-def _forked(compiling: Callable[[], Iterator[tuple[str, str]]]) -> tuple[str, str, float, float]:
-    """(outcome, message, seconds, megabytes) of what `compiling` gives in a process of its own."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _limit_memory()
-        with os.fdopen(writing, "w", buffering=1) as file:
-            try:
-                for outcome, message in compiling():
-                    usage = resource.getrusage(resource.RUSAGE_SELF)
-                    line = [outcome, message[:2000], usage.ru_utime + usage.ru_stime,
-                            usage.ru_maxrss / 1024]
-                    file.write(json.dumps(line) + "\n")
-            except BaseException:  # noqa: BLE001 - whatever comes is a failure
-                usage = resource.getrusage(resource.RUSAGE_SELF)
-                line = ["failed", traceback.format_exc()[-2000:], usage.ru_utime + usage.ru_stime,
-                        usage.ru_maxrss / 1024]
-                file.write(json.dumps(line) + "\n")
-        os._exit(0)
-    os.close(writing)
-    lines, ended = _read(reading)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-    _, status, usage = os.wait4(child, 0)
-    outcome, message, seconds, megabytes = json.loads(lines[-1])
-    if outcome == "failed" and message == "ends the process":
-        # A refusal before any result: all of the process counts.
-        seconds, megabytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-        message = f"ends the process with status {status}"
-    if not ended:
-        outcome, message = "failed", f"takes more than {WALL_SECONDS} s ({message})"
-    elif seconds > SECONDS or megabytes > MEGABYTES:
-        outcome, message = "failed", f"takes {seconds:.1f} s, {megabytes:.0f} MB ({message})"
-    return outcome, message, seconds, megabytes
-
-
-def _read(reading: int) -> tuple[list[str], bool]:
-    """Lines until the pipe closes, and whether it did in time."""
-    parts, deadline = [], time.monotonic() + WALL_SECONDS
-    while select.select([reading], [], [], max(deadline - time.monotonic(), 0))[0]:
-        part = os.read(reading, 1 << 16)
-        if not part:
-            os.close(reading)
-            return b"".join(parts).decode().splitlines(), True
-        parts.append(part)
-    os.close(reading)
-    return b"".join(parts).decode().splitlines(), False
-
-
-def _limit_memory() -> None:
-    """A bound on addresses, so that what takes too much memory does not take it from others."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (4 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def main(folder: str, *seeds: str) -> None:
+def main(first: str, last: str) -> None:
     torch.set_num_threads(1)
-    models = read_models(Path(folder))
-    for seed in map(int, seeds):
-        print(json.dumps(asdict(judge(case(seed, models)))), flush=True)
+    valid = models()
+    for seed in range(int(first), int(last)):
+        print(json.dumps(asdict(judge(case(seed, valid)))), flush=True)
 
 
 if __name__ == "__main__":
