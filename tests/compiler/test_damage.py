@@ -44,7 +44,7 @@ def write(path, nodes, constants=(), *, shape=("batch", 4), functions=(), output
     """A model from ``x`` to ``outputs``; constants by name."""
     graph = helper.make_graph(
         nodes, "damaged", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["any"]) for name in outputs],
         [numpy_helper.from_array(np.array(array), name) for name, array in dict(constants).items()])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
     model = helper.make_model(graph, ir_version=10, opset_imports=opsets, functions=functions)
