@@ -202,18 +202,14 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     check_sizes(model, weights)
     for node in model.graph:
         for value in node.outputs:
-            if value.shape is not None and any(size == 0 for size in value.shape):
+            if value.shape is not None and any(
+                isinstance(size, int) and size <= 0 for size in value.shape
+            ):
                 raise CompileError(
                     f"Value {value.name!r} of node {node.name!r} must have elements, not shape "
                     f"{list(value.shape)}; remove the empty slice and export again"
                 )
-    names = [value.name for value in model.graph.outputs]
     for value in model.graph.outputs:
-        if names.count(value.name) > 1:
-            raise CompileError(
-                f"Graph output {value.name!r} must be listed once, not {names.count(value.name)} "
-                f"times; remove the others from the model"
-            )
         if value.is_graph_input() or value.is_initializer():
             raise CompileError(
                 f"Graph output {value.name!r} must be computed, not be an input or a constant; "

@@ -148,6 +148,13 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
         _check_node(node)
     for value in (*proto.graph.input, *proto.graph.output):
         _check_value(value)
+    names = [value.name for value in proto.graph.output]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise CompileError(
+                f"Graph output {name!r} must be listed once, not {names.count(name)} times; remove "
+                f"the others from the model"
+            )
     for sparse in proto.graph.sparse_initializer:
         raise CompileError(
             f"Initializer {sparse.values.name!r} must be dense, not sparse; write its zeros out"
