@@ -12,8 +12,10 @@ from moeware.compiler.errors import CompileError
 
 __all__ = ["check_sizes", "is_foldable", "weight_elements"]
 
-# Elements that any file may ask for: masks, tables of positions, activations of a small model.
-_ELEMENTS = 1 << 24
+# Elements that any file may ask for, beside its weights: of a constant that folds (masks, positions),
+# of a value of one frame.
+_CONSTANT = 1 << 24
+_VALUE = 1 << 22
 # Elements of a value for each weight. Gathering the weights of each token's experts gives as many
 # as there are tokens for each expert, which is the largest ratio of the forms that are recognised.
 _VALUES_PER_WEIGHT = 256
@@ -38,7 +40,7 @@ def is_foldable(node: ir.Node, weights: int) -> bool:
         return False  # the host says so when it runs the node
     shapes = [value.shape for value in node.outputs]
     return all(
-        shape is not None and shape.is_static() and _elements(shape) <= weights + _ELEMENTS
+        shape is not None and shape.is_static() and _elements(shape) <= weights + _CONSTANT
         for shape in shapes
     )
 
@@ -55,7 +57,7 @@ def _elements(shape: ir.Shape) -> int:
 
 def check_sizes(model: ir.Model, weights: int) -> None:
     """Refuse values and loops that are out of proportion to ``weights``, naming the node."""
-    limit = max(_ELEMENTS, _VALUES_PER_WEIGHT * weights)
+    limit = max(_VALUE, _VALUES_PER_WEIGHT * weights)
     for value in model.graph.inputs:
         if value.shape is not None and _elements(value.shape) > limit:
             raise CompileError(

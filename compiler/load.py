@@ -26,7 +26,8 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 
 _NODE_OF_FOLDING = re.compile(r"for node '(.*?)' \(.*::(.*)\)")
 # What folding could not compute is left in the graph, or refused with the name of the node.
-logging.getLogger("onnxscript").setLevel(logging.ERROR)
+for package in ("onnx_ir", "onnxscript"):
+    logging.getLogger(package).setLevel(logging.ERROR)
 
 _CONTROL = ("If", "Loop", "Scan")
 _FOLDING_ROUNDS = 8

@@ -122,9 +122,14 @@ def _load_external_data(tensor: onnx.TensorProto, path: Path) -> None:
         ) from error
 
 
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    """Bytes that the shape and type of a tensor take."""
+    return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+
+
 def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file_bytes: int) -> None:
     """Refuse, before they are read, bytes of another number than the tensor's shape takes."""
-    needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+    needed = _bytes_of(tensor)
     offset = int(entries.get("offset") or 0)
     given = int(entries.get("length") or file_bytes - offset)
     if given != needed or offset + given > file_bytes:
@@ -224,6 +229,8 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
         )
     try:
         onnx.numpy_helper.to_array(tensor)
+        if tensor.raw_data and len(tensor.raw_data) != _bytes_of(tensor):
+            raise ValueError(f"{len(tensor.raw_data)} bytes where it takes {_bytes_of(tensor)}")
     except ValueError as error:
         raise CompileError(
             f"Constant {tensor.name!r} must hold the values of its shape {list(tensor.dims)}, not "

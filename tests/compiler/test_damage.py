@@ -142,6 +142,8 @@ def constant(change):
 
 EDITS = {
     "too many bytes": (constant(lambda c: setattr(c, "raw_data", bytes(20))), "'c'"),
+    "too many bytes of a rare type": (constant(lambda c: setattr(
+        c, "data_type", TensorProto.FLOAT6E2M3)), "'c'"),
     "a segment": (constant(lambda c: setattr(c.segment, "end", 9)), "'c'"),
     "an unknown type": (constant(lambda c: setattr(c, "data_type", -1)), "'c'"),
     "strings": (constant(lambda c: c.CopyFrom(helper.make_tensor("c", TensorProto.STRING, [1], [b"a"]))),
