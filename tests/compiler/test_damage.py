@@ -227,6 +227,19 @@ def test_unusual_attributes_compute_what_they_say(tmp_path, name):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels,biases", [(5, 4), (3, 1)])
+def test_a_convolution_of_other_shapes_is_no_patch_embedding(tmp_path, channels, biases):
+    """Inference of shapes does not compare them; what runs the node does, and names it."""
+    nodes = [node("Conv", "x", "kernel", "bias", output="maps", strides=[2, 2]),
+             node("Reshape", "maps", "rows", output="flat"), node("Transpose", "flat", perm=[0, 2, 1])]
+    constants = {"kernel": np.ones((4, 3, 2, 2), np.float32), "bias": np.ones(biases, np.float32),
+                 "rows": np.array([1, 4, 4], np.int64)}
+    path = write(tmp_path / "m.onnx", nodes, constants, shape=("batch", channels, 4, 4))
+    image = np.ones((1, channels, 4, 4), np.float32)
+    with pytest.raises(CompileError, match="'the Conv'"):
+        moeware.compile(path, CONFIG, {"x": image})
+
+
 def test_a_router_of_rows_of_unknown_number(tmp_path):
     """No rule reads a value without a static shape."""
     nodes = [node("NonZero", "x", output="n"), node("Cast", "n", output="f", to=1),
