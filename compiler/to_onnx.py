@@ -123,7 +123,7 @@ class _Emitter:
     def __init__(self, opset: int):
         self.opset, self.nodes = opset, []
         self._tensors: dict[str, onnx.TensorProto] = {}
-        self._temporaries = 0
+        self._temporaries = self._constants = 0
 
     def share(self, value: ir.Value) -> None:
         """Carry an initializer over under its name."""
@@ -134,7 +134,8 @@ class _Emitter:
 
     def constant(self, array: np.ndarray) -> str:
         """Name of a new initializer that holds ``array``."""
-        name = f"constant/{len(self._tensors)}"
+        self._constants += 1  # not their number, as unused ones are forgotten
+        name = f"constant/{self._constants}"
         self._tensors[name] = numpy_helper.from_array(array, name)
         return name
 

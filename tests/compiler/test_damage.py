@@ -227,6 +227,20 @@ def test_unusual_attributes_compute_what_they_say(tmp_path, name):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_constants_of_a_host_step_keep_their_names(tmp_path):
+    """A Linear on the host has its weight twice, and one of them goes before the frames' axis comes."""
+    nodes = [node("Sin", "x", output="s"), node("MatMul", "s", "a", output="p"),
+             node("MatMul", "p", "b", output="q"), node("MatMul", "q", "c", output="r"),
+             node("Cos", "r")]
+    draw = np.random.default_rng(0)
+    constants = {name: draw.normal(size=(4, 4)).astype(np.float32) for name in "abc"}
+    path = write(tmp_path / "m.onnx", nodes, constants, shape=("batch", 3, 4))
+    x = draw.normal(size=(1, 3, 4)).astype(np.float32)
+    program = moeware.compile(path, CONFIG, {"x": x})
+    wanted, = onnx.reference.ReferenceEvaluator(str(path)).run(None, {"x": x})
+    np.testing.assert_allclose(Session(program, "torch").run(None, {"x": x})[0], wanted, rtol=1e-4)
+
+
 @pytest.mark.parametrize("channels,biases", [(5, 4), (3, 1)])
 def test_a_convolution_of_other_shapes_is_no_patch_embedding(tmp_path, channels, biases):
     """Inference of shapes does not compare them; what runs the node does, and names it."""
