@@ -136,6 +136,12 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
             f"{node.op_type} of a {first} value is not a supported form, it reads "
             f"{' or '.join(allowed)}; use pre-norm residual blocks"
         )
+    alone = len(variable[0].uses()) == 1 and not variable[0].is_graph_output()
+    if node.op_type in ("ClassToken", "AddConstant") and not alone:
+        return (
+            f"{node.op_type} must be the only reader of the embedding that it completes; let all "
+            f"others read its result"
+        )
     if node.op_type == "Attention" and set(given_names) != {"linear"}:
         return "Attention must read three Linears; project queries, keys and values"
     if node.op_type == "Attention" and len({kind.stream for kind in given}) != 1:

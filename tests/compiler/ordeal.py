@@ -183,7 +183,10 @@ def check(path: Path, each: Case) -> Iterator[tuple[str, str]]:
 
 def refusal(message: str) -> tuple[str, str]:
     """A message must name a thing in quotes or a file, the rule and a remedy."""
-    rule = " must " in message and re.search(r"'|\.onnx|Opset|`", message)
+    # A thing is in quotes, a file, or a node that the compiler has numbered; where a configuration
+    # is too small, the rule is its size.
+    rule = re.search(" must | more than Config", message) and re.search(
+        r"'|\.onnx|Opset|`|\w_\d", message)
     if not rule or not re.search(r"; |: ", message) or _UNFORESEEN.search(message):
         return "failed", f"says only: {message}"
     return "refused", message

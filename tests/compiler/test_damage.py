@@ -9,9 +9,11 @@ import moeware
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
+from moeware.compiler.pipeline import model_ports
 from moeware.compiler.reference import evaluate
 from moeware.runtime.session import Session
 
+from ..test_bad_input import model as small_model
 from .damage import KINDS, case
 from .ordeal import CONFIG, models, refusal, verdicts
 
@@ -54,7 +56,7 @@ def write(path, nodes, constants=(), *, shape=("batch", 4), functions=(), output
 
 def refuse(path, *words):
     with pytest.raises(CompileError) as caught:
-        fuse(load(path))
+        model_ports(fuse(load(path)))
     for word in words:
         assert word in str(caught.value)
 
@@ -239,6 +241,27 @@ def test_constants_of_a_host_step_keep_their_names(tmp_path):
     program = moeware.compile(path, CONFIG, {"x": x})
     wanted, = onnx.reference.ReferenceEvaluator(str(path)).run(None, {"x": x})
     np.testing.assert_allclose(Session(program, "torch").run(None, {"x": x})[0], wanted, rtol=1e-4)
+
+
+def test_a_constant_on_an_embedding_that_others_read_is_added_on_the_host(tmp_path):
+    model = small_model()
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "c"))
+    place = next(n for n, each in enumerate(model.graph.node) if each.op_type == "Add")
+    model.graph.node[place].input[0] = "moved"
+    model.graph.node.insert(place, helper.make_node("Add", ["x", "c"], ["moved"]))
+    onnx.save(model, tmp_path / "m.onnx")
+    image = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)
+    program = moeware.compile(tmp_path / "m.onnx", CONFIG, {"image": image})
+    assert "must be the only reader" in str(program.metadata["partition"])
+    assert np.isfinite(Session(program, "torch").run(None, {"image": image})[0]).all()
+
+
+@pytest.mark.parametrize("outputs", [["y", "rows"], ["y", "number"]])
+def test_an_output_without_a_batch(tmp_path, outputs):
+    nodes = [node("Relu", "x"), node("Squeeze", "y", "axis", output="rows"),
+             node("ReduceMax", "y", output="number", keepdims=0)]
+    refuse(write(tmp_path / "m.onnx", nodes, {"axis": np.array([0])}, shape=("batch", 3, 4),
+                 outputs=outputs), f"First axis of {outputs[1]!r}")
 
 
 @pytest.mark.parametrize("channels,biases", [(5, 4), (3, 1)])
