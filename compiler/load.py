@@ -18,6 +18,7 @@ import onnxscript.optimizer
 from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
 from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
+from moeware.compiler.functions import inline_functions
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.read import check_model, one_line, read_model
@@ -42,12 +43,13 @@ _NODE_OF_INFERENCE = re.compile(
 def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
     """Read, check and simplify the model at ``path`` (``.onnx`` or ONNX text ``.onnxtxt``).
 
-    ``choice``: inputs that are replaced by a constant. Returns a graph with batch 1, unique names, constants folded into initializers and common
-    subexpressions merged. Raises ``CompileError`` for anything that cannot be compiled.
+    ``choice``: inputs that are replaced by a constant. Returns a graph with batch 1, unique names,
+    local functions inlined, constants folded into initializers and common subexpressions merged.
+    Raises ``CompileError`` for anything that cannot be compiled.
     """
     path = Path(path)
     try:
-        proto = read_model(path)
+        proto = inline_functions(read_model(path))
         substitute(proto, choice or {})
         _fix_batch(proto)
         check_model(proto, path)

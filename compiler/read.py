@@ -20,9 +20,6 @@ __all__ = ["check_model", "one_line", "read_model"]
 
 OPSETS = range(17, 25)
 
-# Nodes of a model whose local functions are written out. Functions that call one another are a
-# few bytes for any number of nodes.
-_NODES = 100_000
 _TYPES = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 
 
@@ -31,7 +28,6 @@ def read_model(path: Path) -> onnx.ModelProto:
     proto = _parse(path)
     for number, node in enumerate(_nodes(proto)):
         node.name = node.name or f"{node.op_type}_{number}"
-    _check_opset(proto)
     for tensor in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _load_external_data(tensor, path)
@@ -141,6 +137,7 @@ def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file_byt
 
 def check_model(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse what the ONNX checker refuses, and what it lets pass but nobody can read."""
+    _check_opset(proto)
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
@@ -148,7 +145,6 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
             f"Model {path.name} must pass the ONNX checker, not fail with: "
             f"{one_line(str(error))}; repair the graph or export it again"
         ) from error
-    _check_functions(proto)
     for node in _nodes(proto):
         _check_node(node)
     for value in (*proto.graph.input, *proto.graph.output):
@@ -167,36 +163,6 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
     for tensor in _tensors(proto):
         _check_tensor(tensor)
     _check_weights(proto)
-
-
-def _check_functions(proto: onnx.ModelProto) -> None:
-    """Refuse local functions that are too many nodes when written out, or of another opset. None
-    calls itself: the ONNX checker has seen to that."""
-    bodies = {(each.domain, each.name, each.overload): each.node for each in proto.functions}
-    sizes: dict[tuple[str, str, str], int] = {}
-
-    def size(node: onnx.NodeProto) -> int:
-        function = node.domain, node.op_type, node.overload
-        if function not in sizes:
-            sizes[function] = sum(map(size, bodies[function])) if function in bodies else 1
-        return sizes[function]
-
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
-    for function in proto.functions:
-        for entry in function.opset_import:
-            if versions.get(entry.domain, entry.version) != entry.version:
-                raise CompileError(
-                    f"Function {function.name!r} must be of opset {versions[entry.domain]} of "
-                    f"{entry.domain or 'ai.onnx'} as the model, not {entry.version}; export the "
-                    f"model without functions"
-                )
-    for node in _nodes(proto):
-        count = size(node)
-        if count > _NODES:
-            raise CompileError(
-                f"Node {node.name!r} must call a function of at most {_NODES} nodes, not "
-                f"{node.domain}.{node.op_type} of {count}; export the model without functions"
-            )
 
 
 def _check_node(node: onnx.NodeProto) -> None:
