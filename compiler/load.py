@@ -19,6 +19,7 @@ from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
 from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
 from moeware.compiler.functions import inline_functions
+from moeware.compiler.fuse.contrib_moe import infer_contrib_shapes
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.read import check_model, one_line, read_model
@@ -179,6 +180,7 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
 
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(_FOLDING_ROUNDS):
+        infer_contrib_shapes(model)
         try:
             onnxscript.optimizer.optimize_ir(
                 model,

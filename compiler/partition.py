@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import OPERATORS, is_canonical, macs, sources
+from moeware.compiler.fuse.contrib_moe import REASON
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.to_onnx import lower
@@ -174,6 +175,8 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
 def _plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     domain = f"{node.domain}." if node.domain else ""
+    if REASON in node.metadata_props:
+        return node.metadata_props[REASON]
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "
@@ -304,8 +307,11 @@ def describe(parts: Partition) -> str:
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause; the others follow from them.
+    # The nodes without a canonical form are the cause, first those that a rule refused; the others
+    # follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
+    refused = {n.name for step in parts.steps for n in step.nodes if REASON in n.metadata_props}
+    causes.sort(key=lambda entry: entry["node"] not in refused)
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]
     return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"

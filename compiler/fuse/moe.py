@@ -8,11 +8,13 @@ one-hot combination and the gather of stacked weights need no pattern each.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from moeware.compiler.canonical import NORMALISATIONS
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
@@ -21,7 +23,6 @@ from moeware.compiler.fuse.region import inputs_of, region, run
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
 from moeware.compiler.reference import FUNCTIONS
 
-_NORMALISATIONS = ("chosen", "all")
 # Relative difference that separates the rounding of float32 from another function.
 _TOLERANCE = 2e-4
 
@@ -94,7 +95,7 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
         for x in _expert_inputs(router.x, y, logits, x_size):
             proof = _prove(model, x, logits, y, router, int(k.reshape(())), tokens)
             if proof is not None:
-                _replace(model, x, y, router, int(k.reshape(())), tokens, proof)
+                replace_moe(model, x, y, router, int(k.reshape(())), tokens, proof)
                 return
 
 
@@ -151,12 +152,14 @@ def _expert_inputs(
             return
 
 
-class _Proof:
+@dataclass(frozen=True)
+class Proof:
     """What a proposal that computes the region's values consists of."""
 
-    def __init__(self, weights: ExpertWeights, function: str, normalise: str, nodes: list):
-        self.weights, self.function, self.normalise = weights, function, normalise
-        self.nodes = nodes
+    weights: ExpertWeights
+    function: str
+    normalise: str
+    nodes: list[ir.Node]
 
 
 def _prove(
@@ -167,7 +170,7 @@ def _prove(
     router: LinearMatch,
     k: int,
     tokens: int,
-) -> _Proof | None:
+) -> Proof | None:
     inside = set(region([y], [x, logits])[0])
     nodes = [node for node in model.graph if node in inside]
     experts, features = router.weight.shape
@@ -183,18 +186,19 @@ def _prove(
     expected = results[0].reshape(tokens, features)
     scale = np.abs(expected).max() + 1e-30
     rows = sample.reshape(tokens, features)
-    combine = {name: _combine(scores.reshape(tokens, experts), k, name) for name in _NORMALISATIONS}
+    logit_rows = scores.reshape(tokens, experts)
+    combinations = {name: combine(logit_rows, k, name) for name in NORMALISATIONS}
     for weights in proposals:
         for function in FUNCTIONS:
-            each = _run_experts(rows, weights, function)
-            for normalise, factors in combine.items():
+            each = run_experts(rows, weights, function)
+            for normalise, factors in combinations.items():
                 value = np.einsum("te,etd->td", factors, each)
                 if np.abs(value - expected).max() < _TOLERANCE * scale:
-                    return _Proof(weights, function, normalise, nodes)
+                    return Proof(weights, function, normalise, nodes)
     return None
 
 
-def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
+def combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
     """Weight of each expert for each token, ``[tokens, experts]``; 0 where it is not chosen."""
     scores = scores.astype(np.float64)
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
@@ -204,7 +208,7 @@ def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True) if normalise == "chosen" else weights
 
 
-def _run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.ndarray:
+def run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.ndarray:
     """Every expert on every row, ``[experts, tokens, features]``."""
     w1, b1, w2, b2 = (
         torch.from_numpy(np.array(array))
@@ -215,15 +219,16 @@ def _run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.
     return output.numpy().astype(np.float64)
 
 
-def _replace(
+def replace_moe(
     model: ir.Model,
     x: ir.Value,
     y: ir.Value,
     router: LinearMatch,
     k: int,
     tokens: int,
-    proof: _Proof,
+    proof: Proof,
 ) -> None:
+    """Put Route and Experts in the place of the region that ends in ``y``."""
     last = y.producer()
     assert last is not None
     features = router.weight.shape[1]
