@@ -82,8 +82,8 @@ def _refuse_size(model: ir.Model, order: list[ir.OperatorIdentifier]) -> None:
 
 def _agree_on_opset(model: ir.Model) -> None:
     """Give functions the opset of the model, where it means the same to all of their nodes."""
-    versions = [each.opset_imports[""] for each in model.functions.values() if "" in each.opset_imports]
-    version = model.opset_imports.get("", max(versions, default=0))
+    versions = [function.opset_imports.get("", 0) for function in model.functions.values()]
+    version = model.opset_imports.get("", max(versions))
     for identifier, function in model.functions.items():
         own = function.opset_imports.get("", version)
         if own == version:

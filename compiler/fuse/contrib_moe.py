@@ -12,6 +12,8 @@ ONNX Runtime 1.32 on a CPU:
 What is refused stays a plain node, with the reason in its metadata for `partition`.
 """
 
+import math
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -39,6 +41,7 @@ REASON = "moeware.reason"  # metadata of a node: why it has no canonical form
 
 # Canonical functions that an activation_type may be, the likelier one first.
 _FUNCTIONS = {"relu": ("relu",), "gelu": ("gelu_tanh", "gelu"), "silu": ("silu",)}
+_NEEDED = {"MoE": (0, 1, 2, 4), "QMoE": (0, 1, 2, 3, 5, 6)}
 _LATER_INPUTS = {"MoE": ((6, "fc3_experts_weights"),),
                  "QMoE": ((8, "fc3_experts_weights"), (14, "router_weights"),
                           *((place, "a further scale") for place in range(15, 24)))}  # fmt: skip
@@ -58,7 +61,7 @@ def infer_contrib_shapes(model: ir.Model) -> None:
     while unknown:
         # Not strict, as a value without a type is an error there.
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        known = [node for node in unknown if static_shape(node.inputs[0]) is not None]
+        known = [node for node in unknown if static_shape(operand(node, 0)) is not None]
         if not known:
             return  # folding may find more
         for node in known:
@@ -83,15 +86,21 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
     router = _router(logits)
     weights = expert_weights(node)
     experts, _, features = weights.w1.shape
-    tokens = size(x) // features
-    if router.weight.shape != (experts, features) or size(router.x) != size(x) or tokens < 1:
+    shape = static_shape(x)
+    if shape is None or shape[-1] != features:
         raise Refused(
-            f"router_probs must be {experts} logits of the rows of the input, not a Linear of shape "
-            f"{list(router.weight.shape)} on {size(router.x)} values; route and apply the experts "
-            f"on the same rows"
+            f"input must be rows of {features} values of fixed number, not {x.shape}; "
+            f"export with a fixed size"
+        )
+    if router.weight.shape != (experts, features) or size(router.x) != size(x):
+        raise Refused(
+            f"router_probs must be {experts} logits of the rows of the input, not a Linear of "
+            f"shape {list(router.weight.shape)} on {size(router.x)} values; route and apply the "
+            f"experts on the same rows"
         )
     function, normalise = _prove(node, weights)
     proof = Proof(weights, function, normalise, [node])
+    tokens = size(x) // features
     replace_moe(model, x, node.outputs[0], router, attribute(node, "k", 1), tokens, proof)
 
 
@@ -123,6 +132,9 @@ def _check_form(node: ir.Node) -> None:
         raise Refused(
             "weights_prepacked=1 is the layout of one provider; export with weights_prepacked=0"
         )
+    absent = [place for place in _NEEDED[node.op_type] if operand(node, place) is None]
+    if absent:
+        raise Refused(f"input {absent[0]} must be there, not left out; export the node again")
 
 
 def _router(logits: ir.Value) -> LinearMatch:
@@ -144,18 +156,17 @@ def _router(logits: ir.Value) -> LinearMatch:
 
 
 def _prove(node: ir.Node, weights: ExpertWeights) -> tuple[str, str]:
-    """The function and the normalisation with which the canonical form computes what ``node`` does."""
+    """Function and normalisation with which the canonical form computes what ``node`` does."""
     experts, _, features = weights.w1.shape
     k, generator = attribute(node, "k", 1), np.random.default_rng(7)
-    rows = generator.normal(size=(4 * experts, features)).astype(np.float32)
-    # Every expert is likely among the chosen of some row.
-    scores = generator.normal(size=(len(rows), experts)) + 3 * np.tile(np.eye(experts), (4, 1))
+    turns = np.tile(np.eye(experts), (max(1, 32 // experts), 1))
+    rows = generator.normal(size=(len(turns), features)).astype(np.float32)
+    # Each expert comes first in some row, with two thirds of the weight whatever their number.
+    scores = generator.normal(size=turns.shape) + math.log(4 * experts) * turns
     scores = scores.astype(np.float32)
     found = _run(node, rows, scores).astype(np.float64)
-    forms = sorted(
-        NORMALISATIONS,
-        key=lambda name: (name == "chosen") != bool(attribute(node, "normalize_routing_weights", 0)),
-    )
+    wanted = "chosen" if attribute(node, "normalize_routing_weights", 0) else "all"
+    forms = sorted(NORMALISATIONS, key=lambda name: name != wanted)
     factors = {name: combine(scores, k, name) for name in forms}
     for function in _FUNCTIONS[attribute(node, "activation_type", "relu")]:
         each = run_experts(rows, weights, function)

@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 def expert_weights(node: ir.Node) -> ExpertWeights:
-    """The weights of ``node``; raises ``Refused`` where they are not constants that fit together."""
+    """The weights of ``node``; raises ``Refused`` where they are no constants that fit."""
     read = _floats if node.op_type == "MoE" else _dequantised
     (w1, b1), (w2, b2) = read(node, 0), read(node, 1)
     if w1.ndim != 3 or w2.shape != (len(w1), w1.shape[2], w1.shape[1]):
@@ -55,7 +55,7 @@ def _floats(node: ir.Node, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         _stored(node, place, f"{name}_{part}")
         for place, part in zip(_MOE[number], ("weights", "bias"))
     )
-    assert weight is not None  # the operator has no form without
+    assert weight is not None
     return weight, bias
 
 
@@ -68,19 +68,21 @@ def _dequantised(node: ir.Node, number: int) -> tuple[np.ndarray, np.ndarray | N
             _QMOE[number], ("experts_weights", "scales", "experts_bias", "zero_points")
         )
     )
-    assert weight is not None
+    assert weight is not None and scale is not None
     if bits not in WIDTHS or weight.dtype != np.uint8 or weight.ndim != 3:
         raise Refused(
             f"{name}_experts_weights must be uint8 that pack {', '.join(map(str, WIDTHS))} bits, "
-            f"not {weight.dtype} with expert_weight_bits={bits}; quantise the experts to one of these"
+            f"not {weight.dtype} with expert_weight_bits={bits}; "
+            f"quantise the experts to one of these"
         )
     integers = unpacked(weight, bits)
     experts, rows, columns = integers.shape
-    blocks = None if scale is None else scale.size // (experts * rows)
-    if scale is None or scale.shape[:2] != (experts, rows) or not blocks or columns % blocks:
+    blocks = scale.size // (experts * rows)
+    if scale.shape[:2] != (experts, rows) or not blocks or columns % blocks:
         raise Refused(
-            f"{name}_scales must be [E, N] or [E, N, blocks] for weights of {list(integers.shape)}, "
-            f"not {None if scale is None else list(scale.shape)}; quantise the experts again"
+            f"{name}_scales must be [E, N] or [E, N, blocks] for weights of "
+            f"{list(integers.shape)}, not {list(scale.shape)}; "
+            f"quantise the experts again"
         )
     middle = np.full((experts, rows, blocks), 1 << (bits - 1), np.float32)
     if zero is not None:

@@ -133,7 +133,8 @@ def test_an_output_that_is_an_input_keeps_the_names_of_the_caller(tmp_path):
     <domain: "local", opset_import: ["": 20]> both (x) => (x, x) { }
     """)
     # ONNX Runtime does not load such a body.
-    same(tmp_path / "m.onnx", proto, lambda path, **feeds: ReferenceEvaluator(proto).run(None, feeds))
+    reference = ReferenceEvaluator(proto)
+    same(tmp_path / "m.onnx", proto, lambda path, **feeds: reference.run(None, feeds))
 
 
 def test_a_call_in_a_branch_and_a_branch_in_a_body(tmp_path):
