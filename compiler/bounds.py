@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from moeware.compiler.errors import CompileError
 
-__all__ = ["check_sizes", "is_foldable", "weight_elements"]
+__all__ = ["check_sizes", "is_foldable", "is_random", "weight_elements"]
 
 # Elements that any file may ask for, beside its weights: of a constant that folds (masks, positions),
 # of a value of one frame.
@@ -32,8 +32,15 @@ def weight_elements(model: ir.Model) -> int:
     return sum(value.const_value.size for value in values if value.const_value is not None)
 
 
+def is_random(node: ir.Node) -> bool:
+    """Whether the results of ``node`` differ from run to run."""
+    return node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+
+
 def is_foldable(node: ir.Node, weights: int) -> bool:
     """Whether ``node``, all of whose inputs are constants, may be computed in the compiler."""
+    if is_random(node):
+        return False
     if node.op_type in _DATA_DEPENDENT:
         return True
     if node.op_type in ("Div", "Mod") and _has_zero_integer(node.inputs[1]):

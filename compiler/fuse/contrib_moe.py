@@ -12,8 +12,6 @@ ONNX Runtime 1.32 on a CPU:
 What is refused stays a plain node, with the reason in its metadata for `partition`.
 """
 
-import math
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -23,7 +21,14 @@ import onnxruntime
 from moeware.compiler.canonical import NORMALISATIONS
 from moeware.compiler.fuse.contrib_weights import Refused, bits_of, expert_weights
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
-from moeware.compiler.fuse.moe import Proof, combine, replace_moe, run_experts
+from moeware.compiler.fuse.moe import replace_moe
+from moeware.compiler.fuse.moe_proof import (
+    TOLERANCE,
+    Proof,
+    nearest_form,
+    sample_rows,
+    sample_scores,
+)
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.rebuild import flat_root
 from moeware.compiler.fuse.trace import (
@@ -39,8 +44,9 @@ from moeware.compiler.fuse.trace import (
 CONTRIB = "com.microsoft"
 REASON = "moeware.reason"  # metadata of a node: why it has no canonical form
 
-# Canonical functions that an activation_type may be, the likelier one first.
-_FUNCTIONS = {"relu": ("relu",), "gelu": ("gelu_tanh", "gelu"), "silu": ("silu",)}
+# The canonical function of each activation_type.
+_FUNCTIONS = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu"}
+_ROWS = 32  # of a proof, at least
 _NEEDED = {"MoE": (0, 1, 2, 4), "QMoE": (0, 1, 2, 3, 5, 6)}
 _LATER_INPUTS = {"MoE": ((6, "fc3_experts_weights"),),
                  "QMoE": ((8, "fc3_experts_weights"), (14, "router_weights"),
@@ -98,8 +104,7 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
             f"shape {list(router.weight.shape)} on {size(router.x)} values; route and apply the "
             f"experts on the same rows"
         )
-    function, normalise = _prove(node, weights)
-    proof = Proof(weights, function, normalise, [node])
+    proof = _prove(node, weights)
     tokens = size(x) // features
     replace_moe(model, x, node.outputs[0], router, attribute(node, "k", 1), tokens, proof)
 
@@ -155,25 +160,24 @@ def _router(logits: ir.Value) -> LinearMatch:
     )
 
 
-def _prove(node: ir.Node, weights: ExpertWeights) -> tuple[str, str]:
-    """Function and normalisation with which the canonical form computes what ``node`` does."""
-    experts, _, features = weights.w1.shape
-    k, generator = attribute(node, "k", 1), np.random.default_rng(7)
-    turns = np.tile(np.eye(experts), (max(1, 32 // experts), 1))
-    rows = generator.normal(size=(len(turns), features)).astype(np.float32)
-    # Each expert comes first in some row, with two thirds of the weight whatever their number.
-    scores = generator.normal(size=turns.shape) + math.log(4 * experts) * turns
-    scores = scores.astype(np.float32)
-    found = _run(node, rows, scores).astype(np.float64)
+def _prove(node: ir.Node, weights: ExpertWeights) -> Proof:
+    """The canonical form that computes what ``node`` does."""
+    generator = np.random.default_rng(7)
+    count = max(_ROWS, len(weights.w1))
+    rows = sample_rows(generator, count, weights)
+    scores = sample_scores(generator, count, len(weights.w1))
     wanted = "chosen" if attribute(node, "normalize_routing_weights", 0) else "all"
-    forms = sorted(NORMALISATIONS, key=lambda name: name != wanted)
-    factors = {name: combine(scores, k, name) for name in forms}
-    for function in _FUNCTIONS[attribute(node, "activation_type", "relu")]:
-        each = run_experts(rows, weights, function)
-        for normalise in forms:
-            value = np.einsum("te,etd->td", factors[normalise], each)
-            if np.abs(value - found).max() <= _tolerance(node) * np.abs(found).max():
-                return function, normalise
+    form = nearest_form(
+        rows,
+        scores,
+        _run(node, rows, scores),
+        [weights],
+        attribute(node, "k", 1),
+        [_FUNCTIONS[attribute(node, "activation_type", "relu")]],
+        sorted(NORMALISATIONS, key=lambda name: name != wanted),
+    )
+    if form.error < _tolerance(node):
+        return Proof(weights, form.function, form.normalise, [node])
     raise Refused(
         "ONNX Runtime computes something else with these attributes than softmax, top-k and "
         "experts of two layers; write the experts as plain operators"
@@ -181,13 +185,13 @@ def _prove(node: ir.Node, weights: ExpertWeights) -> tuple[str, str]:
 
 
 def _tolerance(node: ir.Node) -> float:
-    """Relative difference that the kernel's own rounding may make, far below any wrong reading."""
+    """Difference that the kernel's own rounding may make, in proportion as `Form.error`."""
     if node.inputs[0].dtype == ir.DataType.FLOAT16:
         return 5e-3
     blocks = node.op_type == "QMoE" and len(node.inputs[3].shape) == 3
     if blocks and (bits_of(node, 0) == 8 or attribute(node, "accuracy_level", 0) == 4):
         return 3e-2  # the kernel rounds activations to int8
-    return 2e-5  # between the rounding of float32 and the two forms of gelu
+    return TOLERANCE
 
 
 def _run(node: ir.Node, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
