@@ -12,8 +12,8 @@ import onnx_ir.passes.common as passes
 
 from moeware.compiler.errors import CompileError
 
-# Nodes of a call that is written out. Functions that call one another are a few bytes for any number
-# of nodes.
+# Nodes of a model whose calls are written out. Functions that call one another are a few bytes for
+# any number of nodes.
 _NODES = 100_000
 _CALL = "moeware.call"  # metadata of a call, which the inliner hands to the nodes of the body
 
@@ -28,6 +28,7 @@ def inline_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
     model = ir.from_proto(proto)
     _refuse_size(model, _callees_first(model))
+    _refuse_misfits(model)
     _agree_on_opset(model)
     for function in model.functions.values():
         _forget_shapes(function)
@@ -71,13 +72,42 @@ def _refuse_size(model: ir.Model, order: list[ir.OperatorIdentifier]) -> None:
     for identifier in order:
         nodes = model.functions[identifier].all_nodes()
         sizes[identifier] = sum(sizes.get(node.op_identifier(), 1) for node in nodes)
+    total = 0
     for node in model.graph.all_nodes():
         size = sizes.get(node.op_identifier(), 1)
-        if size > _NODES:
+        total += size
+        if size > 1 and total > _NODES:
             raise CompileError(
-                f"Node {node.name!r} must call a function of at most {_NODES} nodes, not "
-                f"{_name(node.op_identifier())!r} of {size}; export the model without functions"
+                f"Node {node.name!r} must call a function with which the model has at most {_NODES} "
+                f"nodes, not {_name(node.op_identifier())!r} of {size} nodes, with which it has "
+                f"{total}; export the model without functions"
             )
+
+
+def _refuse_misfits(model: ir.Model) -> None:
+    """Refuse calls that the inliner does not understand."""
+    bodies = [node for function in model.functions.values() for node in function.all_nodes()]
+    for node in (*model.graph.all_nodes(), *bodies):
+        function = model.functions.get(node.op_identifier())
+        if function is None:
+            continue
+        for what, given, known in (
+            ("inputs", node.inputs, function.inputs),
+            ("outputs", node.outputs, function.outputs),
+        ):
+            if len(given) > len(known):
+                raise CompileError(
+                    f"Node {node.name!r} must have at most {len(known)} {what} as the function "
+                    f"{_name(node.op_identifier())!r} that it calls, not {len(given)}; export the "
+                    f"model again"
+                )
+        for name, attribute in node.attributes.items():
+            if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                raise CompileError(
+                    f"Attribute {name!r} of node {node.name!r} must be a value, not a graph, as the "
+                    f"node calls the function {_name(node.op_identifier())!r}; export the model "
+                    f"without functions"
+                )
 
 
 def _agree_on_opset(model: ir.Model) -> None:

@@ -20,14 +20,18 @@ __all__ = ["check_model", "one_line", "read_model"]
 
 OPSETS = range(17, 25)
 
+_FILE_BYTES = (1 << 31) - 1  # of a message of protobuf
 _TYPES = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model at ``path`` with its external data and a name for every node."""
+    """The model at ``path`` with its external data, and a name for every node and constant."""
     proto = _parse(path)
     for number, node in enumerate(_nodes(proto)):
         node.name = node.name or f"{node.op_type}_{number}"
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                attribute.t.name = attribute.t.name or f"{node.name}.{attribute.name}"
     for tensor in _tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _load_external_data(tensor, path)
@@ -42,6 +46,11 @@ def one_line(message: str) -> str:
 def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise CompileError(f"Model file must exist, not {str(path)!r}; check the path")
+    if path.stat().st_size > _FILE_BYTES:
+        raise CompileError(
+            f"Model {path.name} must have at most {_FILE_BYTES} bytes, as every file of its format, "
+            f"not {path.stat().st_size}; export it with external data"
+        )
     is_text = path.suffix == ".onnxtxt"
     data = path.read_bytes()
     try:
@@ -49,7 +58,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     except (DecodeError, onnx.parser.ParseError, UnicodeDecodeError) as error:
         # A ModelProto starts with field 1 (ir_version, varint), which is the byte 0x08.
         truncated = not is_text and data[:1] == b"\x08"
-        reason = b" ".join(error.args).decode() if is_text and error.args[0:1] else str(error)
+        is_bytes = isinstance(error, onnx.parser.ParseError)
+        reason = b" ".join(error.args).decode(errors="replace") if is_bytes else str(error)
         raise CompileError(
             f"Model {path.name} must be a complete ONNX file, not one that is "
             f"{'truncated or damaged' if truncated else 'in another format'} "
@@ -171,7 +181,7 @@ def _check_node(node: onnx.NodeProto) -> None:
             f"Node {node.name!r} must be of a domain of ONNX, not {DOMAIN!r}, which is the "
             f"compiler's own; give it the file that was exported"
         )
-    for attribute in node.attribute:
+    for attribute in node.attribute if node.domain in ("", "ai.onnx") else ():
         if attribute.name in ("to", "dtype") and attribute.i not in _TYPES:
             raise CompileError(
                 f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be a "

@@ -173,6 +173,30 @@ def test_what_the_checker_lets_pass(tmp_path, name):
     refuse(path, word)
 
 
+def test_text_in_other_bytes(tmp_path):
+    (tmp_path / "m.onnxtxt").write_bytes(b"<ir_version: 10> \xff\xfe")
+    refuse(tmp_path / "m.onnxtxt", "m.onnxtxt must be a complete ONNX file", "0xff")
+
+
+def test_a_file_that_is_no_message(tmp_path):
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(1 << 31)
+    refuse(tmp_path / "m.onnx", "m.onnx must have at most", "external data")
+
+
+def test_a_constant_without_a_name_is_named_after_its_node(tmp_path):
+    tensor = numpy_helper.from_array(np.zeros(4, np.float32))
+    tensor.raw_data = bytes(20)
+    nodes = [node("Constant", output="c", value=tensor), node("Add", "x", "c")]
+    refuse(write(tmp_path / "m.onnx", nodes), "'the Constant.value'")
+
+
+def test_attributes_of_another_domain_are_its_own(tmp_path):
+    other = helper.make_node("Add", ["x", "x"], ["y"], name="it", domain="local", dtype="half", to=99)
+    model = load(write(tmp_path / "m.onnx", [other]))
+    assert [each.name for each in model.graph] == ["it"]
+
+
 def test_names_in_other_bytes(tmp_path):
     path = write(tmp_path / "m.onnx", [node("Relu", "x")])
     path.write_bytes(path.read_bytes().replace(b"the Relu", b"the \xff\xfelu"))

@@ -199,3 +199,25 @@ def test_recursion_is_named(tmp_path):
         CompileError, match=r"Function 'local::f' must be free of recursion.*f -> local::g -> "
     ):
         load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("call, word", [
+    ("y = local.f (x, x, x)", "at most 1 inputs as the function 'local::f' that it calls, not 3"),
+    ("y, z = local.f (x)", "at most 1 outputs as the function 'local::f' that it calls, not 2"),
+    ("y = local.f <g = inner () => (float[1] p) { p = Constant <value_float = 1.0> () }> (x)",
+     "Attribute 'g' of node 'node0' must be a value"),
+])  # fmt: skip
+def test_a_call_that_does_not_fit_is_named(call, word):
+    body = '<domain: "local", opset_import: ["": 20]> f (a) => (b) { b = Neg (a) }'
+    with pytest.raises(CompileError, match=word):
+        inline_functions(parse(HEAD + " => (float[batch, 4] y) {" + call + "}" + body))
+
+
+def test_many_calls_of_functions_that_are_small_enough_are_too_many():
+    calls = " ".join(f"v{number} = local.f (x)" for number in range(60))
+    body = " ".join(f"w{number} = Neg (a)" for number in range(1999))
+    proto = parse(HEAD + f""" => (float[batch, 4] y) {{ {calls} y = Neg (v0) }}
+    <domain: "local", opset_import: ["": 20]> f (a) => (w0) {{ {body} }}
+    """)
+    with pytest.raises(CompileError, match="'node50' must call a function with which the model has"):
+        inline_functions(proto)
