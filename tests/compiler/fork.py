@@ -32,9 +32,9 @@ def forked(work: Callable[[], Iterator[Outcome]]) -> tuple[str, str, float, floa
     child = os.fork()
     if not child:
         os.close(reading)
-        _limit()
         with os.fdopen(writing, "w", buffering=1) as file:
             try:
+                _limit()
                 for outcome, message in work():
                     _say(file, outcome, message)
             except BaseException:  # noqa: BLE001 - whatever comes is a failure
