@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, attributes, is_canonical, projection, sources
+from moeware.compiler.canonical import (
+    OPERATORS,
+    REASON,
+    attributes,
+    is_canonical,
+    projection,
+    sources,
+)
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
@@ -163,8 +170,14 @@ def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]
             f"{node.op_type} of a {first} value is not a supported form, it reads "
             f"{' or '.join(allowed)}; use pre-norm residual blocks"
         )
+    alone = len(variable[0].uses()) == 1 and not variable[0].is_graph_output()
+    if node.op_type in ("ClassToken", "AddConstant") and not alone:
+        return (
+            f"{node.op_type} must be the only reader of the embedding that it completes; let all "
+            f"others read its result"
+        )
     if node.op_type in ("RMSNorm", "Rotary") and first not in (*_STREAMS, "row"):
-        if len(variable[0].uses()) != 1 or variable[0].is_graph_output():
+        if not alone:
             return f"a projection before {node.op_type} must have no other reader; remove it"
     elif node.op_type == "RMSNorm" and attributes(node)["groups"] != 1:
         return "RMSNorm of the residual stream must have 1 group; normalise whole rows"
@@ -239,6 +252,8 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
 def _plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     domain = f"{node.domain}." if node.domain else ""
+    if REASON in node.metadata_props:
+        return node.metadata_props[REASON]
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "
@@ -371,8 +386,11 @@ def describe(parts: Partition) -> str:
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause, or gateware; the others follow from them.
+    # The nodes without a canonical form are the cause, first those that a rule refused, or gateware;
+    # the others follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
+    refused = {n.name for step in parts.steps for n in step.nodes if REASON in n.metadata_props}
+    causes.sort(key=lambda entry: entry["node"] not in refused)
     causes += [entry for entry in counts["host"] if entry["operator"] in OPTIONS]
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]

@@ -230,6 +230,9 @@ def model_ports(model: ir.Model) -> tuple[Ports, Ports]:
         if value.dtype.name not in TYPES:
             raise CompileError(f"Type of {value.name!r} must be one of {', '.join(TYPES)}, not "
                                f"{value.dtype.name}: cast it in the model")
+        if canonical.shape(value)[:1] != (1,):
+            raise CompileError(f"First axis of {value.name!r} must be the batch, not one of the shape "
+                               f"{list(canonical.shape(value))}: reshape it in the model")
         return str(value.name), canonical.shape(value)[1:], TYPES[value.dtype.name]
     return [port(v) for v in model.graph.inputs], [port(v) for v in model.graph.outputs]
 

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
+from moeware.compiler.fuse.contrib_moe import fuse_contrib_moe
 from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
 from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
 from moeware.compiler.fuse.moe import fuse_moe
@@ -28,6 +29,7 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
 RULES = (
     fuse_moe,
+    fuse_contrib_moe,
     fuse_soft_moe,
     fuse_norm,
     fuse_pointwise,

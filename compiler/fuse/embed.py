@@ -38,6 +38,8 @@ def _from_convolution(model: ir.Model, node: ir.Node) -> None:
     if weight.ndim != 4 or (bias is None and operand(node, 2) is not None):
         return
     ph, pw = weight.shape[2:]
+    if weight.shape[1] != image_shape[1] or bias is not None and bias.shape != weight.shape[:1]:
+        return
     if list(attribute(node, "strides", [1, 1])) != [ph, pw] or attribute(node, "group", 1) != 1:
         return
     if any(attribute(node, "pads", [0])) or set(attribute(node, "dilations", [1])) != {1}:

@@ -1,5 +1,7 @@
 """LayerNorm: the fused operator and its primitive forms."""
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -40,6 +42,8 @@ def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
         return
     features = shape[-1]
     beta = np.zeros(features) if beta is None else beta
+    if not gamma.shape[-1:] == beta.shape[-1:] == (features,):
+        return
     epsilon = attribute(node, "epsilon", 1e-5)
     _replace(model, [node], x, node.outputs[0], gamma, beta, epsilon)
 
@@ -134,6 +138,8 @@ def _measure(
 def _replace(model, nodes, x, y, gamma, beta, epsilon) -> None:
     shape = token_shape(x)
     if shape is None or gamma.size != shape[-1] or beta.size != shape[-1]:
+        return
+    if not 0 < epsilon < math.inf:
         return
     build = Builder(model, nodes[-1], nodes)
     inputs = [build.resolve(x, shape), build.weight(gamma.reshape(-1), "gamma")]

@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 
 from moeware.compiler.fuse.linear import match_product
-from moeware.compiler.fuse.moe import TOLERANCE, cuts
+from moeware.compiler.fuse.moe import cuts
+from moeware.compiler.fuse.moe_proof import TOLERANCE
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.rebuild import Builder, flat_root, token_shape
 from moeware.compiler.fuse.region import region, run

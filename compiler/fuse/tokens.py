@@ -62,9 +62,10 @@ def fuse_mean(model: ir.Model) -> None:
             continue
         if is_op(node, "GlobalAveragePool"):
             axes = range(2, len(given))
-        if axes is None:
+        # No axes at all are all of them, or none, as another attribute says.
+        if axes is None or np.ndim(axes) != 1 or len(axes) == 0:
             continue
-        axes = sorted(int(axis) % len(given) for axis in axes)
+        axes = sorted({int(axis) % len(given) for axis in axes})
         for trace in reversed(traces(node.inputs[0])):
             shape = static_shape(trace.root)
             if shape is None or len(shape) != 3 or shape[0] != 1:

@@ -156,7 +156,7 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     source = logits
     if attrs["normalise"] == "all":
         source = emitter.emit("Softmax", [logits], axis=-1)
-    top = factors if attrs["normalise"] == "all" else f"{factors}/logits"
+    top = factors if attrs["normalise"] == "all" else emitter.name(f"{factors}/logits")
     emitter.nodes.append(
         helper.make_node("TopK", [source, emitter.integers(attrs["k"])], [top, indices], axis=-1)
     )
