@@ -50,7 +50,9 @@ class Experts(State):
         limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
         samples = self._expert_samples(node)
         if third:
-            made = gated_layers((w1, b1), third, source, function, samples, np.abs(w2).max(1), limit)
+            demand = np.max([np.abs(variant[node.name].inputs[5].const_value.numpy()).max(1)
+                             for variant in self.variants], 0)
+            made = gated_layers((w1, b1), third, source, function, samples, demand, limit)
             layers = {name: getattr(made, name)
                       for name in ("up", "up_affine", "gate", "gate_affine", "table")}
             w2 = w2 * made.scale[:, None]

@@ -95,13 +95,11 @@ class Scale(wiring.Component):
             looked_up = self._table(m, lane, scaled.mode.table, narrow)
             to_activation = scaled.mode.target == Target.ACTIVATION
             if products:
-                update = Mux(to_activation & ~scaled.mode.multiply, narrow, requantise.result)
-                gated = self._multiply(m, lane, update, stages, looked_up[self.LOOK_UP])
-            else:
-                update = Mux(to_activation, narrow, requantise.result)
-                gated = self._gate(m, lane, update, scaled.weight)
+                to_activation &= ~scaled.mode.multiply
+            update = Mux(to_activation, narrow, requantise.result)
+            multiplied = self._multiply(m, lane, update, stages, looked_up[self.LOOK_UP])
             m.d.comb += self.results[lane].eq(
-                Mux(to_router, biased, Mux(last.mode.look_up, looked_up[-1], gated)))
+                Mux(to_router, biased, Mux(last.mode.look_up, looked_up[-1], multiplied)))
         return m
 
     def _table(self, m, lane, table, index):
@@ -121,40 +119,32 @@ class Scale(wiring.Component):
             m.d.sync += found[-1].eq(found[-2])
         return found
 
-    def _gate(self, m, lane, update, weight):
-        m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), GATE_BITS + 1)
-        gated = Signal(signed(16), name=f"gated_{lane}")
-        # A register on the way to the multiplier.
-        m.d.comb += multiply.advance.eq(1)
-        m.d.sync += [multiply.a[0].eq(update), multiply.b[0].eq(weight)]
-        m.d.sync += gated.eq(_weighted(multiply.product[0]))
-        return gated
-
     def _multiply(self, m, lane, update, stages, looked_up):
-        """`_gate`, and the products of pairs by the same multiplier."""
+        """What is gated, and where there are pairs their products, by one multiplier."""
         for stage in range(self.multiplied - self.scaled):
             before, update = update, Signal(signed(16), name=f"update_{lane}_{stage}")
             m.d.sync += update.eq(before)
-        mode, weight = stages[self.multiplied].mode, stages[self.multiplied].weight
-        m.submodules[f"held_{lane}"] = held = Memory(shape=signed(8), depth=self.config.tokens,
-                                                     init=[])
-        write, read = held.write_port(), held.read_port(domain="comb")
-        m.d.comb += [
-            write.en.eq(stages[self.multiplied].valid & mode.hold),
-            write.addr.eq(mode.row), read.addr.eq(mode.row),
-            write.data.eq(Mux(mode.look_up, looked_up, update)),
-        ]
-        m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), signed(GATE_BITS + 2))
+        mode, factor = stages[self.multiplied].mode, stages[self.multiplied].weight
+        bits = GATE_BITS + 1
+        if self.config.products:
+            m.submodules[f"held_{lane}"] = held = Memory(shape=signed(8), depth=self.config.tokens,
+                                                         init=[])
+            write, read = held.write_port(), held.read_port(domain="comb")
+            m.d.comb += [
+                write.en.eq(stages[self.multiplied].valid & mode.hold),
+                write.addr.eq(mode.row), read.addr.eq(mode.row),
+                write.data.eq(Mux(mode.look_up, looked_up, update)),
+            ]
+            factor, bits = Mux(mode.multiply, read.data, factor), signed(GATE_BITS + 2)
+        m.submodules[f"gate_{lane}"] = multiply = Multipliers(signed(16), bits)
+        gated = Signal(signed(16), name=f"gated_{lane}")
+        # A register on the way to the multiplier.
         m.d.comb += multiply.advance.eq(1)
-        m.d.sync += [multiply.a[0].eq(update),
-                     multiply.b[0].eq(Mux(mode.multiply, read.data, weight))]
+        m.d.sync += [multiply.a[0].eq(update), multiply.b[0].eq(factor)]
         product = multiply.product[0]
-        result = Signal(signed(16), name=f"result_{lane}")
-        paired = halved(m, product[PRODUCT_BITS - 1:16 + 8].as_signed(), signed(8))
-        m.d.sync += result.eq(Mux(stages[self.latency - 1].mode.multiply, paired.as_signed(),
-                                  _weighted(product)))
-        return result
-
-
-def _weighted(product):
-    return (product + (1 << (GATE_BITS - 1))) >> GATE_BITS
+        result = (product + (1 << (GATE_BITS - 1))) >> GATE_BITS
+        if self.config.products:  # of 8 bits and 16
+            paired = halved(m, product[PRODUCT_BITS - 1:24].as_signed(), signed(8))
+            result = Mux(stages[self.latency - 1].mode.multiply, paired.as_signed(), result)
+        m.d.sync += gated.eq(result)
+        return gated

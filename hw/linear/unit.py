@@ -41,13 +41,14 @@ class LinearUnit(wiring.Component):
     For each row and channel: the int32 sum (it wraps) of ``source_words * K`` products, plus the
     bias; then requantised to int8 and perhaps looked up in a table (ACTIVATION), or requantised to
     int16, perhaps weighted, and written or added with saturation (RESIDUAL), or sent as it is
-    (ROUTER). With `product`, pairs of words of W results become one word (ACTIVATION). `gather`, `scatter` and `gated` have a meaning only with `queued`. Without rows,
-    channels or source words an instruction does nothing, and no setup is sent to the router.
+    (ROUTER). With `product`, pairs of words of W results become one word (ACTIVATION). `gather`,
+    `scatter` and `gated` have a meaning only with `queued`. Without rows, channels or source words an
+    instruction does nothing, and no setup is sent to the router.
 
     Throughput: a group of T rows takes ``source_words`` cycles for each O channels, or the number
     of its write-back words, ``rows * ceil(channels / W)`` with O and T replaced by what is left in
-    ragged groups (a pair is two words), whichever is more. No cycle is lost between output groups, token groups or
-    instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
+    ragged groups (a pair is two words), whichever is more. No cycle is lost between output groups,
+    token groups or instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
     more for all) are fetched while the group before is at work, and every instruction is taken
     ``RowAddresses.LATENCY + 5`` cycles (READ_LATENCY more if `queued`) before its first row is due.
     A single instruction of one word and group takes 2 cycles, and instructions are taken every 2

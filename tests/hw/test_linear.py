@@ -335,13 +335,17 @@ SIZES = [(12, 5, ("tabled", "expert")), (4, 5, ("residual", "tabled")),
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 6, 1), (4, 4, 4, 4)], ids=str)
-def test_no_cycle_is_lost(shape):
+@pytest.mark.parametrize("products", [0, 1])
+def test_no_cycle_is_lost(shape, products):
     tokens, outputs, depth, lanes = shape
-    sizes = config(*shape, row_words=12, activation_words=1024)
+    sizes = config(*shape, row_words=12, activation_words=1024, products=products)
     instructions, expected = [], []
     for words, groups, modes in SIZES:
-        channels = groups * outputs - 2
         for mode, extra in map(MODES.get, modes):
+            channels = groups * outputs - 2
+            if products and mode["target"] == Target.ACTIVATION:  # of an even number of words
+                mode = mode | {"product": 1}
+                channels += lanes * (-(-channels // lanes) % 2)
             width = depth if mode["target"] == Target.ACTIVATION else lanes
             instructions.append({
                 "rows": TOKENS, "source": 0, "source_stride": words, "source_words": words,
