@@ -14,7 +14,7 @@ from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import NORM_CHANNELS, Memory, NormMode, Opcode
 
-__all__ = ["head_of", "lower_norm", "norm_head", "norm_rows"]
+__all__ = ["head_of", "load_rotation", "lower_norm", "norm_head", "norm_rows"]
 
 Pieces = list[tuple[int, int, int]]
 
@@ -100,7 +100,7 @@ def _normalise(lowering: Lowering, op: q.Norm, source: Tensor, spans: list[tuple
     words = layout.pack_params(c, affine.bias, affine.multiplier, affine.shift)
     require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
     params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
-    factors = _rotation(lowering, op, source)
+    factors = None if op.rotation is None else load_rotation(lowering, op, source)
     for read, write, row in spans:
         reads, turn = [read, params], {}
         if factors is not None:
@@ -113,10 +113,9 @@ def _normalise(lowering: Lowering, op: q.Norm, source: Tensor, spans: list[tuple
                                epsilon=op.epsilon, **turn)
 
 
-def _rotation(lowering: Lowering, op: q.Norm, source: Tensor) -> Span | None:
-    """Factors for a head of all rows of a frame, which stay on chip: layers share them."""
-    if op.rotation is None:
-        return None
+def load_rotation(lowering: Lowering, op: q.Norm, source: Tensor) -> Span:
+    """Factors for a head of all rows of a frame, which stay on chip once they are there: layers share
+    them. source : what is turned, or a tensor that lies like it."""
     rows, channels = op.rotation.shape
     if channels * source.groups != source.channels:
         raise CompileError(f"{op.name} must turn each of {source.groups} heads of attention, not "
