@@ -141,10 +141,13 @@ class Lowering:
         return self.deferred[op.source] if isinstance(op, q.Norm) else op
 
     def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
-        self.tensors[name] = Tensor(self.config, name, memory, self.frames, rows, channels,
-                                    groups=self.groups.get(name, 1), split=name in self.split,
-                                    bank=bank)
+        self.tensors[name] = self.shape(name, memory, rows, channels, bank)
         return self.tensors[name]
+
+    def shape(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
+        """How a tensor lies, or will lie."""
+        return Tensor(self.config, name, memory, self.frames, rows, channels,
+                      groups=self.groups.get(name, 1), split=name in self.split, bank=bank)
 
     def block(self, name: str, tensor: Tensor) -> Block:
         """Room for a tensor of all frames in DRAM."""

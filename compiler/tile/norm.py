@@ -14,7 +14,7 @@ from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import NORM_CHANNELS, Memory, NormMode, Opcode
 
-__all__ = ["head_of", "lower_norm", "norm_head", "norm_rows"]
+__all__ = ["head_of", "load_rotation", "lower_norm", "norm_head", "norm_rows"]
 
 Pieces = list[tuple[int, int, int]]
 
@@ -54,9 +54,10 @@ def norm_rows(lowering: Lowering, op: q.Norm, source: Tensor, target: Tensor, pi
                                for span, tensor in ((read, source), (write, target)))
             spans.append((read, write, first % op.rows))
         if groups > 1 or source.groups == 1:
-            _normalise(lowering, part, source, spans, np.arange(source.channels // groups))
+            _normalise(lowering, op.name, part, source, spans, np.arange(source.channels // groups))
         else:
-            _normalise(lowering, part, source, spans, source.columns(), source.stride * source.per_word)
+            _normalise(lowering, op.name, part, source, spans, source.columns(),
+                       source.stride * source.per_word)
 
 
 def norm_head(lowering: Lowering, op: q.Norm, frame: int, group: int, rows: tuple[int, int],
@@ -68,7 +69,7 @@ def norm_head(lowering: Lowering, op: q.Norm, frame: int, group: int, rows: tupl
     target = lowering.tensors[op.output]
     spans = [(source.head(frame, group, a, b), target.head(frame, group, a, b), a)
              for a, b in chunks(lowering.config, *rows)]
-    _normalise(lowering, head_of(op, group, source.groups), source, spans,
+    _normalise(lowering, op.name, head_of(op, group, source.groups), source, spans,
                np.arange(source.channels // source.groups))
 
 
@@ -80,8 +81,8 @@ def head_of(op, head: int, heads: int):
     return dataclasses.replace(op, name=f"{op.name}/head{head}", affine=affine, **changes)
 
 
-def _normalise(lowering: Lowering, op: q.Norm, source: Tensor, spans: list[tuple[Span, Span, int]],
-               columns: np.ndarray, width: int = 0) -> None:
+def _normalise(lowering: Lowering, layer: str, op: q.Norm, source: Tensor,
+               spans: list[tuple[Span, Span, int]], columns: np.ndarray, width: int = 0) -> None:
     """Rows of one group: (read, write, row of its frame) of each chunk. Its channels lie at `columns` of
     `width`, between zeros, or one after another."""
     c, channels, width = lowering.config, len(columns), width or len(columns)
@@ -99,24 +100,23 @@ def _normalise(lowering: Lowering, op: q.Norm, source: Tensor, spans: list[tuple
     affine = filled_affine(op.affine, columns, width)
     words = layout.pack_params(c, affine.bias, affine.multiplier, affine.shift)
     require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
-    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
-    factors = _rotation(lowering, op, source)
+    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, layer)
+    factors = None if op.rotation is None else load_rotation(lowering, op, source)
     for read, write, row in spans:
         reads, turn = [read, params], {}
         if factors is not None:
             reads.append(factors.part(row, row + read.rows))
             turn = {"factors": reads[-1], "factor_stride": factors.stride,
                     "factor_words": factors.words}
-        lowering.assembly.emit(Opcode.NORM, op.name, reads, [write], rows=read.rows, mode=op.mode,
+        lowering.assembly.emit(Opcode.NORM, layer, reads, [write], rows=read.rows, mode=op.mode,
                                channels=width, counted=counted, source=read, source_stride=read.stride,
                                destination=write, destination_stride=write.stride, param=params,
                                epsilon=op.epsilon, **turn)
 
 
-def _rotation(lowering: Lowering, op: q.Norm, source: Tensor) -> Span | None:
-    """Factors for a head of all rows of a frame, which stay on chip: layers share them."""
-    if op.rotation is None:
-        return None
+def load_rotation(lowering: Lowering, op: q.Norm, source: Tensor) -> Span:
+    """Factors for a head of all rows of a frame, which stay on chip once they are there: layers share
+    them. source : what is turned, or a tensor that lies like it."""
     rows, channels = op.rotation.shape
     if channels * source.groups != source.channels:
         raise CompileError(f"{op.name} must turn each of {source.groups} heads of attention, not "

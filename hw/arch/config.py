@@ -90,10 +90,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, fields: dict[str, int]) -> "Config":
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise ConfigError(f"Config must have exactly the fields {sorted(known)}, "
-                              f"not {sorted(fields)}")
+        """The inverse of `to_dict`; options that are left out are off."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        if not needed <= set(fields) <= set(known):
+            raise ConfigError(f"Config must have the fields {sorted(needed)}, may have "
+                              f"{sorted(set(known) - needed)} and no others, not {sorted(fields)}")
         return cls(**fields)
 
     @cached_property

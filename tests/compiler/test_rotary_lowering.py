@@ -8,6 +8,7 @@ import pytest
 from moeware.compiler.errors import CompileError
 from moeware.compiler.tile import PLANS, chain
 from moeware.hw.arch.isa import Memory, NormMode, Opcode
+from moeware.hw.arch.program import Program
 from moeware.hw.arch.work import works
 from moeware.runtime.torch_path import TorchDevice
 from moeware.sim.golden import GoldenDevice, Machine
@@ -94,6 +95,24 @@ def test_blocks_of_rows_behind_attention_give_the_same(monkeypatch, form, frames
              if work.layer == "/addlinear7" and work.instruction.opcode is Opcode.LOAD]
     assert len(again) > len(set(again))  # a block's weights are loaded for it
     compare(graph, compiled, frames=2)
+
+
+def test_what_is_normalised_as_a_whole_is_made_in_blocks_where_room_is_short():
+    graph = decoder(6, "olmoe", tokens=64, width=8, heads=3, hidden=16)
+    for frames in (1, 3):
+        # The stream takes 768 words a frame, factors 256, and a block of queries or keys 384.
+        tight = dataclasses.replace(ROTARY[0], activation_words=4096, max_rows=200,
+                                    residual_words=768 * frames + 256 + 384)
+        with pytest.raises(CompileError, match="must fit in the residual memory"):
+            program(graph, tight, plans=PLANS[:2], frames=frames)
+        compare(graph, program(graph, tight, plans=PLANS[2:4], frames=frames), frames=frames)
+
+
+def test_programs_are_kept_in_files(tmp_path):
+    graph = decoder(3, "qwen3", **SIZES["odd"])
+    compiled = program(graph, ROTARY[0])
+    compiled.save(tmp_path / "model.moe")
+    compare(graph, Program.load(tmp_path / "model.moe"))
 
 
 def test_heads_are_made_one_by_one_and_share_their_factors():
