@@ -94,8 +94,8 @@ class Config:
         known = {field.name: field for field in dataclasses.fields(cls)}
         needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
         if not needed <= set(fields) <= set(known):
-            raise ConfigError(f"Config must have the fields {sorted(needed)}, may have "
-                              f"{sorted(set(known) - needed)} and no others, not {sorted(fields)}")
+            raise ConfigError(f"Config must have exactly the fields {sorted(needed)}, and of "
+                              f"{sorted(set(known) - needed)} what is not off, not {sorted(fields)}")
         return cls(**fields)
 
     @cached_property
