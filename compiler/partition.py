@@ -6,15 +6,31 @@ reason, together with the rest of its block: the graph is cut only at values of 
 stream, at graph inputs and after a final Linear.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, macs, sources
+from moeware.compiler.canonical import is_canonical, macs, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.to_onnx import lower
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why node `node` runs on the host, and what to change in the model.
+
+    follows: the host node that it is there for, and would not be without; None for a cause.
+    """
+
+    node: str
+    rule: str
+    remedy: str
+    follows: str | None = None
+
+    def __str__(self) -> str:
+        return f"node `{self.node}`: {self.rule}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -22,15 +38,15 @@ class Step:
     """Nodes that run together.
 
     kind: "fpga" or "host"; nodes: in order of computation; inputs, outputs: value names;
-    reasons: for a host step, why each node is there; model: for a host step, an ONNX model
-    (bytes) from inputs to outputs with a dynamic batch, for ONNX Runtime.
+    reasons: for a host step, why each node is there, by its name; model: for a host step, an ONNX
+    model (bytes) from inputs to outputs with a dynamic batch, for ONNX Runtime.
     """
 
     kind: str
     nodes: tuple[ir.Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    reasons: dict[str, str]
+    reasons: dict[str, Reason]
     model: bytes | None
 
 
@@ -41,7 +57,7 @@ class Partition:
     steps: tuple[Step, ...]
 
     @property
-    def reasons(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, Reason]:
         """Node name -> why it runs on the host."""
         return {name: reason for step in self.steps for name, reason in step.reasons.items()}
 
@@ -85,7 +101,7 @@ _CUTS = "the graph is cut only at the residual stream, graph inputs and a final 
 
 def partition(model: ir.Model) -> Partition:
     """Cut the canonical ``model`` into steps; every supported node runs on the accelerator."""
-    host: dict[ir.Node, str] = {}
+    host: dict[ir.Node, Reason] = {}
     while True:
         found = dict(_violations(model, host))
         if not found:
@@ -94,17 +110,19 @@ def partition(model: ir.Model) -> Partition:
     return Partition(tuple(_steps(model, host)))
 
 
-def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.Node, str]]:
+def _violations(
+    model: ir.Model, host: dict[ir.Node, Reason]
+) -> Iterator[tuple[ir.Node, Reason]]:
     """Nodes that cannot run on the accelerator while ``host`` runs on the host, with reasons."""
     kinds: dict[ir.Value, _Kind] = {value: _Kind("image") for value in model.graph.inputs}
-    fresh: dict[ir.Node, str] = {}
+    fresh: dict[ir.Node, Reason] = {}
     for number, node in enumerate(model.graph):
         if node not in host:
-            reason = _plain_reason(node)
-            if is_canonical(node):
-                reason = _rule_broken(node, kinds, {*host, *fresh})
-            if reason is not None:
-                fresh[node] = f"node `{node.name}`: {reason}"
+            text = _rule_broken(node, kinds) if is_canonical(node) else _plain_reason(node)
+            if text is not None:
+                before = _host_operand(node, {*host, *fresh}) if is_canonical(node) else None
+                reads = f"reads the result of `{before and before.name}`, which the host computes"
+                fresh[node] = _follows(node, before, reads) if before else _reason(node, text)
         for value in node.outputs:
             if node in host or node in fresh:
                 shape = static_shape(value)
@@ -116,24 +134,34 @@ def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
 
 
-def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]) -> str | None:
+def _reason(node: ir.Node, text: str) -> Reason:
+    """Of a text "rule; remedy"."""
+    rule, _, remedy = text.partition("; ")
+    return Reason(str(node.name), rule, remedy)
+
+
+def _follows(node: ir.Node, cause: ir.Node, rule: str) -> Reason:
+    return Reason(str(node.name), rule, f"repair `{cause.name}` first", str(cause.name))
+
+
+def _host_operand(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
+    """The last operand of ``node`` that the host computes."""
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return next((before for before in producers[::-1] if before in host), None)
+
+
+def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind]) -> str | None:
+    """Why canonical ``node`` cannot read operands of these kinds: "rule; remedy"."""
     variable = [value for value in node.inputs if value is not None and value in kinds]
     given = [kinds[value] for value in variable]
     given_names = [kind.name for kind in given]
     allowed, _ = _READS[node.op_type]
     if node.op_type == "Add":
-        branches = [value.producer() for value in variable if value.producer() in host]
-        if branches and "linear" not in given_names and "experts" not in given_names:
-            assert branches[-1] is not None
-            return (
-                f"Add joins the result of `{branches[-1].name}`, which the host computes; "
-                f"repair `{branches[-1].name}` first"
-            )
         return _add_broken(variable, given)
     first = given[0].name if given else "constant"
     if first not in allowed:
         return (
-            f"{node.op_type} of a {first} value is not a supported form, it reads "
+            f"{node.op_type} of {'an' if first[0] in 'aeiou' else 'a'} {first} value is not a supported form, it reads "
             f"{' or '.join(allowed)}; use pre-norm residual blocks"
         )
     if node.op_type == "Attention" and set(given_names) != {"linear"}:
@@ -167,7 +195,6 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
 
 def _plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
-    domain = f"{node.domain}." if node.domain else ""
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "
@@ -183,10 +210,33 @@ def _plain_reason(node: ir.Node) -> str:
             f"{node.op_type} outside a recognised mixture of experts; write the router as linear, "
             f"softmax, top-k and the experts as two layers with one function between"
         )
+    if node.op_type == "Softmax" and any(
+        reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()
+    ):
+        return (
+            "Softmax of an attention that no rule recognises; write it as "
+            "scaled_dot_product_attention of three Linears, causal or without a mask"
+        )
+    if node.op_type in ("ReduceMean", "Sqrt", "Rsqrt"):
+        return (
+            f"{node.op_type} outside a recognised normalisation or mean over tokens; normalise the "
+            f"last axis, with epsilon added under the root"
+        )
+    return no_form([operator_name(node)])
+
+
+def no_form(operators: Sequence[str]) -> str:
+    """The reason "rule; remedy" of operators that no rule reads, of whatever form."""
     return (
-        f"{domain}{node.op_type} has no form on the accelerator; "
-        f"leave it out of the model or accept that the host runs it"
+        f"{', '.join(operators)} {'has' if len(operators) == 1 else 'have'} no form on the "
+        f"accelerator; leave it out of the model or accept that the host runs it"
     )
+
+
+def operator_name(node: ir.Node) -> str:
+    """Operator of ``node``, with its domain where it is neither a standard nor a canonical one."""
+    plain = is_canonical(node) or node.domain in ("", "ai.onnx")
+    return node.op_type if plain else f"{node.domain}.{node.op_type}"
 
 
 def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
@@ -205,8 +255,8 @@ def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
 
 
 def _uses_broken(
-    model: ir.Model, host: dict[ir.Node, str], kinds: dict[ir.Value, _Kind]
-) -> Iterator[tuple[ir.Node, str]]:
+    model: ir.Model, host: dict[ir.Node, Reason], kinds: dict[ir.Value, _Kind]
+) -> Iterator[tuple[ir.Node, Reason]]:
     """Values that would have to leave or enter the accelerator where it cannot be cut."""
     levels = _levels(model, host)
     rejoins = _before_accelerator(model, host)
@@ -225,21 +275,33 @@ def _uses_broken(
                 if same_step and reader.op_type in _MAY_FOLLOW.get(kind, ()):
                     continue
                 where = "on the host" if on_host else "in another step"
-                reason = (
-                    f"node `{node.name}`: its result feeds `{reader.name}` {where}, and {_CUTS}; "
-                    f"repair `{reader.name}` first"
+                rule = f"its result feeds `{reader.name}` {where}, and {_CUTS}"
+                cause = reader if on_host else _host_before(reader, host)
+                remedy = f"let `{reader.name}` read the residual stream"
+                yield node, _follows(node, cause, rule) if cause else _reason(
+                    node, f"{rule}; {remedy}"
                 )
-                yield node, reason
                 break
             if value.is_graph_output() and kind != "linear":
-                reason = (
-                    f"node `{node.name}`: {node.op_type} cannot end the accelerator's part, a "
-                    f"Linear or the residual stream does; end the model with a Linear"
+                yield node, _reason(
+                    node,
+                    f"{node.op_type} cannot end the accelerator's part, a Linear or the residual "
+                    f"stream does; end the model with a Linear",
                 )
-                yield node, reason
 
 
-def _before_accelerator(model: ir.Model, host: dict[ir.Node, str]) -> set[ir.Node]:
+def _host_before(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
+    """The nearest host node whose result reaches ``node``."""
+    queue = [node]
+    for current in queue:
+        if current in host:
+            return current
+        producers = [value.producer() for value in inputs_of(current)]
+        queue += [before for before in producers if before is not None and before not in queue]
+    return None
+
+
+def _before_accelerator(model: ir.Model, host: dict[ir.Node, Reason]) -> set[ir.Node]:
     """Host nodes whose results reach a node on the accelerator."""
     found: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
@@ -249,7 +311,7 @@ def _before_accelerator(model: ir.Model, host: dict[ir.Node, str]) -> set[ir.Nod
     return found
 
 
-def _levels(model: ir.Model, host: dict[ir.Node, str]) -> dict[ir.Node, int]:
+def _levels(model: ir.Model, host: dict[ir.Node, Reason]) -> dict[ir.Node, int]:
     """Number of the step of each node: even on the host, odd on the accelerator."""
     levels: dict[ir.Node, int] = {}
     for node in model.graph:
@@ -264,7 +326,7 @@ def _levels(model: ir.Model, host: dict[ir.Node, str]) -> dict[ir.Node, int]:
     return levels
 
 
-def _steps(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[Step]:
+def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
     levels = _levels(model, host)
     for level in sorted(set(levels.values())):
         nodes = [node for node in model.graph if levels[node] == level]
@@ -291,25 +353,22 @@ def _steps(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[Step]:
 
 
 def describe(parts: Partition) -> str:
-    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather: …)``."""
+    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause; the others follow from them.
-    causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
-    first = (causes or counts["host"])[0]
-    reason = first["reason"].split(": ", 1)[1].split(";")[0]
-    return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"
+    first = next(entry for entry in counts["host"] if entry["follows"] is None)
+    return f"{line}; host {counts['host_nodes']} ({first['reason']})"
 
 
 def report(parts: Partition) -> dict:
     """Where every node runs, as a value that ``json.dumps`` takes.
 
     Keys: fpga_nodes, host_nodes, macs (of one frame), fpga_mac_share (0 to 1), steps (kind, nodes,
-    inputs, outputs), host (node, operator, sources, reason, macs, mac_share).
+    inputs, outputs), host (node, operator, sources, reason, remedy, follows, macs, mac_share).
     """
     work = {node: macs(node) for step in parts.steps for node in step.nodes}
     total = sum(work.values())
@@ -318,7 +377,9 @@ def report(parts: Partition) -> dict:
             "node": node.name,
             "operator": node.op_type,
             "sources": sources(node),
-            "reason": step.reasons[str(node.name)],
+            "reason": step.reasons[str(node.name)].rule,
+            "remedy": step.reasons[str(node.name)].remedy,
+            "follows": step.reasons[str(node.name)].follows,
             "macs": work[node],
             "mac_share": work[node] / total if total else 0.0,
         }

@@ -101,7 +101,9 @@ def _quantise(state: State) -> None:
         for part, *alike in zip(parts, *variants, strict=True):
             if part.kind == "host":
                 step = HostStep(model=part.model, inputs=list(part.inputs),
-                                outputs=list(part.outputs), reasons=part.reasons)
+                                outputs=list(part.outputs),
+                                reasons={name: f"{reason.rule}; {reason.remedy}"
+                                         for name, reason in part.reasons.items()})
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
                                 [each.nodes for each in alike])
