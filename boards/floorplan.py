@@ -22,6 +22,7 @@ Site = tuple[int, int, str]  # column, row, name of the bel
 
 CLOCKS = ("CLK", "WCK")  # how their pins begin; they have wires of their own
 MOST_PINS = 48  # of a net: wires of wider ones have a length that no site changes much
+ORIGIN = 1e-4  # spring to the origin, of what no wire holds and would be anywhere
 TURNS = 300  # of the annealing, for each site
 
 
@@ -88,7 +89,8 @@ def energy_form(nets: list[list[int]], fixed: int, cells: int) -> np.ndarray:
     """The matrix S of the least energy ``x @ S @ x + y @ S @ y`` of the wires, where x and y are the
     places of the first `fixed` of `cells` cells and all others are where that is least.
 
-    A net is a star: a point of its own with a spring of strength 1 / (k - 1) to each of its k cells.
+    A net is a star: a point of its own with a spring of strength 1 / (k - 1) to each of its k cells. A
+    weak spring draws every cell and point to the origin.
     """
     ends, strengths, nodes = [], [], cells
     for net in nets:
@@ -99,8 +101,7 @@ def energy_form(nets: list[list[int]], fixed: int, cells: int) -> np.ndarray:
     near, far = np.array(ends, np.int64).reshape(-1, 2).T
     pulls = coo_matrix((np.tile(strengths, 2), (np.r_[near, far], np.r_[far, near])),
                        shape=(nodes, nodes)).tocsr()
-    # What no wire holds would be anywhere: it is drawn to the origin, weakly.
-    laplacian = (diags(np.asarray(pulls.sum(axis=1)).ravel() + 1e-4) - pulls).tocsc()
+    laplacian = (diags(np.asarray(pulls.sum(axis=1)).ravel() + ORIGIN) - pulls).tocsc()
     inner, between = laplacian[fixed:, fixed:], laplacian[fixed:, :fixed].toarray()
     form = laplacian[:fixed, :fixed].toarray()
     if inner.shape[0]:

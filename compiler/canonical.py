@@ -11,57 +11,78 @@ PatchEmbed    image, weight[D, C*ph*pw], bias[D]      ph, pw, channels, height, 
 ClassToken    x, token[D]                             (prepends one row)
 AddConstant   x, constant[N, D]
 LayerNorm     x, gamma[D], beta[D]                    epsilon
+RMSNorm       x, gamma[D]                             epsilon, groups
 Linear        x, weight[N, K], bias[N]
+Rotary        x, cos[N, dim/2], sin[N, dim/2]         heads
 Attention     q, k, v  ([B, N, heads*dim])            heads, kv_heads, scale, causal
 Pointwise     x                                       function (see ``FUNCTIONS``)
+Multiply      a, b
 Add           a, b
 Route         x, weight[E, D], bias[E]                k, normalise ("chosen" or "all")
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
+GatedExperts  as Experts, then w3[E, H, D], b3[E, H]  function
 TakeToken     x                                       index
 MeanTokens    x
 ============  ======================================  ==================================
 
 ``PatchEmbed`` orders patches row-major and the features of a patch (channel, y, x).
+``RMSNorm`` divides each of ``groups`` equal parts of a row by the root of its mean square (plus
+epsilon), then multiplies by gamma.
+``Rotary`` turns channels c and c + dim/2 of each head, a pair, by the angle of row and pair:
+``(a, b) -> (a cos - b sin, b cos + a sin)``. Rows of weights are permuted where a model pairs
+channels otherwise.
 ``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``.
 ``Route`` returns ``(indices int64, weights)``: the k largest of ``softmax(Wx + b)``, ties to the
 lower index; "chosen" divides the weights by their sum (equal to softmax over the chosen logits).
-``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``.
+``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
+``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
+``Multiply`` (GLU: Shazeer 2020, section 2).
 
 Every canonical node carries the metadata ``sources``: the names of the nodes that it replaces.
 """
 
 import json
-import math
-from collections.abc import Callable
 
 import onnx_ir as ir
 
+from moeware.compiler.canonical_rules import FUNCTIONS, NORMALISATIONS, RULES
 from moeware.compiler.errors import CompileError
 
-DOMAIN = "moeware"
-FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh")
-NORMALISATIONS = ("chosen", "all")
+__all__ = [
+    "DOMAIN",
+    "FUNCTIONS",
+    "NORMALISATIONS",
+    "OPERATORS",
+    "attributes",
+    "is_canonical",
+    "shape",
+    "sources",
+    "verify",
+]
 
+DOMAIN = "moeware"
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "PatchEmbed": (3, 1, ("ph", "pw", "channels", "height", "width")),
     "ClassToken": (2, 1, ()),
     "AddConstant": (2, 1, ()),
     "LayerNorm": (3, 1, ("epsilon",)),
+    "RMSNorm": (2, 1, ("epsilon", "groups")),
     "Linear": (3, 1, ()),
+    "Rotary": (3, 1, ("heads",)),
     "Attention": (3, 3, ("heads", "kv_heads", "scale", "causal")),
     "Pointwise": (1, 1, ("function",)),
+    "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
     "Route": (3, 1, ("k", "normalise")),
     "Experts": (7, 3, ("function",)),
+    "GatedExperts": (9, 3, ("function",)),
     "TakeToken": (1, 1, ("index",)),
     "MeanTokens": (1, 1, ()),
 }
 OPERATORS = tuple(_SIGNATURES)
-
-Shapes = list[tuple[int, ...]]
 
 
 def is_canonical(node: ir.Node) -> bool:
@@ -119,140 +140,4 @@ def _verify_node(node: ir.Node) -> None:
         require(value is not None and value.const_value is not None, "weights are initializers")
     shapes = [shape(value) for value in node.inputs if value is not None]
     outputs = [shape(value) for value in node.outputs]
-    _RULES[node.op_type](shapes, outputs, attributes(node), require)
-
-
-Require = Callable[[bool, str], None]
-
-
-def _patch_embed(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    height, width, ph, pw = (attrs[name] for name in ("height", "width", "ph", "pw"))
-    require(inputs[0] == (1, attrs["channels"], height, width), "image is [1, C, H, W]")
-    require(height % ph == 0 and width % pw == 0, "patches divide the image")
-    features = attrs["channels"] * ph * pw
-    require(inputs[1] == (inputs[2][0], features), "weight is [D, C*ph*pw], bias [D]")
-    tokens = (height // ph) * (width // pw)
-    require(outputs[0] == (1, tokens, inputs[2][0]), "output is [1, N, D]")
-
-
-def _class_token(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    _, tokens, features = inputs[0]
-    require(inputs[1] == (features,), "token is [D]")
-    require(outputs[0] == (1, tokens + 1, features), "output has one row more")
-
-
-def _add_constant(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(len(inputs[0]) == 3 and inputs[1] == inputs[0][1:], "constant is [N, D]")
-    require(outputs[0] == inputs[0], "output has the shape of x")
-
-
-def _layer_norm(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(inputs[1] == inputs[2] == inputs[0][-1:], "gamma and beta are [D]")
-    require(outputs[0] == inputs[0], "output has the shape of x")
-    require(attrs["epsilon"] > 0, "epsilon is positive")
-
-
-def _linear(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(len(inputs[0]) in (2, 3), "x has 2 or 3 axes")
-    require(inputs[1] == (inputs[2][0], inputs[0][-1]), "weight is [N, K], bias [N]")
-    require(outputs[0] == (*inputs[0][:-1], inputs[2][0]), "output is [B, tokens, N]")
-
-
-def _attention(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    heads, kv_heads = attrs["heads"], attrs["kv_heads"]
-    require(heads % kv_heads == 0, "kv_heads divides heads")
-    require(inputs[0][-1] % heads == 0, "heads divides the features of q")
-    require(inputs[1][-1] * heads == inputs[0][-1] * kv_heads, "q and k have heads of one size")
-    require(inputs[1] == inputs[2], "k and v have one shape")
-    require(outputs[0] == inputs[0], "output has the shape of q")
-    require(attrs["causal"] in (0, 1), "causal is 0 or 1")
-
-
-def _pointwise(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(attrs["function"] in FUNCTIONS, f"function is one of {FUNCTIONS}")
-    require(outputs[0] == inputs[0], "output has the shape of x")
-
-
-def _add(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(inputs[0] == inputs[1] == outputs[0], "both operands and the output have one shape")
-
-
-def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    experts = inputs[1][0]
-    require(inputs[1] == (experts, inputs[0][-1]), "weight is [E, D]")
-    require(inputs[2] == (experts,), "bias is [E]")
-    require(1 <= attrs["k"] <= experts, "k is between 1 and E")
-    require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
-    require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
-
-
-def _experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    x, indices, weights, w1, b1, w2, b2 = inputs
-    experts, hidden, features = w1
-    require(features == x[-1], "w1 is [E, H, D]")
-    require(b1 == (experts, hidden) and b2 == (experts, features), "b1 is [E, H], b2 [E, D]")
-    require(w2 == (experts, features, hidden), "w2 is [E, D, H]")
-    require(indices == weights and indices[:-1] == x[:-1], "indices and weights are [B, N, k]")
-    require(outputs[0] == x, "output has the shape of x")
-    require(attrs["function"] in FUNCTIONS, f"function is one of {FUNCTIONS}")
-
-
-def _take_token(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(len(inputs[0]) == 3 and 0 <= attrs["index"] < inputs[0][1], "index is a row of x")
-    require(outputs[0] == (1, inputs[0][2]), "output is [B, D]")
-
-
-def _mean_tokens(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
-    require(len(inputs[0]) == 3, "x is [B, N, D]")
-    require(outputs[0] == (1, inputs[0][2]), "output is [B, D]")
-
-
-_RULES: dict[str, Callable[[Shapes, Shapes, dict, Require], None]] = {
-    "PatchEmbed": _patch_embed,
-    "ClassToken": _class_token,
-    "AddConstant": _add_constant,
-    "LayerNorm": _layer_norm,
-    "Linear": _linear,
-    "Attention": _attention,
-    "Pointwise": _pointwise,
-    "Add": _add,
-    "Route": _route,
-    "Experts": _experts,
-    "TakeToken": _take_token,
-    "MeanTokens": _mean_tokens,
-}
-
-
-def macs(node: ir.Node) -> int:
-    """Multiply-accumulates of ``node`` for one frame; 0 for operators without products."""
-    shapes = [shape(value) if _is_static(value) else () for value in node.inputs]
-    outputs = [shape(value) if _is_static(value) else () for value in node.outputs]
-    if is_canonical(node):
-        if node.op_type in ("PatchEmbed", "Linear"):
-            return math.prod(outputs[0]) * shapes[1][1]
-        if node.op_type == "Route":
-            return math.prod(shapes[0]) * shapes[1][0]
-        if node.op_type == "Experts":
-            return math.prod(shapes[1]) * 2 * math.prod(shapes[3][1:])
-        if node.op_type == "Attention":
-            return 2 * math.prod(shapes[0]) * shapes[1][-2]
-        return 0
-    if node.op_type == "MatMul" and shapes[0]:
-        return math.prod(outputs[0]) * shapes[0][-1]
-    if node.op_type == "Gemm" and shapes[1]:
-        return math.prod(shapes[1]) * outputs[0][0] if outputs[0] else 0
-    if node.op_type == "Conv" and shapes[1]:
-        return math.prod(outputs[0]) * math.prod(shapes[1][1:])
-    if node.op_type == "Einsum" and "..." not in node.attributes["equation"].value:
-        return _einsum_macs(node, shapes)
-    return 0
-
-
-def _is_static(value: ir.Value | None) -> bool:
-    return value is not None and value.shape is not None and value.shape.is_static()
-
-
-def _einsum_macs(node: ir.Node, shapes: Shapes) -> int:
-    terms = node.attributes["equation"].value.replace(" ", "").split("->")[0].split(",")
-    sizes = {label: size for term, dims in zip(terms, shapes) for label, size in zip(term, dims)}
-    return math.prod(sizes.values())
+    RULES[node.op_type](shapes, outputs, attributes(node), require)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import is_canonical, macs, sources
+from moeware.compiler.canonical import is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.macs import macs
 from moeware.compiler.to_onnx import lower
 
 
@@ -118,9 +119,10 @@ def _violations(
     fresh: dict[ir.Node, Reason] = {}
     for number, node in enumerate(model.graph):
         if node not in host:
-            text = _rule_broken(node, kinds) if is_canonical(node) else _plain_reason(node)
+            known = is_canonical(node) and node.op_type in _READS
+            text = _rule_broken(node, kinds) if known else _plain_reason(node)
             if text is not None:
-                before = _host_operand(node, {*host, *fresh}) if is_canonical(node) else None
+                before = _host_operand(node, {*host, *fresh}) if known else None
                 reads = f"reads the result of `{before and before.name}`, which the host computes"
                 fresh[node] = _follows(node, before, reads) if before else _reason(node, text)
         for value in node.outputs:

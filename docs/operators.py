@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
-from moeware.compiler import canonical, partition
+from moeware.compiler import canonical, canonical_rules, partition
 from moeware.compiler.fuse import RULES
 from moeware.compiler.fuse.trace import LAYOUT
 from moeware.compiler.load import OPSETS
@@ -27,7 +27,7 @@ _REGENERATE = "python docs/operators.py"
 def page() -> str:
     forms, operands = _forms(), _operands()
     head = ["operator", "recognised from", "runs on", "reads", "limits"]
-    rows = [[operator, _lines(forms[operator]), *_place(operator), _lines(_limits(operator))]
+    rows = [[operator, _lines(forms[operator] or ["no rule yet"]), *_place(operator), _lines(_limits(operator))]
             for operator in canonical.OPERATORS]
     limits = [[f"`{field.name}`", field.metadata["doc"], f"{field.metadata['high']:,}"]
               for field in fields(Config) if field.name.startswith("max_")]
@@ -102,11 +102,11 @@ def _place(operator: str) -> tuple[str, str]:
 
 def _limits(operator: str) -> list[str]:
     """What `canonical.verify` requires of a node, in its words."""
-    rule = canonical._RULES[operator]
+    rule = canonical_rules.RULES[operator]
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(rule)))
              if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"]
     # An f-string of a rule reads nothing but constants of the module.
-    return [eval(compile(ast.Expression(call.args[1]), rule.__name__, "eval"), vars(canonical))
+    return [eval(compile(ast.Expression(call.args[1]), rule.__name__, "eval"), vars(canonical_rules))
             for call in calls]
 
 

@@ -1,5 +1,6 @@
 """Host end of the serial link: registers and memory of a board over a serial port."""
 
+import contextlib
 import itertools
 import random
 import time
@@ -60,11 +61,9 @@ def open_port(name: str, baud: int) -> Transport:
         raise LinkError(f"Serial port {name} cannot be opened: {error}. Ports with a board: "
                         f"{find_ports() or 'none; plug it in'}. On Linux your user must be allowed "
                         "to use it (group dialout).") from error
-    if hasattr(port, "set_low_latency_mode"):
-        try:
-            port.set_low_latency_mode(True)  # the bridge would hold a short answer for 16 ms
-        except (OSError, ValueError, NotImplementedError):
-            pass  # only slower
+    # The bridge would hold a short answer for 16 ms. Where a driver cannot be told, it is only slower.
+    with contextlib.suppress(AttributeError, OSError, ValueError, NotImplementedError):
+        port.set_low_latency_mode(True)
     return port
 
 

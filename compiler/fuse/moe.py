@@ -19,7 +19,7 @@ from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.rebuild import Builder, flat_root
 from moeware.compiler.fuse.region import inputs_of, region, run
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
-from moeware.compiler.reference import FUNCTIONS
+from moeware.compiler.operators import FUNCTIONS
 
 _NORMALISATIONS = ("chosen", "all")
 # Relative difference that separates the rounding of float32 from another function.

@@ -17,6 +17,9 @@ from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, e
 
 CASES = Path(__file__).parent / "cases"
 
+# Sums of float32 of order one in another order, through a few blocks: what two kernels may differ by.
+SUM = 1e-4
+
 
 def run_steps(model, parts, feeds):
     """Run the host steps in ONNX Runtime and take what the accelerator would give from float."""
@@ -28,7 +31,7 @@ def run_steps(model, parts, feeds):
             outputs = session.run(None, {name: record[name] for name in step.inputs})
             for name, output in zip(step.outputs, outputs, strict=True):
                 assert output.shape == record[name].shape
-                assert np.allclose(output, record[name], atol=1e-4)
+                assert np.allclose(output, record[name], atol=SUM)
     assert {name for step in parts.steps for name in step.outputs} >= {
         value.name for value in model.graph.outputs
     }

@@ -9,7 +9,8 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeware.hw.ports import MemoryPort
-from moeware.hw.sdram import FIFO_WORDS, SDRAMController
+from moeware.hw.sdram import SDRAMController
+from moeware.hw.sdram_admission import QUEUE_WORDS
 from moeware.hw.sdram_chunks import CHUNK_WORDS, Chunker
 from moeware.hw.sdram_pins import INPUT_CYCLES, OUTPUT_CYCLES, SDRAMPinRegisters, SDRAMPins
 from moeware.hw.sdram_timing import SDRAMTiming
@@ -230,7 +231,7 @@ def test_long_bursts_use_the_bus_fully(bus_bytes, write, clock_hz, capture_cycle
     async def words(ctx):
         nonlocal spent
         if write:
-            await put_all(ctx, bench.memory.write_data, range(FIFO_WORDS + CHUNK_WORDS))
+            await put_all(ctx, bench.memory.write_data, range(QUEUE_WORDS + CHUNK_WORDS))
         else:
             await get_all(ctx, bench.memory.read_data, 1)
         for spent in range(100_000):
@@ -245,7 +246,7 @@ def test_long_bursts_use_the_bus_fully(bus_bytes, write, clock_hz, capture_cycle
             if not words.left:
                 break
 
-    words.left = pages * beats - (FIFO_WORDS + CHUNK_WORDS if write else 1)
+    words.left = pages * beats - (QUEUE_WORDS + CHUNK_WORDS if write else 1)
     moved_words = words.left
     bench.run(commands, words, deadline=30_000)
     share = moved_words * bus_bytes / 2 / (spent * rate)

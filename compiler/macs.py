@@ -1,0 +1,45 @@
+"""Multiply-accumulates of a node, canonical or not."""
+
+import math
+
+import onnx_ir as ir
+
+from moeware.compiler.canonical import is_canonical, shape
+
+__all__ = ["macs"]
+
+
+def macs(node: ir.Node) -> int:
+    """Multiply-accumulates of ``node`` for one frame; 0 for operators without products."""
+    shapes = [shape(value) if _is_static(value) else () for value in node.inputs]
+    outputs = [shape(value) if _is_static(value) else () for value in node.outputs]
+    if is_canonical(node):
+        if node.op_type in ("PatchEmbed", "Linear"):
+            return math.prod(outputs[0]) * shapes[1][1]
+        if node.op_type == "Route":
+            return math.prod(shapes[0]) * shapes[1][0]
+        if node.op_type in ("Experts", "GatedExperts"):
+            layers = 2 if node.op_type == "Experts" else 3
+            return math.prod(shapes[1]) * layers * math.prod(shapes[3][1:])
+        if node.op_type == "Attention":
+            return 2 * math.prod(shapes[0]) * shapes[1][-2]
+        return 0
+    if node.op_type == "MatMul" and shapes[0]:
+        return math.prod(outputs[0]) * shapes[0][-1]
+    if node.op_type == "Gemm" and shapes[1]:
+        return math.prod(shapes[1]) * outputs[0][0] if outputs[0] else 0
+    if node.op_type == "Conv" and shapes[1]:
+        return math.prod(outputs[0]) * math.prod(shapes[1][1:])
+    if node.op_type == "Einsum" and "..." not in node.attributes["equation"].value:
+        return _einsum_macs(node, shapes)
+    return 0
+
+
+def _is_static(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and value.shape.is_static()
+
+
+def _einsum_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
+    terms = node.attributes["equation"].value.replace(" ", "").split("->")[0].split(",")
+    sizes = {label: size for term, dims in zip(terms, shapes) for label, size in zip(term, dims)}
+    return math.prod(sizes.values())

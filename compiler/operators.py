@@ -1,0 +1,147 @@
+"""What each canonical operator computes, in float32 on PyTorch (see ``canonical``)."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+__all__ = ["FUNCTIONS", "OPERATORS", "Record"]
+
+Record = Callable[[str, np.ndarray], None]
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+Outputs = tuple[torch.Tensor, ...]
+
+
+def _patch_embed(inputs, attrs, name, record) -> Outputs:
+    image, weight, bias = inputs
+    kernel = weight.reshape(len(bias), attrs["channels"], attrs["ph"], attrs["pw"])
+    # A cast of the image to float is part of the operator.
+    patches = torch.nn.functional.conv2d(image.float(), kernel, bias, (attrs["ph"], attrs["pw"]))
+    return (patches.flatten(2).transpose(1, 2).contiguous(),)
+
+
+def _class_token(inputs, attrs, name, record) -> Outputs:
+    x, token = inputs
+    return (torch.cat([token.expand(len(x), 1, -1), x], dim=1),)
+
+
+def _add(inputs, attrs, name, record) -> Outputs:
+    return (inputs[0] + inputs[1],)
+
+
+def _layer_norm(inputs, attrs, name, record) -> Outputs:
+    x, gamma, beta = inputs
+    return (torch.nn.functional.layer_norm(x, gamma.shape, gamma, beta, attrs["epsilon"]),)
+
+
+def _rms_norm(inputs, attrs, name, record) -> Outputs:
+    x, gamma = inputs
+    parts = x.unflatten(-1, (attrs["groups"], -1))
+    root = torch.sqrt(parts.square().mean(-1, keepdim=True) + attrs["epsilon"])
+    return ((parts / root).flatten(-2) * gamma,)
+
+
+def _linear(inputs, attrs, name, record) -> Outputs:
+    return (torch.nn.functional.linear(*inputs),)
+
+
+def _rotary(inputs, attrs, name, record) -> Outputs:
+    x, cos, sin = inputs
+    first, second = x.unflatten(-1, (attrs["heads"], 2, -1)).unbind(-2)
+    cos, sin = cos[:, None], sin[:, None]  # for all heads of a row
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
+    return (turned.flatten(-3),)
+
+
+def _attention(inputs, attrs, name, record) -> Outputs:
+    heads, kv_heads = attrs["heads"], attrs["kv_heads"]
+    q, k, v = (
+        x.unflatten(-1, (count, -1)).transpose(1, 2)
+        for x, count in zip(inputs, (heads, kv_heads, kv_heads))
+    )
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    scores = (q * attrs["scale"]) @ k.transpose(-1, -2)
+    record(f"{name}/scores", scores.numpy())
+    if attrs["causal"]:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~mask, -math.inf)
+    return ((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2),)
+
+
+def _pointwise(inputs, attrs, name, record) -> Outputs:
+    return (FUNCTIONS[attrs["function"]](inputs[0]),)
+
+
+def _multiply(inputs, attrs, name, record) -> Outputs:
+    return (inputs[0] * inputs[1],)
+
+
+def _route(inputs, attrs, name, record) -> Outputs:
+    logits = torch.nn.functional.linear(*inputs)
+    record(f"{name}/logits", logits.numpy())
+    # A stable sort breaks ties to the lower index; torch.topk promises no order.
+    indices = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
+    weights = torch.softmax(logits, -1).gather(-1, indices)
+    if attrs["normalise"] == "chosen":
+        weights = torch.softmax(logits.gather(-1, indices), -1)
+    return indices.contiguous(), weights
+
+
+def _experts(inputs, attrs, name, record) -> Outputs:
+    x, indices, weights, w1, b1, w2, b2, *third = inputs
+    rows, result = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+    for expert in range(len(w1)):
+        chosen, slots = (indices.flatten(0, 1) == expert).nonzero(as_tuple=True)
+        if not len(chosen):
+            continue
+        hidden = torch.nn.functional.linear(rows[chosen], w1[expert], b1[expert])
+        activation = FUNCTIONS[attrs["function"]](hidden)
+        parts = [("rows", chosen), ("hidden", hidden), ("activation", activation)]
+        if third:
+            w3, b3 = third
+            factor = torch.nn.functional.linear(rows[chosen], w3[expert], b3[expert])
+            activation = activation * factor
+            parts += [("factor", factor), ("product", activation)]
+        output = torch.nn.functional.linear(activation, w2[expert], b2[expert])
+        result.index_add_(0, chosen, output * weights.flatten(0, 1)[chosen, slots][:, None])
+        for part, array in (*parts, ("output", output)):
+            record(f"{name}/expert{expert}/{part}", array.numpy())
+    return (result.reshape(x.shape),)
+
+
+def _take_token(inputs, attrs, name, record) -> Outputs:
+    return (inputs[0][:, attrs["index"]].contiguous(),)
+
+
+def _mean_tokens(inputs, attrs, name, record) -> Outputs:
+    return (inputs[0].mean(1),)
+
+
+OPERATORS: dict[str, Callable[..., Outputs]] = {
+    "PatchEmbed": _patch_embed,
+    "ClassToken": _class_token,
+    "AddConstant": _add,
+    "LayerNorm": _layer_norm,
+    "RMSNorm": _rms_norm,
+    "Linear": _linear,
+    "Rotary": _rotary,
+    "Attention": _attention,
+    "Pointwise": _pointwise,
+    "Multiply": _multiply,
+    "Add": _add,
+    "Route": _route,
+    "Experts": _experts,
+    "GatedExperts": _experts,
+    "TakeToken": _take_token,
+    "MeanTokens": _mean_tokens,
+}

@@ -1,0 +1,64 @@
+"""Nodes and initializers of a lowered graph in the making."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+
+__all__ = ["Emitter"]
+
+
+class Emitter:
+    """Collects the nodes and initializers of the lowered graph."""
+
+    def __init__(self, opset: int):
+        self.opset, self.nodes = opset, []
+        self._tensors: dict[str, onnx.TensorProto] = {}
+        self._temporaries = 0
+
+    def share(self, value: ir.Value) -> None:
+        """Carry an initializer over under its name."""
+        if value.name not in self._tensors:
+            assert value.const_value is not None and value.name is not None
+            array = np.asarray(value.const_value.numpy())
+            self._tensors[value.name] = numpy_helper.from_array(array, value.name)
+
+    def constant(self, array: np.ndarray) -> str:
+        """Name of a new initializer that holds ``array``."""
+        name = f"constant/{len(self._tensors)}"
+        self._tensors[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def integers(self, *numbers: int) -> str:
+        """Name of a new int64 vector."""
+        return self.constant(np.array(numbers, np.int64))
+
+    def tensors(self) -> list[onnx.TensorProto]:
+        """All initializers."""
+        return list(self._tensors.values())
+
+    def drop_unused(self) -> None:
+        """Forget weights that a lowering replaced by a rearranged copy."""
+        used = {name for node in self.nodes for name in _names_read(node)}
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
+
+    def emit(self, operator: str, inputs: Sequence[str], output: str | None = None, **attrs) -> str:
+        """Add a standard node and return the name of its output."""
+        if output is None:
+            self._temporaries += 1
+            output = f"lowered/{self._temporaries}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], **attrs))
+        return output
+
+
+def _names_read(node: onnx.NodeProto) -> list[str]:
+    inner = [
+        name
+        for attribute in node.attribute
+        if attribute.HasField("g")
+        for child in attribute.g.node
+        for name in _names_read(child)
+    ]
+    return [*node.input, *inner]
