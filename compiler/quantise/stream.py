@@ -1,5 +1,7 @@
 """The residual stream: embedding, additions, single tokens."""
 
+import dataclasses
+
 import numpy as np
 
 from moeware.compiler.canonical import shape
@@ -67,5 +69,4 @@ class Stream(State):
             self.values[name] = self._norm(value.name, name, index, 1)
             return
         source = self._tensor(value)
-        self.values[name] = Tensor(source.tensor, source.step, source.gain, source.shift,
-                                   source.first_row + index, 1)
+        self.values[name] = dataclasses.replace(source, first_row=source.first_row + index, rows=1)
