@@ -146,6 +146,8 @@ def _allocate(state: State) -> None:
 def _emit(state: State) -> None:
     image, dram_bytes, steps = emit(state.lowered, state.config,
                                     [step.choice for step in _device(state)])
+    for step, source in zip(steps, _device(state), strict=True):
+        step.grids = source.grids
     device = iter(steps)
     state.program = Program(
         config=state.config, image=image, dram_bytes=dram_bytes, placement=state.placement,

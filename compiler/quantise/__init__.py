@@ -56,4 +56,5 @@ class _Quantiser(Stream, Rows, Attention, Experts):
             getattr(self, f"_{node.op_type}")(node, **attributes(node))
         for value in self.outputs:
             self._output(value)
+        self.result.grids = self._grids()
         return self.result

@@ -77,7 +77,7 @@ class Rows(State):
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
         if roles and roles <= {1, 2}:
-            samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
+            samples, shift = without(samples, bias), bias.astype(np.float64)
             bias = np.zeros_like(bias)
             if roles == {1, 2}:
                 raise CompileError(f"Node {node.name!r} must be key or value of attention, not both")
@@ -86,7 +86,7 @@ class Rows(State):
             if source.shift is not None:
                 lifted = weight.astype(np.float64) @ source.shift
                 samples = without(samples, lifted)
-                shift = None if shift is None else shift + lifted
+                shift = shift + lifted
                 bias = -lifted
             # The attention unit has one stride for query, key and value: shared heads are repeated.
             a = attributes(users[0])
@@ -94,7 +94,7 @@ class Rows(State):
                 heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
                 order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
                 weight, bias, samples = weight[order], bias[order], samples[..., order]
-                shift = None if shift is None else shift[order]
+                self.columns[value.name], shift = order, shift[order]
         gain = None
         if len(users) == len(consumers) == 1 and roles == {2}:
             gain = self._value_gain(users[0], samples, shift)

@@ -61,6 +61,7 @@ class Stream(State):
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
+        self.added[branch.name] = name, stream.tensor
 
     def _TakeToken(self, node, index):
         value, name = node.inputs[0], node.outputs[0].name

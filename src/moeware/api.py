@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from moeware.accuracy import compare
 from moeware.hw.arch.config import Config, ConfigError
 from moeware.hw.arch.program import DeviceStep, Program
 from moeware.hw.arch.timeline import Timeline
 from moeware.runtime import session
 
-__all__ = ["Config", "Program", "Session", "compile", "estimate", "find_board", "find_config",
-           "profile"]
+__all__ = ["Config", "Program", "Session", "compare", "compile", "estimate", "find_board",
+           "find_config", "profile"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 
