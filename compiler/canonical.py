@@ -23,6 +23,8 @@ Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
 GatedExperts  as Experts, then w3[E, H, D], b3[E, H]  function
+SoftExperts   x, slots[S, D], w1[E, H, D], b1[E, H],  function
+              w2[E, D, H], b2[E, D]
 TakeToken     x                                       index
 MeanTokens    x
 ============  ======================================  ==================================
@@ -39,6 +41,10 @@ lower index; "chosen" divides the weights by their sum (equal to softmax over th
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
+
+``SoftExperts`` (Soft MoE: Puigcerver et al. 2024, section 2.1) fills each slot with the tokens,
+weighted by the softmax over tokens of ``slots x``, gives expert e the slots from ``e S / E`` on, and
+makes of their results each token's, weighted by the softmax over slots.
 
 Every canonical node carries the metadata ``sources``: the names of the nodes that it replaces.
 """
@@ -79,6 +85,7 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "Route": (3, 1, ("k", "normalise")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
+    "SoftExperts": (6, 1, ("function",)),
     "TakeToken": (1, 1, ("index",)),
     "MeanTokens": (1, 1, ()),
 }

@@ -101,6 +101,17 @@ def _gated_experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Requir
     require(inputs[7:] == inputs[3:5], "w3 and b3 have the shapes of w1 and b1")
 
 
+def _soft_experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
+    x, slots, w1, b1, w2, b2 = inputs
+    experts, hidden, features = w1
+    require(slots[1] == features == x[-1], "slots is [S, D], w1 [E, H, D]")
+    require(slots[0] % experts == 0, "E divides S")
+    require(b1 == (experts, hidden) and b2 == (experts, features), "b1 is [E, H], b2 [E, D]")
+    require(w2 == (experts, features, hidden), "w2 is [E, D, H]")
+    require(outputs[0] == x, "output has the shape of x")
+    require(attrs["function"] in FUNCTIONS, f"function is one of {FUNCTIONS}")
+
+
 def _take_token(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
     require(len(inputs[0]) == 3 and 0 <= attrs["index"] < inputs[0][1], "index is a row of x")
     require(outputs[0] == (1, inputs[0][2]), "output is [B, D]")
@@ -126,6 +137,7 @@ RULES: dict[str, Callable[[Shapes, Shapes, dict, Require], None]] = {
     "Route": _route,
     "Experts": _experts,
     "GatedExperts": _gated_experts,
+    "SoftExperts": _soft_experts,
     "TakeToken": _take_token,
     "MeanTokens": _mean_tokens,
 }

@@ -21,6 +21,10 @@ def macs(node: ir.Node) -> int:
         if node.op_type in ("Experts", "GatedExperts"):
             layers = 2 if node.op_type == "Experts" else 3
             return math.prod(shapes[1]) * layers * math.prod(shapes[3][1:])
+        if node.op_type == "SoftExperts":
+            slots, features = shapes[1]
+            # Logits, tokens to slots and slots to tokens; two layers.
+            return slots * features * (3 * shapes[0][1] + 2 * shapes[2][1])
         if node.op_type == "Attention":
             return 2 * math.prod(shapes[0]) * shapes[1][-2]
         return 0

@@ -119,6 +119,22 @@ def _experts(inputs, attrs, name, record) -> Outputs:
     return (result.reshape(x.shape),)
 
 
+def _soft_experts(inputs, attrs, name, record) -> Outputs:
+    x, slots, w1, b1, w2, b2 = inputs
+    logits = x @ slots.T
+    filled = torch.softmax(logits, 1).transpose(1, 2) @ x
+    rows = filled.unflatten(1, (len(w1), -1)).transpose(1, 2)  # [B, slots of an expert, E, D]
+    hidden = torch.einsum("bsed,ehd->bseh", rows, w1) + b1
+    activation = FUNCTIONS[attrs["function"]](hidden)
+    output = torch.einsum("bseh,edh->bsed", activation, w2) + b2
+    results = output.transpose(1, 2).flatten(1, 2)
+    record(f"{name}/filled", filled.numpy())
+    record(f"{name}/hidden", hidden.transpose(1, 2).flatten(1, 2).numpy())
+    record(f"{name}/activation", activation.transpose(1, 2).flatten(1, 2).numpy())
+    record(f"{name}/results", results.numpy())
+    return (torch.softmax(logits, -1) @ results,)
+
+
 def _take_token(inputs, attrs, name, record) -> Outputs:
     return (inputs[0][:, attrs["index"]].contiguous(),)
 
@@ -142,6 +158,7 @@ OPERATORS: dict[str, Callable[..., Outputs]] = {
     "Route": _route,
     "Experts": _experts,
     "GatedExperts": _experts,
+    "SoftExperts": _soft_experts,
     "TakeToken": _take_token,
     "MeanTokens": _mean_tokens,
 }

@@ -82,13 +82,14 @@ _READS: dict[str, tuple[tuple[str, ...], str]] = {
     "Attention": (("linear",), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
+    "SoftExperts": (("norm",), "experts"),
     "MeanTokens": (("norm",), "norm row"),
     "TakeToken": (("start", "stream", "norm"), "row"),
     "Add": (("start", "stream", "linear", "experts"), "stream"),
 }
 _STREAMS = ("start", "stream")
 _MAY_FOLLOW = {
-    "norm": ("Linear", "Route", "Experts", "MeanTokens", "TakeToken"),
+    "norm": ("Linear", "Route", "Experts", "SoftExperts", "MeanTokens", "TakeToken"),
     "norm row": ("Linear",),
     "row": ("LayerNorm",),
     "linear": ("Pointwise", "Attention", "Add"),

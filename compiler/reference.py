@@ -34,6 +34,9 @@ def evaluate(
     ``{node}/expert{e}/factor``      GatedExperts: what it is multiplied by, ``[rows, H]``
     ``{node}/expert{e}/product``     GatedExperts: and their product, ``[rows, H]``
     ``{node}/expert{e}/output``      output before the weight, ``[rows, D]``
+    ``{node}/filled``           SoftExperts: the slots, ``[B, S, D]``; ``{node}/hidden``,
+                                ``{node}/activation`` (``[B, S, H]``) and ``{node}/results``
+                                (``[B, S, D]``) are what the experts make of them
     ==========================  ============================================================
 
     An expert that no row reaches records nothing. A plain ONNX node runs in ONNX Runtime, one

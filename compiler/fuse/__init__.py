@@ -17,6 +17,7 @@ from moeware.compiler.fuse.moe import fuse_moe
 from moeware.compiler.fuse.norm import fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
+from moeware.compiler.fuse.soft_moe import fuse_soft_moe
 from moeware.compiler.fuse.tokens import (
     fuse_add,
     fuse_mean,
@@ -27,6 +28,7 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
 RULES = (
     fuse_moe,
+    fuse_soft_moe,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,

@@ -23,7 +23,7 @@ from moeware.compiler.operators import FUNCTIONS
 
 _NORMALISATIONS = ("chosen", "all")
 # Relative difference that separates the rounding of float32 from another function.
-_TOLERANCE = 2e-4
+TOLERANCE = 2e-4
 
 
 def fuse_moe(model: ir.Model) -> None:
@@ -100,7 +100,7 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
     if x_size <= 0 or x_size % features:
         return
     tokens = x_size // features
-    for y in _cuts(model, logits):
+    for y in cuts(model, logits):
         if size(y) not in (x_size, -1) or y is logits:
             continue
         for x in _expert_inputs(router.x, y, logits, x_size):
@@ -127,7 +127,7 @@ def _router(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
     return None
 
 
-def _cuts(model: ir.Model, start: ir.Value) -> Iterator[ir.Value]:
+def cuts(model: ir.Model, start: ir.Value) -> Iterator[ir.Value]:
     """Values through which every path from ``start`` passes, nearest first."""
     order = {node: number for number, node in enumerate(model.graph)}
     open_uses = {start: len(start.uses())}
@@ -201,7 +201,7 @@ def _prove(
             each = _run_experts(rows, weights, function)
             for normalise, factors in combine.items():
                 value = np.einsum("te,etd->td", factors, each)
-                if np.abs(value - expected).max() < _TOLERANCE * scale:
+                if np.abs(value - expected).max() < TOLERANCE * scale:
                     return _Proof(weights, function, normalise, nodes)
     return None
 

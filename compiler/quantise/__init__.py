@@ -22,6 +22,7 @@ from moeware.compiler.precision import Precision
 from moeware.compiler.quantise.attention import Attention
 from moeware.compiler.quantise.experts import Experts
 from moeware.compiler.quantise.rows import Rows
+from moeware.compiler.quantise.soft import SoftExperts
 from moeware.compiler.quantise.state import QuantisedStep
 from moeware.compiler.quantise.stream import Stream
 
@@ -46,7 +47,7 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
                       variants or [nodes]).run()
 
 
-class _Quantiser(Stream, Rows, Attention, Experts):
+class _Quantiser(Stream, Rows, Attention, Experts, SoftExperts):
     """Node after node by the rule of its operator."""
 
     def run(self) -> QuantisedStep:

@@ -43,7 +43,7 @@ class Rows(State):
                    first_row=source.first_row, rows=source.rows, mode=NormMode.LAYER,
                    epsilon=integer_epsilon, affine=affine),
             Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta, rows=source.rows))
-        if any(user.op_type != "TakeToken" for user in self._consumers(value)):
+        if any(user.op_type not in ("TakeToken", "SoftExperts") for user in self._consumers(value)):
             self.values[value.name] = self._norm(value.name, value.name, 0, source.rows)
 
     def _norm(self, norm: str, output: str, first_row: int, rows: int) -> Tensor:

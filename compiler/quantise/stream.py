@@ -58,6 +58,8 @@ class Stream(State):
         if source_node.op_type == "Linear":
             source = self._tensor(source_node.inputs[0])
             self._add_linear(source_node, name, source, self.stream_step, residual=stream.tensor)
+        elif source_node.op_type == "SoftExperts":
+            self._soft_experts(source_node, stream, name)
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
