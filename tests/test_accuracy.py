@@ -34,6 +34,7 @@ from .compiler.exports import (
     randomise,
     vit,
 )
+from .compiler.test_soft_experts import SoftMoe
 from .test_cli import CONFIG
 
 IMAGES = example(40, seed=3)
@@ -82,6 +83,7 @@ MODELS = {
     "mean": lambda: vit(pool="mean"),
     "registers": lambda: vit(pool="registers"),
     "token first": token_first,
+    "soft experts": lambda: vit(mixer=SoftMoe("flat")),
     "grouped": lambda: vit(attention=SeparateAttention(grouped=True)),
     "grouped mean": lambda: vit(attention=SeparateAttention(grouped=True), pool="mean",
                                 mixer=Mlp(nn.ReLU())),
