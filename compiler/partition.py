@@ -6,6 +6,7 @@ reason, together with the rest of its block: the graph is cut only at values of 
 stream, at graph inputs and after a final Linear.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,16 @@ class Partition:
     def reasons(self) -> dict[str, Reason]:
         """Node name -> why it runs on the host."""
         return {name: reason for step in self.steps for name, reason in step.reasons.items()}
+
+    @property
+    def causes(self) -> dict[str, Reason]:
+        """Node name -> the reason of the node that it follows to the host, its own where it is one."""
+        reasons, found = self.reasons, {}
+        for name, reason in reasons.items():
+            while reason.follows:
+                reason = reasons[reason.follows]
+            found[name] = reason
+        return found
 
 
 @dataclass(frozen=True)
@@ -356,15 +367,16 @@ def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
 
 
 def describe(parts: Partition) -> str:
-    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``."""
+    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``, with the cause that keeps
+    the most nodes on the host."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    first = next(entry for entry in counts["host"] if entry["follows"] is None)
-    return f"{line}; host {counts['host_nodes']} ({first['reason']})"
+    ((cause, _),) = Counter(parts.causes.values()).most_common(1)
+    return f"{line}; host {counts['host_nodes']} ({cause.rule})"
 
 
 def report(parts: Partition) -> dict:

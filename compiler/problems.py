@@ -56,16 +56,14 @@ class Problem:
 def problems(parts: Partition) -> list[Problem]:
     """Every cause of a node on the host, those with the most MACs at stake first."""
     nodes = {str(node.name): node for step in parts.steps for node in step.nodes}
-    reasons = parts.reasons
+    reasons, cause_of = parts.reasons, parts.causes
     causes = [nodes[name] for name, reason in reasons.items() if not reason.follows]
     chains = list(_chains(causes, [nodes[name] for name in reasons]))
     chain_of = {node.name: number for number, chain in enumerate(chains) for node in chain}
     follow: dict[int, list[ir.Node]] = defaultdict(list)
     for name, reason in reasons.items():
-        while reason.follows:
-            reason = reasons[reason.follows]
-        if reason.node != name:
-            follow[chain_of[reason.node]].append(nodes[name])
+        if reason.follows:
+            follow[chain_of[cause_of[name].node]].append(nodes[name])
     found: dict[tuple, Problem] = {}
     for number, chain in enumerate(chains):
         own = [node for node in chain if not _moves(node)] or chain

@@ -95,6 +95,9 @@ def test_every_host_node_has_a_reason(mixed):
     norm = parts.reasons["LayerNorm_3"]
     assert "feeds" in norm.rule and norm.follows == reasons["Einsum"].node
     assert norm.remedy == f"repair `{norm.follows}` first"
+    assert parts.causes["LayerNorm_3"] == reasons["Einsum"]
+    assert parts.causes["Add_3"] == reasons["Sin"] == parts.causes[reasons["Sin"].node]
+    assert describe(parts).endswith(f"; host 8 ({reasons['Einsum'].rule})")
 
 
 def test_report_counts_macs(mixed):
