@@ -7,7 +7,7 @@ stream, at graph inputs and after a final Linear.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,23 +16,8 @@ from moeware.compiler.canonical import is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
+from moeware.compiler.reasons import Reason, follows, plain_reason, reason_of
 from moeware.compiler.to_onnx import lower
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why node `node` runs on the host, and what to change in the model.
-
-    follows: the host node that it is there for, and would not be without; None for a cause.
-    """
-
-    node: str
-    rule: str
-    remedy: str
-    follows: str | None = None
-
-    def __str__(self) -> str:
-        return f"node `{self.node}`: {self.rule}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -132,11 +117,11 @@ def _violations(
     for number, node in enumerate(model.graph):
         if node not in host:
             known = is_canonical(node) and node.op_type in _READS
-            text = _rule_broken(node, kinds) if known else _plain_reason(node)
+            text = _rule_broken(node, kinds) if known else plain_reason(node)
             if text is not None:
                 before = _host_operand(node, {*host, *fresh}) if known else None
                 reads = f"reads the result of `{before and before.name}`, which the host computes"
-                fresh[node] = _follows(node, before, reads) if before else _reason(node, text)
+                fresh[node] = follows(node, before, reads) if before else reason_of(node, text)
         for value in node.outputs:
             if node in host or node in fresh:
                 shape = static_shape(value)
@@ -146,16 +131,6 @@ def _violations(
                 kinds[value] = _result(node, kinds, number)
     # The cuts are looked at only when every node that is left fits its rule.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
-
-
-def _reason(node: ir.Node, text: str) -> Reason:
-    """Of a text "rule; remedy"."""
-    rule, _, remedy = text.partition("; ")
-    return Reason(str(node.name), rule, remedy)
-
-
-def _follows(node: ir.Node, cause: ir.Node, rule: str) -> Reason:
-    return Reason(str(node.name), rule, f"repair `{cause.name}` first", str(cause.name))
 
 
 def _host_operand(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
@@ -207,52 +182,6 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
     return None
 
 
-def _plain_reason(node: ir.Node) -> str:
-    operands = [value for value in node.inputs if value is not None]
-    if node.op_type == "Einsum" and len(operands) > 2:
-        return (
-            f"{len(operands)}-operand Einsum is not a supported form; "
-            f"write it as products of two operands"
-        )
-    if node.op_type in ("MatMul", "Gemm", "Einsum"):
-        return (
-            f"{node.op_type} that belongs to no attention and no constant weight is not a "
-            f"supported form; write the block as scaled dot-product attention or Linear"
-        )
-    if node.op_type in ("TopK", "NonZero", "ScatterND", "ScatterElements"):
-        return (
-            f"{node.op_type} outside a recognised mixture of experts; write the router as linear, "
-            f"softmax, top-k and the experts as two layers with one function between"
-        )
-    if node.op_type == "Softmax" and any(
-        reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()
-    ):
-        return (
-            "Softmax of an attention that no rule recognises; write it as "
-            "scaled_dot_product_attention of three Linears, causal or without a mask"
-        )
-    if node.op_type in ("ReduceMean", "Sqrt", "Rsqrt"):
-        return (
-            f"{node.op_type} outside a recognised normalisation or mean over tokens; normalise the "
-            f"last axis, with epsilon added under the root"
-        )
-    return no_form([operator_name(node)])
-
-
-def no_form(operators: Sequence[str]) -> str:
-    """The reason "rule; remedy" of operators that no rule reads, of whatever form."""
-    return (
-        f"{', '.join(operators)} {'has' if len(operators) == 1 else 'have'} no form on the "
-        f"accelerator; leave it out of the model or accept that the host runs it"
-    )
-
-
-def operator_name(node: ir.Node) -> str:
-    """Operator of ``node``, with its domain where it is neither a standard nor a canonical one."""
-    plain = is_canonical(node) or node.domain in ("", "ai.onnx")
-    return node.op_type if plain else f"{node.domain}.{node.op_type}"
-
-
 def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
     given = [kinds[value] for value in node.inputs if value in kinds]
     _, name = _READS[node.op_type]
@@ -292,12 +221,12 @@ def _uses_broken(
                 rule = f"its result feeds `{reader.name}` {where}, and {_CUTS}"
                 cause = reader if on_host else _host_before(reader, host)
                 remedy = f"let `{reader.name}` read the residual stream"
-                yield node, _follows(node, cause, rule) if cause else _reason(
+                yield node, follows(node, cause, rule) if cause else reason_of(
                     node, f"{rule}; {remedy}"
                 )
                 break
             if value.is_graph_output() and kind != "linear":
-                yield node, _reason(
+                yield node, reason_of(
                     node,
                     f"{node.op_type} cannot end the accelerator's part, a Linear or the residual "
                     f"stream does; end the model with a Linear",

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from moeware.compiler.canonical import is_canonical, sources
 from moeware.compiler.fuse.trace import LAYOUT, is_op
 from moeware.compiler.macs import macs
-from moeware.compiler.partition import Partition, Reason, no_form, operator_name
+from moeware.compiler.partition import Partition
+from moeware.compiler.reasons import Reason, no_form, operator_name
 
 # Operators that say what a chain was meant to be, the most telling first.
 _TELLING = (
