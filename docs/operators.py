@@ -26,7 +26,7 @@ _REGENERATE = "python docs/operators.py"
 
 def page() -> str:
     forms, operands = _forms(), _operands()
-    head = ["operator", "recognised from", "runs on", "reads", "limits"]
+    head = ["operator", "recognised from", "runs on", "reads", "gives", "limits"]
     rows = [[operator, _lines(forms[operator] or ["no rule yet"]), *_place(operator), _lines(_limits(operator))]
             for operator in canonical.OPERATORS]
     limits = [[f"`{field.name}`", field.metadata["doc"], f"{field.metadata['high']:,}"]
@@ -39,9 +39,9 @@ def page() -> str:
          "and compares it with the canonical operator. What no row describes runs on the host, and "
          "`moeware check` says why and what to change."), "",
         _table([head, *rows]),
-        "What an operator reads is what its first operand may be: `image` is an input of the model, "
-        "`start` and `stream` the residual stream before and after its first addition, `row` one "
-        "token of it; every other name is what the operator of that name gives.", "",
+        ("What an operator reads is the kind of its first operand. `image` is an input of the model; "
+         "every other kind is what an operator gives. `start` and `stream` are the residual stream "
+         "before and after its first addition: blocks are pre-norm."), "",
         "## Operands", "",
         _table([["operator", "inputs", "attributes"],
                 *([operator, *map(_lines, operands[operator])] for operator in canonical.OPERATORS)]),
@@ -93,11 +93,12 @@ def _operands() -> dict[str, tuple[list[str], list[str]]]:
     return found
 
 
-def _place(operator: str) -> tuple[str, str]:
-    """Where an operator runs, and what it reads there."""
+def _place(operator: str) -> tuple[str, str, str]:
+    """Where an operator runs, what it reads there, and what it gives."""
     if operator not in partition._READS:
-        return "host", ""
-    return "accelerator", ", ".join(partition._READS[operator][0])
+        return "host", "", ""
+    reads, gives = partition._READS[operator]
+    return "accelerator", ", ".join(reads), gives
 
 
 def _limits(operator: str) -> list[str]:

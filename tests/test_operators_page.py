@@ -61,5 +61,5 @@ def test_a_changed_rule_makes_the_page_stale(operators, monkeypatch):
 def test_what_the_partition_does_not_read_is_for_the_host(operators, monkeypatch):
     reads = {name: kinds for name, kinds in operators.partition._READS.items() if name != "Add"}
     monkeypatch.setattr(operators.partition, "_READS", reads)
-    assert operators._place("Add") == ("host", "")
-    assert operators._place("Attention") == ("accelerator", "linear")
+    assert operators._place("Add") == ("host", "", "")
+    assert operators._place("Attention") == ("accelerator", "linear", "attention")
