@@ -1,6 +1,7 @@
-"""Small models of the transformers library with random weights: what users' mixtures look like."""
+"""Small models of the transformers library with random weights: what users' mixtures look like.
 
-import transformers
+The library takes seconds to import, so it is imported where a model is made.
+"""
 
 VOCABULARY, TOKENS = 64, 8
 _SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -27,6 +28,7 @@ CONFIGS = {
 
 def language_model(name: str, **changes):
     """A causal language model as its library makes it, in training mode."""
+    import transformers
     kind, sizes = CONFIGS[name]
     return transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, kind)(**sizes | changes))
@@ -34,6 +36,7 @@ def language_model(name: str, **changes):
 
 def image_model():
     """A vision transformer with a classifier, for images [3, 8, 12]."""
+    import transformers
     return transformers.AutoModelForImageClassification.from_config(transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
         image_size=(8, 12), patch_size=4, num_labels=5))

@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from transformers import masking_utils
 
 import moeware
 from moeware import exporting
@@ -43,10 +42,11 @@ def made(tmp_path_factory):
 
 def _state(model):
     """What an export must leave as it was."""
+    masks = sys.modules["transformers.masking_utils"]
     return (model.config._attn_implementation, model.config._experts_implementation,
             [module.training for module in model.modules()],
             getattr(sys.modules[type(model).__module__], "apply_rotary_emb", None),
-            masking_utils.is_torchdynamo_exporting, masking_utils.find_packed_sequence_indices)
+            masks.is_torchdynamo_exporting, masks.find_packed_sequence_indices)
 
 
 def words(seed: int, frames: int = 1) -> torch.Tensor:
