@@ -6,22 +6,17 @@ reason, together with the rest of its block: the graph is cut only at values of 
 stream, at graph inputs and after a final Linear.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import (
-    OPERATORS,
-    REASON,
-    attributes,
-    is_canonical,
-    projection,
-    sources,
-)
+from moeware.compiler.canonical import attributes, is_canonical, projection, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
+from moeware.compiler.reasons import Reason, follows, plain_reason, reason_of
 from moeware.compiler.to_onnx import lower
 from moeware.hw.arch.config import Config
 
@@ -31,15 +26,15 @@ class Step:
     """Nodes that run together.
 
     kind: "fpga" or "host"; nodes: in order of computation; inputs, outputs: value names;
-    reasons: for a host step, why each node is there; model: for a host step, an ONNX model
-    (bytes) from inputs to outputs with a dynamic batch, for ONNX Runtime.
+    reasons: for a host step, why each node is there, by its name; model: for a host step, an ONNX
+    model (bytes) from inputs to outputs with a dynamic batch, for ONNX Runtime.
     """
 
     kind: str
     nodes: tuple[ir.Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    reasons: dict[str, str]
+    reasons: dict[str, Reason]
     model: bytes | None
 
 
@@ -50,9 +45,19 @@ class Partition:
     steps: tuple[Step, ...]
 
     @property
-    def reasons(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, Reason]:
         """Node name -> why it runs on the host."""
         return {name: reason for step in self.steps for name, reason in step.reasons.items()}
+
+    @property
+    def causes(self) -> dict[str, Reason]:
+        """Node name -> the reason of the node that it follows to the host, its own where it is one."""
+        reasons, found = self.reasons, {}
+        for name, reason in reasons.items():
+            while reason.follows:
+                reason = reasons[reason.follows]
+            found[name] = reason
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,27 +123,31 @@ def partition(model: ir.Model, config: Config | None = None) -> Partition:
     return Partition(tuple(_steps(model, host)))
 
 
-def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, str]]:
+def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, Reason]]:
     for node in model.graph:
         field = OPTIONS.get(node.op_type) if is_canonical(node) else None
         if field is not None and not getattr(config, field):
-            yield node, (
-                f"node `{node.name}`: {node.op_type} needs gateware that this configuration does "
-                f"not have; use one with Config.{field} = 1"
+            yield node, reason_of(
+                node,
+                f"{node.op_type} needs gateware that this configuration does not have; use one "
+                f"with Config.{field} = 1",
             )
 
 
-def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.Node, str]]:
+def _violations(
+    model: ir.Model, host: dict[ir.Node, Reason]
+) -> Iterator[tuple[ir.Node, Reason]]:
     """Nodes that cannot run on the accelerator while ``host`` runs on the host, with reasons."""
     kinds: dict[ir.Value, _Kind] = {value: _Kind("image") for value in model.graph.inputs}
-    fresh: dict[ir.Node, str] = {}
+    fresh: dict[ir.Node, Reason] = {}
     for number, node in enumerate(model.graph):
         if node not in host:
-            reason = _plain_reason(node)
-            if is_canonical(node) and node.op_type in _READS:
-                reason = _rule_broken(node, kinds, {*host, *fresh})
-            if reason is not None:
-                fresh[node] = f"node `{node.name}`: {reason}"
+            known = is_canonical(node) and node.op_type in _READS
+            text = _rule_broken(node, kinds) if known else plain_reason(node)
+            if text is not None:
+                before = _host_operand(node, {*host, *fresh}) if known else None
+                reads = f"reads the result of `{before and before.name}`, which the host computes"
+                fresh[node] = follows(node, before, reads) if before else reason_of(node, text)
         for value in node.outputs:
             if node in host or node in fresh:
                 shape = static_shape(value)
@@ -150,25 +159,25 @@ def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
 
 
-def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind], host: set[ir.Node]) -> str | None:
+def _host_operand(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
+    """The last operand of ``node`` that the host computes."""
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return next((before for before in producers[::-1] if before in host), None)
+
+
+def _rule_broken(node: ir.Node, kinds: dict[ir.Value, _Kind]) -> str | None:
+    """Why canonical ``node`` cannot read operands of these kinds: "rule; remedy"."""
     variable = [value for value in node.inputs if value is not None and value in kinds]
     given = [kinds[value] for value in variable]
     given_names = [kind.name for kind in given]
     allowed, _ = _READS[node.op_type]
     if node.op_type == "Add":
-        branches = [value.producer() for value in variable if value.producer() in host]
-        if branches and "linear" not in given_names and "experts" not in given_names:
-            assert branches[-1] is not None
-            return (
-                f"Add joins the result of `{branches[-1].name}`, which the host computes; "
-                f"repair `{branches[-1].name}` first"
-            )
         return _add_broken(variable, given)
     first = given[0].name if given else "constant"
     if first not in allowed:
         return (
-            f"{node.op_type} of a {first} value is not a supported form, it reads "
-            f"{' or '.join(allowed)}; use pre-norm residual blocks"
+            f"{node.op_type} of {'an' if first[0] in 'aeiou' else 'a'} {first} value is not a "
+            f"supported form, it reads {' or '.join(allowed)}; use pre-norm residual blocks"
         )
     alone = len(variable[0].uses()) == 1 and not variable[0].is_graph_output()
     if node.op_type in ("ClassToken", "AddConstant") and not alone:
@@ -219,13 +228,19 @@ def _attention_broken(node: ir.Node, given: list[_Kind]) -> str | None:
     if len({kind.stream for kind in given}) != 1:
         return "Attention must read one stream, not cross-attend; move it to the host model"
     if [kind == "turned" for kind in kinds] not in ([True, True, False], [False, False, False]):
-        return "Attention must have rotary queries and keys, or neither, and no rotary values"
+        return (
+            "Attention must have rotary queries and keys, or neither, and no rotary values; turn "
+            "both, or none"
+        )
     for value, heads in zip(node.inputs, (attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):
         _, norm, rotary = projection(value)
         if rotary is not None and attributes(rotary)["heads"] != heads:
-            return f"Attention of {heads} heads must have Rotary of as many"
+            return f"Attention of {heads} heads must have Rotary of as many; turn whole heads"
         if norm is not None and attributes(norm)["groups"] not in (1, heads):
-            return f"RMSNorm before Attention must have 1 or {heads} groups, a head each"
+            return (
+                f"RMSNorm before Attention must have 1 or {heads} groups, a head each; normalise "
+                f"heads or whole rows"
+            )
     return None
 
 
@@ -249,32 +264,6 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
     return None
 
 
-def _plain_reason(node: ir.Node) -> str:
-    operands = [value for value in node.inputs if value is not None]
-    domain = f"{node.domain}." if node.domain else ""
-    if REASON in node.metadata_props:
-        return node.metadata_props[REASON]
-    if node.op_type == "Einsum" and len(operands) > 2:
-        return (
-            f"{len(operands)}-operand Einsum is not a supported form; "
-            f"write it as products of two operands"
-        )
-    if node.op_type in ("MatMul", "Gemm", "Einsum"):
-        return (
-            f"{node.op_type} that belongs to no attention and no constant weight is not a "
-            f"supported form; write the block as scaled dot-product attention or Linear"
-        )
-    if node.op_type in ("TopK", "NonZero", "ScatterND", "ScatterElements"):
-        return (
-            f"{node.op_type} outside a recognised mixture of experts; write the router as linear, "
-            f"softmax, top-k and the experts as two layers with one function between"
-        )
-    return (
-        f"{domain}{node.op_type} has no form on the accelerator; "
-        f"leave it out of the model or accept that the host runs it"
-    )
-
-
 def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
     given = [kinds[value] for value in node.inputs if value in kinds]
     _, name = _READS[node.op_type]
@@ -293,8 +282,8 @@ def _result(node: ir.Node, kinds: dict[ir.Value, _Kind], number: int) -> _Kind:
 
 
 def _uses_broken(
-    model: ir.Model, host: dict[ir.Node, str], kinds: dict[ir.Value, _Kind]
-) -> Iterator[tuple[ir.Node, str]]:
+    model: ir.Model, host: dict[ir.Node, Reason], kinds: dict[ir.Value, _Kind]
+) -> Iterator[tuple[ir.Node, Reason]]:
     """Values that would have to leave or enter the accelerator where it cannot be cut."""
     levels = _levels(model, host)
     rejoins = _before_accelerator(model, host)
@@ -313,21 +302,33 @@ def _uses_broken(
                 if same_step and reader.op_type in _MAY_FOLLOW.get(kind, ()):
                     continue
                 where = "on the host" if on_host else "in another step"
-                reason = (
-                    f"node `{node.name}`: its result feeds `{reader.name}` {where}, and {_CUTS}; "
-                    f"repair `{reader.name}` first"
+                rule = f"its result feeds `{reader.name}` {where}, and {_CUTS}"
+                cause = reader if on_host else _host_before(reader, host)
+                remedy = f"let `{reader.name}` read the residual stream"
+                yield node, follows(node, cause, rule) if cause else reason_of(
+                    node, f"{rule}; {remedy}"
                 )
-                yield node, reason
                 break
             if value.is_graph_output() and kind != "linear":
-                reason = (
-                    f"node `{node.name}`: {node.op_type} cannot end the accelerator's part, a "
-                    f"Linear or the residual stream does; end the model with a Linear"
+                yield node, reason_of(
+                    node,
+                    f"{node.op_type} cannot end the accelerator's part, a Linear or the residual "
+                    f"stream does; end the model with a Linear",
                 )
-                yield node, reason
 
 
-def _before_accelerator(model: ir.Model, host: dict[ir.Node, str]) -> set[ir.Node]:
+def _host_before(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
+    """The nearest host node whose result reaches ``node``."""
+    queue = [node]
+    for current in queue:
+        if current in host:
+            return current
+        producers = [value.producer() for value in inputs_of(current)]
+        queue += [before for before in producers if before is not None and before not in queue]
+    return None
+
+
+def _before_accelerator(model: ir.Model, host: dict[ir.Node, Reason]) -> set[ir.Node]:
     """Host nodes whose results reach a node on the accelerator."""
     found: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
@@ -337,7 +338,7 @@ def _before_accelerator(model: ir.Model, host: dict[ir.Node, str]) -> set[ir.Nod
     return found
 
 
-def _levels(model: ir.Model, host: dict[ir.Node, str]) -> dict[ir.Node, int]:
+def _levels(model: ir.Model, host: dict[ir.Node, Reason]) -> dict[ir.Node, int]:
     """Number of the step of each node: even on the host, odd on the accelerator."""
     levels: dict[ir.Node, int] = {}
     for node in model.graph:
@@ -352,7 +353,7 @@ def _levels(model: ir.Model, host: dict[ir.Node, str]) -> dict[ir.Node, int]:
     return levels
 
 
-def _steps(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[Step]:
+def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
     levels = _levels(model, host)
     for level in sorted(set(levels.values())):
         nodes = [node for node in model.graph if levels[node] == level]
@@ -379,29 +380,23 @@ def _steps(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[Step]:
 
 
 def describe(parts: Partition) -> str:
-    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather: …)``."""
+    """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``, with the cause that keeps
+    the most nodes on the host."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause, first those that a rule refused, or gateware;
-    # the others follow from them.
-    causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
-    refused = {n.name for step in parts.steps for n in step.nodes if REASON in n.metadata_props}
-    causes.sort(key=lambda entry: entry["node"] not in refused)
-    causes += [entry for entry in counts["host"] if entry["operator"] in OPTIONS]
-    first = (causes or counts["host"])[0]
-    reason = first["reason"].split(": ", 1)[1].split(";")[0]
-    return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"
+    ((cause, _),) = Counter(parts.causes.values()).most_common(1)
+    return f"{line}; host {counts['host_nodes']} ({cause.rule})"
 
 
 def report(parts: Partition) -> dict:
     """Where every node runs, as a value that ``json.dumps`` takes.
 
     Keys: fpga_nodes, host_nodes, macs (of one frame), fpga_mac_share (0 to 1), steps (kind, nodes,
-    inputs, outputs), host (node, operator, sources, reason, macs, mac_share).
+    inputs, outputs), host (node, operator, sources, reason, remedy, follows, macs, mac_share).
     """
     work = {node: macs(node) for step in parts.steps for node in step.nodes}
     total = sum(work.values())
@@ -410,7 +405,9 @@ def report(parts: Partition) -> dict:
             "node": node.name,
             "operator": node.op_type,
             "sources": sources(node),
-            "reason": step.reasons[str(node.name)],
+            "reason": step.reasons[str(node.name)].rule,
+            "remedy": step.reasons[str(node.name)].remedy,
+            "follows": step.reasons[str(node.name)].follows,
             "macs": work[node],
             "mac_share": work[node] / total if total else 0.0,
         }

@@ -101,7 +101,9 @@ def _quantise(state: State) -> None:
         for part, *alike in zip(parts, *variants, strict=True):
             if part.kind == "host":
                 step = HostStep(model=part.model, inputs=list(part.inputs),
-                                outputs=list(part.outputs), reasons=part.reasons)
+                                outputs=list(part.outputs),
+                                reasons={name: f"{reason.rule}; {reason.remedy}"
+                                         for name, reason in part.reasons.items()})
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
                                 [each.nodes for each in alike])
@@ -144,6 +146,8 @@ def _allocate(state: State) -> None:
 def _emit(state: State) -> None:
     image, dram_bytes, steps = emit(state.lowered, state.config,
                                     [step.choice for step in _device(state)])
+    for step, source in zip(steps, _device(state), strict=True):
+        step.grids = source.grids
     device = iter(steps)
     state.program = Program(
         config=state.config, image=image, dram_bytes=dram_bytes, placement=state.placement,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 import moeware
 from moeware import cli
@@ -20,6 +21,7 @@ from moeware.runtime.session import Session
 from moeware.runtime.torch_path import TorchDevice
 from moeware.sim.golden import GoldenDevice
 
+from .compiler.exports import DIM, Block, Moe, PackedAttention, Vit, export, randomise
 from .runtime.reference import Graph
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
@@ -71,9 +73,21 @@ def test_check_says_where_nodes_run(moe, folder):
         '<ir_version: 9, opset_import: ["" : 18]> g (float[n, 3, 4] x) => (float[n, 3, 4] y) '
         "{ y = Sin(x) }")
     status, out, _ = moe("check", "odd.onnxtxt")
-    assert status == 0 and "Sin" in out and "host:" in out
+    head, _, columns, *rows = out.splitlines()
+    assert status == 0 and "fpga 0/1 nodes" in head and len(rows) == 2
+    assert columns.split("  ")[0] == "node" and columns.endswith("what to change")
+    assert "Sin has no form on the accelerator" in rows[0] and "leave it out of" in rows[0]
     assert moe("check", "odd.onnxtxt", "--strict")[0] == 1
-    assert facts(moe("check", "odd.onnxtxt", "--json"))["host_nodes"] == 1
+    result = facts(moe("check", "odd.onnxtxt", "--json"))
+    assert result["host_nodes"] == 1 == len(result["problems"])
+
+
+def test_check_refuses_what_is_silently_wrong(moe, tmp_path):
+    export(randomise(Vit(Block(PackedAttention(), Moe("sorted_split"), lambda: nn.LayerNorm(DIM)))),
+           tmp_path / "m.onnx", opset=17, dynamo=False)
+    status, out, error = moe("check", str(tmp_path / "m.onnx"))
+    assert status == 1 and not out
+    assert "counts of the example input and wrong for any other; export the experts as" in error
 
 
 def test_run(moe, folder):

@@ -32,7 +32,17 @@ class _Heads:
 
 
 def fuse_attention(model: ir.Model) -> None:
-    """Replace each softmax attention without a data-dependent mask by ``Attention``."""
+    """Replace each softmax attention without a data-dependent mask by ``Attention``.
+
+    Forms
+    -----
+    Attention
+        - ``Attention`` of the standard (opset 23 on), 3 or 4 axes; without mask, past or softcap
+        - ``MatMul``, ``Softmax``, ``MatMul``, the scale on queries, keys, both or the scores, a
+          constant causal mask or none
+        - queries, keys and values from one packed Linear or from three, split in any way; keys and
+          values shared by heads that are repeated
+    """
     for node in list(model.graph):
         if node.graph is None:
             continue

@@ -19,7 +19,15 @@ from moeware.compiler.fuse.trace import (
 
 
 def fuse_patch_embed(model: ir.Model) -> None:
-    """Replace a strided convolution, or a Linear on rearranged patches, by ``PatchEmbed``."""
+    """Replace a strided convolution, or a Linear on rearranged patches, by ``PatchEmbed``.
+
+    Forms
+    -----
+    PatchEmbed
+        - ``Conv`` whose stride is its kernel, without padding, dilation or groups, flattened to rows
+        - the image cut by ``Reshape`` and ``Transpose`` into rows of patches in any order of the
+          features, then a linear form
+    """
     for node in list(model.graph):
         if node.graph is None:
             continue
@@ -116,7 +124,13 @@ def _patch_embed(
 
 
 def fuse_tokens(model: ir.Model) -> None:
-    """Replace constant rows put before the tokens by ``ClassToken``, one for each row."""
+    """Replace constant rows put before the tokens by ``ClassToken``, one for each row.
+
+    Forms
+    -----
+    ClassToken
+        - ``Concat`` of constant rows and the tokens, also of several (registers)
+    """
     for node in list(model.graph):
         if not is_op(node, "Concat") or len(node.inputs) < 2:
             continue
@@ -139,7 +153,13 @@ def fuse_tokens(model: ir.Model) -> None:
 
 
 def fuse_constants(model: ir.Model) -> None:
-    """Replace the addition of a constant to the tokens by ``AddConstant``."""
+    """Replace the addition of a constant to the tokens by ``AddConstant``.
+
+    Forms
+    -----
+    AddConstant
+        - ``Add`` of a constant that broadcasts to the tokens (position embedding)
+    """
     for node in list(model.graph):
         pair = other_operand(node) if is_op(node, "Add") else None
         array = constant(pair[1]) if pair else None

@@ -21,7 +21,15 @@ class LinearMatch:
 
 
 def fuse_linear(model: ir.Model) -> None:
-    """Replace each product with a constant matrix, and the bias added to it, by ``Linear``."""
+    """Replace each product with a constant matrix, and the bias added to it, by ``Linear``.
+
+    Forms
+    -----
+    Linear
+        - ``MatMul`` with a constant matrix on the right, and a constant added per output
+        - ``Gemm`` with a constant matrix, alpha, beta and transB; not transA
+        - ``Einsum`` over the last axis with a constant matrix
+    """
     for node in list(model.graph):
         if node.graph is None or match_product(node) is None:
             continue
@@ -121,7 +129,15 @@ def _per_feature(array: np.ndarray, features: int) -> bool:
 
 
 def fold_output_scale(model: ir.Model) -> None:
-    """Fold a constant factor per feature (layer scale) into the Linear or Experts before it."""
+    """Fold a constant factor per feature (layer scale) into the Linear or Experts before it.
+
+    Forms
+    -----
+    Linear
+        - with a ``Mul`` by a constant per output after it
+    Experts
+        - with a ``Mul`` by a constant per feature after them
+    """
     for node in list(model.graph):
         pair = other_operand(node) if is_op(node, "Mul") else None
         factor = constant(pair[1]) if pair else None

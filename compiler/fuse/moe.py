@@ -20,7 +20,20 @@ from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, siz
 
 
 def fuse_moe(model: ir.Model) -> None:
-    """Replace each proven mixture of experts by ``Route`` and ``Experts``."""
+    """Replace each proven mixture of experts by ``Route`` and ``Experts``.
+
+    Forms
+    -----
+    Route
+        - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
+          weights divided by their sum or not
+    Experts
+        - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
+        - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
+        - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
+        - a ``Gather`` of each token's stacked weights, then ``MatMul`` or ``Einsum``
+        - all experts on all tokens, and a ``GatherElements`` of the chosen results
+    """
     for node in list(model.graph):
         if node.graph is not None and is_op(node, "TopK"):
             _fuse(model, node)

@@ -22,7 +22,15 @@ _LARGEST_REGION = 16
 
 
 def fuse_norm(model: ir.Model) -> None:
-    """Replace LayerNormalization and its primitive forms over the last axis by ``LayerNorm``."""
+    """Replace LayerNormalization and its primitive forms over the last axis by ``LayerNorm``.
+
+    Forms
+    -----
+    LayerNorm
+        - ``LayerNormalization`` over the last axis
+        - mean, variance, ``Sqrt`` of variance + epsilon, division, gamma and beta in primitive
+          operators
+    """
     for node in list(model.graph):
         if node.graph is None:
             continue

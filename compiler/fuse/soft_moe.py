@@ -22,7 +22,14 @@ from moeware.compiler.operators import FUNCTIONS, OPERATORS
 
 
 def fuse_soft_moe(model: ir.Model) -> None:
-    """Replace each proven Soft MoE by ``SoftExperts``."""
+    """Replace each proven Soft MoE by ``SoftExperts``.
+
+    Forms
+    -----
+    SoftExperts
+        - logits linear in x, their ``Softmax`` over tokens and over slots, and ``Einsum`` or
+          ``MatMul`` with each; experts one by one or stacked
+    """
     for logits in _twice_normalised(model):
         x = _argument(logits)
         shape = token_shape(x) if x is not None else None

@@ -18,7 +18,13 @@ from moeware.compiler.fuse.trace import (
 
 
 def fuse_take_token(model: ir.Model) -> None:
-    """Replace the selection of one row of ``[1, N, D]`` by ``TakeToken``."""
+    """Replace the selection of one row of ``[1, N, D]`` by ``TakeToken``.
+
+    Forms
+    -----
+    TakeToken
+        - ``Gather``, ``Slice`` or ``Split`` that selects one token
+    """
     for node in list(model.graph):
         if not is_op(node, "Gather", "Slice", "Split"):
             continue
@@ -50,7 +56,13 @@ def _rows_of_tokens(value: ir.Value) -> Trace | None:
 
 
 def fuse_mean(model: ir.Model) -> None:
-    """Replace a mean over all tokens by ``MeanTokens``."""
+    """Replace a mean over all tokens by ``MeanTokens``.
+
+    Forms
+    -----
+    MeanTokens
+        - ``ReduceMean`` over the tokens, or ``GlobalAveragePool`` of them as an image
+    """
     for node in list(model.graph):
         if not is_op(node, "ReduceMean", "GlobalAveragePool") or node.inputs[0] is None:
             continue
@@ -82,7 +94,13 @@ def fuse_mean(model: ir.Model) -> None:
 
 
 def fuse_add(model: ir.Model) -> None:
-    """Replace the sum of two values of rows by the residual ``Add``."""
+    """Replace the sum of two values of rows by the residual ``Add``.
+
+    Forms
+    -----
+    Add
+        - ``Add`` of two computed values of one shape
+    """
     for node in list(model.graph):
         if not is_op(node, "Add") or any(
             value is None or value.const_value is not None for value in node.inputs
@@ -103,6 +121,11 @@ def join_branches(model: ir.Model) -> None:
     """Rewrite ``x + (a + b)``, with branches a and b (a shared expert), as ``(x + a) + b``.
 
     Then each branch joins the residual stream by itself. Only the rounding of the sum differs.
+
+    Forms
+    -----
+    Add
+        - ``Add`` of the stream and of the sum of two branches (a shared expert)
     """
     for node in list(model.graph):
         if not _is(node, "Add"):

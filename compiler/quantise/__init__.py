@@ -61,4 +61,5 @@ class _Quantiser(Stream, Rows, Projections, Attention, Experts, SoftExperts):
             getattr(self, f"_{node.op_type}")(node, **attributes(node))
         for value in self.outputs:
             self._output(value)
+        self.result.grids = self._grids()
         return self.result

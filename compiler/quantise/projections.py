@@ -79,6 +79,7 @@ class Projections(State):
                          rows=source.rows, mode=mode, epsilon=epsilon, affine=affine, groups=groups,
                          rotation=rotation))
         self.values[value.name] = Tensor(value.name, target, rows=source.rows)
+        self.columns[value.name] = order
 
 
 def _factors(cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, float]:

@@ -93,7 +93,7 @@ class Rows(State):
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
         if roles and roles <= {1, 2}:
-            samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
+            samples, shift = without(samples, bias), bias.astype(np.float64)
             bias = np.zeros_like(bias)
             if roles == {1, 2}:
                 raise CompileError(f"Node {node.name!r} must be key or value of attention, not both")
@@ -102,11 +102,11 @@ class Rows(State):
             if source.shift is not None:
                 lifted = weight.astype(np.float64) @ source.shift
                 samples = without(samples, lifted)
-                shift = None if shift is None else shift + lifted
+                shift = shift + lifted
                 bias = -lifted
             order = head_channels(users[0], value).ravel()
             weight, bias, samples = weight[order], bias[order], samples[..., order]
-            shift = None if shift is None else shift[order]
+            self.columns[value.name], shift = order, shift[order]
         gain = None
         if len(users) == len(consumers) == 1 and roles == {2}:
             gain = self._value_gain(users[0], samples, shift)

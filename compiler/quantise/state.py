@@ -13,6 +13,7 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
 from moeware.compiler.weights import Tensor, scaled_weights
 from moeware.hw.arch import quantised as q
+from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import Port, Region
 
@@ -24,13 +25,14 @@ EPSILON_BITS = 48  # that the normalisation unit holds epsilon in
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0). choice : as of
-    `DeviceStep`."""
+    """A device step before it has addresses (those of its ports' regions are 0). choice, grids : as
+    of `DeviceStep`."""
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     choice: dict[str, int] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class State:
     """What the rules for the canonical operators share: consumers, grids, the step so far.
 
     pending : nodes by the value that its consumer will emit; norms : all rows of a normalised
-    stream.
+    stream; columns : of a value, the channel that each of its tensor's is, where they differ; added :
+    the tensors of the stream after and before a value was added to it.
     """
 
     def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
@@ -66,6 +69,8 @@ class State:
         self.values: dict[str, Tensor | Embedding] = {}
         self.pending: dict[str, ir.Node] = {}  # what its consumer will emit
         self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # value of a norm -> all its rows
+        self.columns: dict[str, np.ndarray] = {}
+        self.added: dict[str, tuple[str, str]] = {}
         self.stream_step = self._stream_step()
 
     # Consumers, grids, weights
@@ -146,6 +151,18 @@ class State:
         self.result.outputs.append(Port(
             name=value.name, tensor=tensor.tensor, shape=dims[1:], scale=tensor.step,
             split=(rows, dims[-1]), order=(0, 1), region=region))
+
+    def _grids(self) -> dict[str, Grid]:
+        """What became of each canonical value that the step computes and keeps as a tensor."""
+        tensors = {name: found for name, found in self.values.items() if isinstance(found, Tensor)}
+        grids = {name: Grid(tensor=found.tensor, step=found.step, offset=found.offset,
+                            gain=found.gain, shift=found.shift, columns=self.columns.get(name),
+                            first_row=found.first_row, rows=found.rows)
+                 for name, found in tensors.items()
+                 if name not in {value.name for value in self.inputs}}
+        return grids | {name: Grid(tensor=after, base=before, step=self.stream_step,
+                                   rows=tensors[after].rows)
+                        for name, (after, before) in self.added.items()}
 
     def _head(self, value: ir.Value) -> None:
         """A Linear that leaves the step: wide, on a grid of its own."""

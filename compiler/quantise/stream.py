@@ -1,5 +1,7 @@
 """The residual stream: embedding, additions, single tokens."""
 
+import dataclasses
+
 import numpy as np
 
 from moeware.compiler.canonical import shape
@@ -61,6 +63,7 @@ class Stream(State):
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
+        self.added[branch.name] = name, stream.tensor
 
     def _TakeToken(self, node, index):
         value, name = node.inputs[0], node.outputs[0].name
@@ -69,5 +72,4 @@ class Stream(State):
             self.values[name] = self._norm(value.name, name, index, 1)
             return
         source = self._tensor(value)
-        self.values[name] = Tensor(source.tensor, source.step, source.gain, source.shift,
-                                   source.first_row + index, 1)
+        self.values[name] = dataclasses.replace(source, first_row=source.first_row + index, rows=1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import layout, quantised
 from .config import Config
+from .grid import Grid
 from .isa import Memory
 
 __all__ = ["DeviceStep", "HostStep", "Port", "Probe", "Program", "ProgramError", "Region"]
@@ -166,7 +167,7 @@ class DeviceStep:
     quantised graph; macs : multiply-accumulates of a frame, experts counted as often as they are
     chosen; layers : names, as reports give them; layer_of : uint16 [instructions but END], the
     number of the layer that an instruction is of; choice : the values of the program's choices that
-    the step is for.
+    the step is for; grids : what the integers stand for, by the name of the canonical value.
     """
 
     entry: int
@@ -179,6 +180,7 @@ class DeviceStep:
     layers: list[str] = field(default_factory=list)
     layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     choice: dict[str, int] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -239,6 +241,7 @@ class Program:
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
+                    "grids": {name: _kept(grid, arrays) for name, grid in step.grids.items()},
                     "operations": quantised.to_arrays(step.operations, arrays)})
         arrays["manifest"] = np.frombuffer(json.dumps({
             "config": self.config.to_dict(), "digest": self.config.digest,
@@ -307,12 +310,25 @@ class Program:
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})
                             for probe in entry["probes"]],
+                    grids={name: Grid(**fields | {
+                        part: arrays[fields[part]] for part in _GRID_ARRAYS if fields[part]})
+                        for name, fields in entry["grids"].items()},
                     operations=quantised.from_arrays(entry["operations"], arrays)))
         tensors = {side: [(name, tuple(shape), kind) for name, shape, kind in manifest[side]]
                    for side in ("inputs", "outputs")}
         return cls(config=config, image=arrays["image"].tobytes(),
                    dram_bytes=manifest["dram_bytes"], steps=steps, placement=manifest["placement"],
                    metadata=manifest["metadata"], choices=manifest["choices"], **tensors)
+
+
+_GRID_ARRAYS = ("gain", "shift", "columns")
+
+
+def _kept(grid: Grid, arrays: dict[str, np.ndarray]) -> dict:
+    """JSON-able fields of a grid; its arrays are added to `arrays`."""
+    fields = {field.name: getattr(grid, field.name) for field in dataclasses.fields(grid)}
+    return fields | {name: quantised.keep(fields[name], arrays) for name in _GRID_ARRAYS
+                     if fields[name] is not None}
 
 
 def _region(fields: dict) -> Region:
