@@ -17,7 +17,7 @@ from pathlib import Path
 from moeware.compiler import canonical, canonical_rules, partition
 from moeware.compiler.fuse import RULES
 from moeware.compiler.fuse.trace import LAYOUT
-from moeware.compiler.load import OPSETS
+from moeware.compiler.read import OPSETS
 from moeware.hw.arch.config import Config
 
 PAGE = Path(__file__).with_suffix(".md")
