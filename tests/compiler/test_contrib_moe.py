@@ -180,8 +180,8 @@ def test_refused(tmp_path, name):
     fused = fuse(load(path))
     parts = partition(fused)
     (node,) = (node for node in fused.graph if node.op_type == "MoE")
-    assert parts.reasons[node.name].startswith(f"node `{node.name}`: ")
-    what, how = parts.reasons[node.name].split("; ")
+    assert str(parts.reasons[node.name]).startswith(f"node `{node.name}`: ")
+    what, how = str(parts.reasons[node.name]).split("; ")
     assert reason in what + how and remedy in what + how
     assert f"(MoE: {what.split(': ', 1)[1]}" in describe(parts)
     if runs:
