@@ -17,10 +17,14 @@ from moeware.compiler.verify import verify_quantised
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 from moeware.runtime.torch_path import TorchDevice
+from moeware.sim.compare import compare
+from moeware.sim.dram import SDRAM_16BIT
 from moeware.sim.golden import GoldenDevice
+from moeware.sim.rtl import RtlDevice
 
 from ..hw.arch.configs import CONFIGS
 from ..runtime.reference import evaluate
+from ..sim.test_rtl import shaped
 from .canonical_models import CHANNELS, SIDE, Canonical, gated_model
 
 WITH = dataclasses.replace(CONFIGS[0], products=1)
@@ -165,6 +169,22 @@ def test_every_layer_of_a_traced_program():
         assert len(found) == len(step.operations) - 1  # all but the route
         for tensor, values in found.items():
             np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+def test_gateware_equals_golden_equals_pytorch():
+    """Frames back to back, memory that stalls, all tokens on two of the experts."""
+    config, model = shaped("odd words"), gated_model(7, width=13, hidden=11, experts=5)
+    route = next(node for node in model.graph if node.op_type == "Route")
+    bias = route.inputs[2].const_value.numpy().copy()
+    bias[[1, 4]] += 100
+    route.inputs[2].const_value = type(route.inputs[2].const_value)(bias)
+    program = compiled(model, config, trace=True)
+    step, = program.steps
+    devices = {"golden": GoldenDevice(), "PyTorch": TorchDevice(),
+               "RTL": RtlDevice(config, fast=False, dram=SDRAM_16BIT, stall_seed=3)}
+    found = compare(program, step, devices, {step.inputs[0].tensor: step.inputs[0].quantise(images(3))})
+    assert found.equal, str(found)
+    assert {tensor for _, tensor, *_ in found.tensors} == {probe.tensor for probe in step.probes}
 
 
 def quantised(model) -> list[q.Operation]:
