@@ -16,6 +16,7 @@ from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
 from moeware.compiler.to_onnx import lower
+from moeware.hw.arch.config import Config
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,33 @@ _MAY_FOLLOW = {
     "route": ("Experts",),
     "experts": ("Add",),
 }
+# Operator: the field of `Config` that says whether there is gateware for it.
+_OPTIONS = {"Rotary": "rotary"}
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
-def partition(model: ir.Model) -> Partition:
-    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator."""
-    host: dict[ir.Node, str] = {}
+def partition(model: ir.Model, config: Config | None = None) -> Partition:
+    """Cut the canonical ``model`` into steps; every supported node runs on the accelerator.
+
+    config: what gateware there is for; None: all that there can be.
+    """
+    host = {} if config is None else dict(_without_gateware(model, config))
     while True:
         found = dict(_violations(model, host))
         if not found:
             break
         host.update(found)
     return Partition(tuple(_steps(model, host)))
+
+
+def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, str]]:
+    for node in model.graph:
+        field = _OPTIONS.get(node.op_type) if is_canonical(node) else None
+        if field is not None and not getattr(config, field):
+            yield node, (
+                f"node `{node.name}`: {node.op_type} needs gateware that this configuration does "
+                f"not have; use one with Config.{field} = 1"
+            )
 
 
 def _violations(model: ir.Model, host: dict[ir.Node, str]) -> Iterator[tuple[ir.Node, str]]:
@@ -326,8 +342,9 @@ def describe(parts: Partition) -> str:
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    # The nodes without a canonical form are the cause; the others follow from them.
+    # The nodes without a canonical form are the cause, or gateware; the others follow from them.
     causes = [entry for entry in counts["host"] if entry["operator"] not in OPERATORS]
+    causes += [entry for entry in counts["host"] if entry["operator"] in _OPTIONS]
     first = (causes or counts["host"])[0]
     reason = first["reason"].split(": ", 1)[1].split(";")[0]
     return f"{line}; host {counts['host_nodes']} ({first['operator']}: {reason})"

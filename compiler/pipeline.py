@@ -81,7 +81,7 @@ def _fuse(state: State) -> None:
 
 
 def _partition(state: State) -> None:
-    parts = partition(state.models[0])
+    parts = partition(state.models[0], state.config)
     state.placement, state.report = describe(parts), report(parts)
 
 
@@ -96,7 +96,7 @@ def _calibrate(state: State) -> None:
 def _quantise(state: State) -> None:
     state.quantised = []
     precision = Precision(state.bits)
-    variants = [partition(model).steps for model in state.models]
+    variants = [partition(model, state.config).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
         for part, *alike in zip(parts, *variants, strict=True):
             if part.kind == "host":
@@ -264,6 +264,10 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         raise CompileError(f"Dump folder {folder} must be of the configuration "
                            f"{wanted.config.digest:#010x}, not {state.config.digest:#010x}: start "
                            "at tile")
+    if (state.config.rotary != wanted.config.rotary
+            and list(STAGES).index(stage) >= list(STAGES).index("partition")):
+        raise CompileError(f"Dump folder {folder} must be of a configuration with rotary = "
+                           f"{wanted.config.rotary}, not {state.config.rotary}: start at partition")
     if state.choices != wanted.choices:
         raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
                            f"{state.choices}: start at load")

@@ -63,14 +63,14 @@ class Requantise(wiring.Component):
                    for i in range(Multipliers.LATENCY + 2)]
         coarse = Signal(product.shape(), reset_less=True)
         fine = Signal(product.shape(), reset_less=True)
+        shape = self.result.shape() if self.saturated else None
         with m.If(self.advance):
             m.d.sync += amounts[0].eq(self.shift - 1)
             m.d.sync += [after.eq(before) for before, after in pairwise(amounts)]
             m.d.sync += [
                 coarse.eq(product >> (amounts[-2][3:] << 3)),
                 fine.eq(coarse >> amounts[-1][:3]),
-                self.result.eq(halved(m, fine, self.result.shape()) if self.saturated
-                               else (fine + 1) >> 1),
+                self.result.eq(halved(m, fine, shape)),
             ]
         return m
 
@@ -97,8 +97,11 @@ class Requantise(wiring.Component):
         return product
 
 
-def halved(m, doubled, shape):
-    """``(doubled + 1) >> 1``, saturated; the range check runs beside the short addition."""
+def halved(m, doubled, shape=None):
+    """``(doubled + 1) >> 1``, saturated to `shape` if one is given; the range check runs beside the
+    short addition."""
+    if shape is None:
+        return (doubled + 1) >> 1
     kept = shape.width + 1
     if kept >= len(doubled):
         doubled = Cat(doubled, doubled[-1].replicate(kept + 1 - len(doubled))).as_signed()

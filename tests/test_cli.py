@@ -65,6 +65,8 @@ def facts(result: tuple[int, str, str]) -> dict:
 def test_check_says_where_nodes_run(moe, folder):
     status, out, _ = moe("check", str(DIGITS / "digits.onnx"))
     assert status == 0 and "fpga 52/52 nodes, 100.0 % of MACs" in out
+    assert moe("check", str(DIGITS / "digits.onnx"), "--config", "config.json")[1] == out
+    assert "'nothing'" in moe("check", str(DIGITS / "digits.onnx"), "--config", "nothing")[2]
     (folder / "odd.onnxtxt").write_text(
         '<ir_version: 9, opset_import: ["" : 18]> g (float[n, 3, 4] x) => (float[n, 3, 4] y) '
         "{ y = Sin(x) }")

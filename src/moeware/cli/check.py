@@ -7,23 +7,28 @@ HELP = "say which nodes of a model run on the accelerator"
 
 def configure(parser) -> None:
     parser.add_argument("model", help="ONNX file")
+    parser.add_argument("--config", help="name of a board, or JSON file of a Config, whose gateware "
+                        "there is (default: all that there can be)")
     add_choices_option(parser)
     parser.add_argument("--strict", action="store_true",
                         help="exit status 1 if a node would run on the host")
 
 
 def run(arguments) -> dict:
-    return placement(arguments.model, dict(arguments.choices), strict=arguments.strict)
+    return placement(arguments.model, dict(arguments.choices), config=arguments.config,
+                     strict=arguments.strict)
 
 
-def placement(model: str, choices: dict[str, list[int]] | None = None, *, strict: bool) -> dict:
+def placement(model: str, choices: dict[str, list[int]] | None = None, *,
+              config: str | None = None, strict: bool) -> dict:
     """The facts about an ONNX file, with the first value of each of its choices."""
+    from moeware.api import find_config
     from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
     from moeware.compiler.load import load
     from moeware.compiler.partition import describe, partition, report
     first = combinations(check_choices(choices or {}))[0]
-    parts = partition(fuse(load(model, first)))
+    parts = partition(fuse(load(model, first)), config and find_config(config))
     facts = report(parts)
     return {"ok": not (strict and facts["host_nodes"]), "model": model,
             "placement": describe(parts), **facts}
