@@ -49,8 +49,9 @@ class NormUnit(wiring.Component):
     Each residual word is read once, and kept until the scale of its row is known: statistics of one
     row run beside the application of the one before, each `lanes` channels a cycle. A row takes
     ``max(ceil(channels / lanes), ROW_INTERVAL)`` cycles once the pipeline is full, which takes
-    about 97 cycles (`Rotate.LATENCY` more with `Config.rotary`) and one row. The next instruction is taken, and its statistics begin, while the
-    one before is being applied; results are written in program order.
+    about 97 cycles, with `Config.rotary` `Rotate.LATENCY` more, and one row. The next instruction is
+    taken, and its statistics begin, while the one before is being applied; results are written in
+    program order.
 
     A refused address or write holds up what needs it, and nothing else.
 
@@ -201,7 +202,7 @@ class NormUnit(wiring.Component):
         m.d.comb += [beside.w_en.eq(tags[1].valid),
                      beside.r_en.eq(tags[normalised].valid)]
         meets = data.View(params.p.data.shape(), beside.r_data)
-        scale_to = signed(8)
+        scale_to = signed(8)  # or by way of 16 bits, which saturates alike
         if self.config.rotary:
             scale_to, rotate = signed(16), self._rotate(m, params.p.flag, factors, tags, scaled)
             m.d.comb += queue.element.data.eq(rotate.results)

@@ -14,6 +14,7 @@ from moeware.runtime.torch_path import TorchDevice
 from moeware.sim.compare import compare
 from moeware.sim.golden import GoldenDevice
 
+from ..hw.arch.configs import CONFIGS
 from .decoders import Decoder, quantised, rotary_factors
 from .lowering import program
 from .test_rotary_lowering import NAMES, ROTARY
@@ -163,6 +164,20 @@ def broken(change) -> str:
 ])
 def test_what_attention_cannot_read_runs_on_the_host(change, reason):
     assert reason in broken(change)
+
+
+def test_rotary_runs_on_the_host_where_there_is_no_gateware():
+    decoder = Decoder(0, 4, 16)
+    x = decoder.block(decoder.x, 2, 2, 8, 5)
+    model = decoder.model(decoder.linear(decoder.norm(x), 3))
+    parts = partition(model, CONFIGS[0])
+    reasons = [reason for reason in parts.reasons.values() if "Config.rotary = 1" in reason]
+    assert len(reasons) == 2
+    attention = next(node for node in decoder.nodes if node.op_type == "Attention")
+    assert attention.name in parts.reasons  # as what it reads is there
+    device = [step for step in parts.steps if step.kind == "fpga"]
+    assert {"Linear", "Pointwise", "Add"} <= {n.op_type for step in device for n in step.nodes}
+    assert partition(model, ROTARY[0]).reasons.keys() == {"host"}
 
 
 def test_groups_of_the_stream_run_on_the_host():
