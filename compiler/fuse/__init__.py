@@ -14,7 +14,7 @@ from moeware.compiler.fuse.attention import fuse_attention
 from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
 from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
 from moeware.compiler.fuse.moe import fuse_moe
-from moeware.compiler.fuse.norm import fuse_norm
+from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
 from moeware.compiler.fuse.tokens import (
@@ -33,6 +33,7 @@ RULES = (
     lift_pointwise,
     fold_output_scale,
     fuse_patch_embed,
+    fuse_head_norm,
     fuse_attention,
     straighten,
     fuse_tokens,

@@ -58,6 +58,20 @@ class Builder:
         target = self.weight(np.array(shape, np.int64), "shape")
         return self._insert("Reshape", [value, target], [shape], {}, "", [value.dtype])[0]
 
+    def transpose(self, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
+        """``value`` with its axes in another order."""
+        shape = static_shape(value)
+        assert shape is not None
+        shapes, attributes = [tuple(shape[axis] for axis in order)], {"perm": order}
+        return self._insert("Transpose", [value], shapes, attributes, "", [value.dtype])[0]
+
+    def take(self, value: ir.Value, columns: np.ndarray) -> ir.Value:
+        """Columns of the last axis of ``value``."""
+        shape, indices = static_shape(value), self.weight(columns.astype(np.int64), "columns")
+        assert shape is not None
+        shapes, attributes = [(*shape[:-1], len(columns))], {"axis": -1}
+        return self._insert("Gather", [value, indices], shapes, attributes, "", [value.dtype])[0]
+
     def _insert(self, operator, inputs, shapes, attributes, domain, types) -> list[ir.Value]:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
         if domain:
