@@ -12,7 +12,12 @@ from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
 from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
-from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
+from moeware.compiler.fuse.linear import (
+    fold_output_scale,
+    fuse_linear,
+    fuse_multiply,
+    split_linear,
+)
 from moeware.compiler.fuse.moe import fuse_moe
 from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
@@ -34,6 +39,8 @@ RULES = (
     fold_output_scale,
     fuse_patch_embed,
     fuse_head_norm,
+    split_linear,
+    fuse_multiply,
     fuse_attention,
     straighten,
     fuse_tokens,

@@ -100,7 +100,7 @@ def gather_rows(model: ir.Model, at: ir.Node, part: Heads, factor: float = 1.0) 
 def _select_linear(model: ir.Model, at: ir.Node, part: Heads, factor: float) -> ir.Value:
     node = producer(part, "Linear")
     assert node is not None
-    build = Builder(model, at, [node])
+    build = Builder(model, at, [node, *part.nodes])
     x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
     assert x is not None and weight is not None and bias is not None
     columns = part.columns.reshape(-1)
@@ -132,7 +132,7 @@ def _select_norm(model: ir.Model, at: ir.Node, part: Heads) -> ir.Value | None:
     x = gather_rows(model, at, replace(before, columns=inner))
     if x is None:
         return None
-    build = Builder(model, at, [node])
+    build = Builder(model, at, [node, *part.nodes])
     attributes = {"epsilon": attribute(node, "epsilon", 1e-5), "groups": len(groups)}
     inputs = [x, build.weight(gamma[columns], "gamma")]
     return build.node("RMSNorm", inputs, [(1, part.tokens, len(columns))], attributes)[0]

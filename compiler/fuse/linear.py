@@ -1,4 +1,5 @@
-"""Linear: MatMul, Gemm or Einsum with a constant matrix, its bias, and a scale per output."""
+"""Linear: MatMul, Gemm or Einsum with a constant matrix, its bias, and a scale per output; the
+product of two for a gated feed-forward network."""
 
 from dataclasses import dataclass
 
@@ -6,8 +7,16 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import DOMAIN
-from moeware.compiler.fuse.rebuild import Builder, token_shape
-from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, other_operand
+from moeware.compiler.fuse.heads import gather_rows, producer, scatter_rows, select_rows
+from moeware.compiler.fuse.rebuild import Builder, flat_root, token_shape
+from moeware.compiler.fuse.trace import (
+    attribute,
+    constant,
+    is_op,
+    operand,
+    other_operand,
+    static_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -142,3 +151,42 @@ def fold_output_scale(model: ir.Model) -> None:
         attributes = {name: entry.value for name, entry in source.attributes.items()}
         (result,) = build.node(source.op_type, inputs, [shape], attributes)  # type: ignore
         build.replace(node.outputs[0], result)
+
+
+def split_linear(model: ir.Model) -> None:
+    """Give each selection of columns of a Linear (a packed projection) a Linear of its own."""
+    for node in list(model.graph):
+        if not is_op(node, "Split", "Slice", "Gather"):
+            continue
+        for output in node.outputs:
+            part = select_rows(output) if output.uses() or output.is_graph_output() else None
+            if part is None or part.is_whole or producer(part, "Linear") is None:
+                continue
+            shape, rows = static_shape(output), gather_rows(model, node, part)
+            assert shape is not None and rows is not None
+            build = Builder(model, node, part.nodes)
+            build.replace(output, scatter_rows(build, rows, part, shape))
+
+
+def fuse_multiply(model: ir.Model) -> None:
+    """Replace the product of two values that Linears or functions make by ``Multiply``."""
+    for node in list(model.graph):
+        if not is_op(node, "Mul") or any(_made_by(value) is None for value in node.inputs):
+            continue
+        a, b = node.inputs
+        assert a is not None and b is not None
+        shape = token_shape(a)
+        if shape is None or static_shape(a) != static_shape(b):
+            continue
+        build = Builder(model, node, [node])
+        operands = [build.resolve(value, shape) for value in (a, b)]
+        (result,) = build.node("Multiply", operands, [shape])
+        build.replace(node.outputs[0], result)
+
+
+def _made_by(value: ir.Value | None) -> ir.Node | None:
+    """The Linear or Pointwise that the rows of ``value`` come from, whatever their shape."""
+    node = flat_root(value).producer() if value is not None and value.const_value is None else None
+    if node is not None and node.domain == DOMAIN and node.op_type in ("Linear", "Pointwise"):
+        return node
+    return None
