@@ -40,7 +40,8 @@ lower index; "chosen" divides the weights by their sum (equal to softmax over th
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
 
-Every canonical node carries the metadata ``sources``: the names of the nodes that it replaces.
+Every node that the front end makes, canonical or layout around it, carries the metadata
+``sources``: the names of the nodes that it replaces.
 """
 
 import json
@@ -97,7 +98,9 @@ def attributes(node: ir.Node) -> dict[str, int | float | str]:
 
 def sources(node: ir.Node) -> list[str]:
     """Names of the nodes of the original model that ``node`` stands for."""
-    return json.loads(node.metadata_props["sources"]) if is_canonical(node) else [str(node.name)]
+    if "sources" in node.metadata_props:
+        return json.loads(node.metadata_props["sources"])
+    return [str(node.name)]
 
 
 def shape(value: ir.Value) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ class Builder:
         self._at = at
         names: dict[str, None] = {}
         for node in replaced:
-            if node.domain == DOMAIN:
+            if "sources" in node.metadata_props:
                 names.update(dict.fromkeys(json.loads(node.metadata_props["sources"])))
             elif node.name:
                 names[node.name] = None
@@ -74,8 +74,7 @@ class Builder:
 
     def _insert(self, operator, inputs, shapes, attributes, domain, types) -> list[ir.Value]:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
-        if domain:
-            node.metadata_props["sources"] = self._sources
+        node.metadata_props["sources"] = self._sources
         for output, shape, kind in zip(node.outputs, shapes, types):
             output.shape, output.dtype = ir.Shape(shape), kind
         self._graph.insert_before(self._at, node)
