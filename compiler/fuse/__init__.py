@@ -22,6 +22,7 @@ from moeware.compiler.fuse.moe import fuse_moe
 from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
+from moeware.compiler.fuse.rotary import fuse_rotary
 from moeware.compiler.fuse.tokens import (
     fuse_add,
     fuse_mean,
@@ -38,6 +39,8 @@ RULES = (
     lift_pointwise,
     fold_output_scale,
     fuse_patch_embed,
+    fuse_head_norm,
+    fuse_rotary,
     fuse_head_norm,
     split_linear,
     fuse_multiply,

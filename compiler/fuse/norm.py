@@ -1,11 +1,11 @@
 """LayerNorm and RMSNorm: the fused operators and their primitive forms, over rows and per head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.fuse.heads import gather_rows, scatter_rows, select_rows
+from moeware.compiler.fuse.heads import Heads, gather_rows, scatter_rows, select_rows
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import (
@@ -46,17 +46,28 @@ def fuse_head_norm(model: ir.Model) -> None:
     """Replace root-mean-square norms of each head by ``RMSNorm`` of rows in groups."""
     for node in list(model.graph):
         norm = _match(model, node) if node.graph is not None else None
-        if norm is None or norm.beta is not None:
-            continue
-        part = select_rows(norm.x)
-        x = gather_rows(model, norm.nodes[-1], part) if part is not None else None
-        if part is not None and x is not None:
-            build = Builder(model, norm.nodes[-1], norm.nodes)
-            groups = len(part.columns)
-            inputs = [x, build.weight(np.tile(norm.gamma, groups), "gamma")]
-            attributes = {"epsilon": float(norm.epsilon), "groups": groups}
-            (rows,) = build.node("RMSNorm", inputs, [static_shape(x)], attributes)  # type: ignore
-            build.replace(norm.y, scatter_rows(build, rows, part, static_shape(norm.y)))  # type: ignore
+        part = select_rows(norm.x) if norm is not None and norm.beta is None else None
+        if norm is not None and part is not None:
+            _replace_heads(model, norm, part)
+
+
+def _replace_heads(model: ir.Model, norm: _Norm, part: Heads) -> None:
+    at, shape = norm.nodes[-1], static_shape(norm.y)
+    heads, dim = part.columns.shape
+    # A norm does not depend on the order of its channels (in which a rotation may have left them).
+    order = np.argsort(part.columns[0])
+    x = gather_rows(model, at, replace(part, columns=part.columns[:, order]))
+    if x is None or shape is None or norm.gamma.size not in (1, dim):
+        return
+    gamma = np.broadcast_to(norm.gamma.reshape(-1), dim)[order]
+    build = Builder(model, at, norm.nodes)
+    inputs = [x, build.weight(np.tile(gamma, heads), "gamma")]
+    attributes = {"epsilon": float(norm.epsilon), "groups": heads}
+    (rows,) = build.node("RMSNorm", inputs, [(1, part.tokens, heads * dim)], attributes)
+    if (order != np.arange(dim)).any():
+        columns = np.arange(heads)[:, None] * dim + np.argsort(order)
+        rows = build.take(rows, columns.reshape(-1))
+    build.replace(norm.y, scatter_rows(build, rows, part, shape))
 
 
 def _has_heads(x: ir.Value) -> bool:

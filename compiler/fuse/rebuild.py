@@ -72,6 +72,12 @@ class Builder:
         shapes, attributes = [(*shape[:-1], len(columns))], {"axis": -1}
         return self._insert("Gather", [value, indices], shapes, attributes, "", [value.dtype])[0]
 
+    def scale(self, value: ir.Value, factor: float) -> ir.Value:
+        """``value`` times one number."""
+        shape, number = static_shape(value), self.weight(np.array(factor, np.float32), "factor")
+        assert shape is not None
+        return self._insert("Mul", [value, number], [shape], {}, "", [value.dtype])[0]
+
     def _insert(self, operator, inputs, shapes, attributes, domain, types) -> list[ir.Value]:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
         node.metadata_props["sources"] = self._sources
