@@ -8,7 +8,7 @@ import onnx_ir as ir
 from moeware.compiler.fuse.heads import Heads, gather_rows, select_heads
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.region import region, run
-from moeware.compiler.fuse.trace import attribute, forward, is_op, operand, static_shape
+from moeware.compiler.fuse.trace import attribute, constant, forward, is_op, operand, static_shape
 
 
 def fuse_attention(model: ir.Model) -> None:
@@ -23,10 +23,10 @@ def fuse_attention(model: ir.Model) -> None:
 
 
 def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
-    extra = [value for value in node.inputs[3:] if value is not None]
-    if extra or len([output for output in node.outputs if output.uses()]) > 1:
+    output, *others = node.outputs
+    if any(value.uses() or value.is_graph_output() for value in others):
         return
-    if attribute(node, "softcap", 0.0):
+    if any(value is not None for value in node.inputs[4:]) or attribute(node, "softcap", 0.0):
         return
     found = []
     for index, name in enumerate(("q_num_heads", "kv_num_heads", "kv_num_heads")):
@@ -34,22 +34,44 @@ def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
         heads = attribute(node, name, 0)
         found.append(select_heads(value, heads) if value is not None else None)
     q, k, v = found
-    if q is None or k is None or v is None:
-        return
-    q_scale = q.scale * k.scale
-    output = node.outputs[0]
     shape = static_shape(output)
-    if shape is None:
+    if q is None or k is None or v is None or shape is None:
+        return
+    causal = _causal(node, (q.tokens, k.tokens))
+    if causal is None:
         return
     dim = q.columns.shape[1]
-    scale = _snap((attribute(node, "scale", 0.0) or dim**-0.5) * q_scale, dim)
-    causal = attribute(node, "is_causal", 0)
+    scale = _snap((attribute(node, "scale", 0.0) or dim**-0.5) * q.scale * k.scale, dim)
     if len(shape) == 3:
         _replace(model, q, k, v, output, scale, causal, (node,))
         return
     merged = _merged(output, len(q.columns), q.tokens, dim)
     if merged is not None:
         _replace(model, q, k, v, merged[0], scale, causal, (node, *merged[1]))
+
+
+def _causal(node: ir.Node, shape: tuple[int, int]) -> int | None:
+    """1 where the operator's mask hides later keys, 0 where it hides none, else None."""
+    mask, seen = operand(node, 3), np.ones(shape, bool)
+    if mask is not None:
+        array = constant(mask)
+        if array is None or array.ndim < 2 or array.shape[-1] != shape[1]:
+            return None
+        if array.dtype != bool:
+            hidden = array <= _HIDDEN
+            if not (hidden | (array == 0)).all():
+                return None
+            array = ~hidden
+        rows = np.broadcast_to(array, (*array.shape[:-2], *shape)).reshape(-1, *shape)
+        if (rows != rows[:1]).any():
+            return None
+        seen = rows[0]
+    if attribute(node, "is_causal", 0):
+        seen = seen & np.tri(*shape, dtype=bool)
+    for causal, wanted in enumerate((np.ones(shape, bool), np.tri(*shape, dtype=bool))):
+        if (seen == wanted).all():
+            return causal
+    return None
 
 
 def _fuse_products(model: ir.Model, softmax: ir.Node) -> None:
@@ -62,7 +84,11 @@ def _fuse_products(model: ir.Model, softmax: ir.Node) -> None:
     weights, values = weighing.inputs
     left, right = product.inputs
     assert weights is not None and values is not None and left is not None and right is not None
-    q, k, v = select_heads(left), select_heads(right, transposed=True), select_heads(values)
+    shape, out_shape = static_shape(scores), static_shape(weighing.outputs[0])
+    if shape is None or out_shape is None:
+        return
+    q, k = select_heads(left, lead=shape[:-2]), select_heads(right, lead=shape[:-2], transposed=True)
+    v = select_heads(values, lead=out_shape[:-2])
     if q is None or k is None or v is None:
         return
     if not (q.columns.shape[1] == k.columns.shape[1] == v.columns.shape[1]):
@@ -107,8 +133,11 @@ def _after(softmax: ir.Node) -> ir.Node | None:
     return None
 
 
+# Softmax gives no weight to a score that a mask lowers by so much, whatever the model.
+_HIDDEN = -1e4
+
 _BETWEEN = (
-    "Mul", "Div", "Add", "Where", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "IsNaN",
+    "Mul", "Div", "Add", "Sub", "Where", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "IsNaN",
     "Dropout", "Expand",
 )  # fmt: skip
 

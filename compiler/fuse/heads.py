@@ -30,10 +30,13 @@ class Heads:
         return np.array_equal(self.columns.reshape(-1), np.arange(size(self.root) // self.tokens))
 
 
-def select_heads(value: ir.Value, heads: int = 0, transposed: bool = False) -> Heads | None:
+def select_heads(
+    value: ir.Value, heads: int = 0, lead: tuple[int, ...] | None = None, transposed: bool = False
+) -> Heads | None:
     """``value`` ([.., heads, tokens, dim], or packed rows where ``heads`` is given) as columns.
 
-    ``transposed``: the last two axes are exchanged (the key side of the score product).
+    lead: what a product broadcasts the leading axes to;
+    transposed: the last two axes are exchanged (the key side of the score product).
     """
     for trace in reversed(traces(value, scaled=True)):
         numbers = trace.numbers
@@ -41,6 +44,8 @@ def select_heads(value: ir.Value, heads: int = 0, transposed: bool = False) -> H
             numbers = numbers.reshape(numbers.shape[1], heads, -1).transpose(1, 0, 2)
         if transposed:
             numbers = numbers.swapaxes(-1, -2)
+        if lead is not None:
+            numbers = np.broadcast_to(numbers, (*lead, *numbers.shape[-2:]))
         columns = _columns(numbers, size(trace.root))
         if columns is not None:
             return Heads(trace.root, columns, numbers.shape[-2], trace.scale, trace.nodes)
