@@ -2,32 +2,25 @@
 
 Seed: a TopK on router logits. Region: everything between (x, logits) and the first value of x's
 size through which every result of the routing passes. The products with constants inside the
-region name the expert weights (`moe_weights`); running the region on random x and logits and
-comparing with the canonical form proves or rejects the proposal, so the loop over experts, the
-one-hot combination and the gather of stacked weights need no pattern each.
+region name the expert weights (`moe_weights`); running the region and comparing with the canonical
+form proves or rejects the proposal (`moe_proof`), so the loop over experts, the one-hot combination
+and the gather of stacked weights need no pattern each.
 """
 
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
-from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
+from moeware.compiler.fuse.moe_proof import Proof, prove
 from moeware.compiler.fuse.rebuild import Builder, flat_root
-from moeware.compiler.fuse.region import inputs_of, region, run
+from moeware.compiler.fuse.region import inputs_of, region
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
-from moeware.compiler.operators import FUNCTIONS
-
-_NORMALISATIONS = ("chosen", "all")
-# Relative difference that separates the rounding of float32 from another function.
-_TOLERANCE = 2e-4
 
 
 def fuse_moe(model: ir.Model) -> None:
-    """Replace each proven mixture of experts by ``Route`` and ``Experts``."""
+    """Replace each proven mixture of experts by ``Route`` and ``Experts`` or ``GatedExperts``."""
     for node in list(model.graph):
         if node.graph is not None and is_op(node, "TopK"):
             _fuse(model, node)
@@ -39,27 +32,29 @@ def refuse_baked_counts(model: ir.Model) -> None:
     Tracing ``x.split(counts.tolist())`` records the counts of the example input; the graph is
     silently wrong for every other input.
     """
-    for router in model.graph:
-        if not is_op(router, "TopK") or len(router.outputs) < 2:
+    after_routers = {
+        node
+        for router in model.graph
+        if is_op(router, "TopK") and len(router.outputs) > 1
+        for node in _descendants(router.outputs[1])
+    }
+    for sort in model.graph:
+        shape = sort.outputs[0].shape
+        # One list of all choices is sorted; the next block's router looks at each token by itself.
+        if not is_op(sort, "TopK") or sort not in after_routers or shape is None or len(shape) != 1:
             continue
-        after_router = _descendants(router.outputs[1])
-        for sort in after_router:
-            if not is_op(sort, "TopK") or sort is router or _shape_of_k(sort) < 2:
+        for node in _descendants(sort.outputs[1]):
+            sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
+            if sizes is None or attribute(node, "axis", 0) != 0:
                 continue
-            for node in _descendants(sort.outputs[1]):
-                sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
-                if sizes is not None and attribute(node, "axis", 0) == 0:
-                    raise CompileError(
-                        f"Node {node.name!r} must not split sorted tokens into the constant sizes "
-                        f"{sizes.tolist()}: they are the expert counts of the example input and "
-                        f"wrong for any other; export the experts as a loop with a mask weight, "
-                        f"as an einsum over stacked weights or as a gather of them"
-                    )
-
-
-def _shape_of_k(node: ir.Node) -> int:
-    shape = static_shape(node.outputs[0])
-    return shape[-1] if shape else 2
+            if isinstance(shape[0], int) and sizes.sum() != shape[0]:
+                continue
+            raise CompileError(
+                f"Node {node.name!r} must not split sorted tokens into the constant sizes "
+                f"{sizes.tolist()}: they are the expert counts of the example input and "
+                f"wrong for any other; export the experts as a loop with a mask weight, "
+                f"as an einsum over stacked weights or as a gather of them"
+            )
 
 
 def _descendants(value: ir.Value) -> list[ir.Node]:
@@ -80,8 +75,9 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
     logits, router = found
     features = router.weight.shape[1]
     k = constant(operand(top_k, 1))
-    shape = static_shape(flat_root(router.x))
-    if k is None or k.size != 1 or shape is None or attribute(top_k, "largest", 1) != 1:
+    if static_shape(router.x) is None or k is None or k.size != 1:
+        return
+    if attribute(top_k, "largest", 1) != 1:
         return
     x_size = size(router.x)
     if x_size <= 0 or x_size % features:
@@ -91,9 +87,9 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
         if size(y) not in (x_size, -1) or y is logits:
             continue
         for x in _expert_inputs(router.x, y, logits, x_size):
-            proof = _prove(model, x, logits, y, router, int(k.reshape(())), tokens)
+            proof = prove(model, x, logits, y, len(router.weight), features, int(k.reshape(())))
             if proof is not None:
-                _replace(model, x, y, router, int(k.reshape(())), tokens, proof)
+                replace_moe(model, x, y, router, int(k.reshape(())), tokens, proof)
                 return
 
 
@@ -150,79 +146,16 @@ def _expert_inputs(
             return
 
 
-class _Proof:
-    """What a proposal that computes the region's values consists of."""
-
-    def __init__(self, weights: ExpertWeights, function: str, normalise: str, nodes: list):
-        self.weights, self.function, self.normalise = weights, function, normalise
-        self.nodes = nodes
-
-
-def _prove(
-    model: ir.Model,
-    x: ir.Value,
-    logits: ir.Value,
-    y: ir.Value,
-    router: LinearMatch,
-    k: int,
-    tokens: int,
-) -> _Proof | None:
-    inside = set(region([y], [x, logits])[0])
-    nodes = [node for node in model.graph if node in inside]
-    experts, features = router.weight.shape
-    generator = np.random.default_rng(7)
-    sample = generator.normal(size=static_shape(x)).astype(np.float32)
-    scores = generator.normal(size=static_shape(logits)).astype(np.float32) * 2
-    proposals = list(propose_weights(nodes, x, experts, features))
-    if not proposals:
-        return None
-    results = run(model, {x: sample, logits: scores}, [y])
-    if results is None or results[0].size != sample.size:
-        return None
-    expected = results[0].reshape(tokens, features)
-    scale = np.abs(expected).max() + 1e-30
-    rows = sample.reshape(tokens, features)
-    combine = {name: _combine(scores.reshape(tokens, experts), k, name) for name in _NORMALISATIONS}
-    for weights in proposals:
-        for function in FUNCTIONS:
-            each = _run_experts(rows, weights, function)
-            for normalise, factors in combine.items():
-                value = np.einsum("te,etd->td", factors, each)
-                if np.abs(value - expected).max() < _TOLERANCE * scale:
-                    return _Proof(weights, function, normalise, nodes)
-    return None
-
-
-def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
-    """Weight of each expert for each token, ``[tokens, experts]``; 0 where it is not chosen."""
-    scores = scores.astype(np.float64)
-    exponents = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = exponents / exponents.sum(-1, keepdims=True)
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    np.put_along_axis(weights, order[:, k:], 0.0, axis=-1)
-    return weights / weights.sum(-1, keepdims=True) if normalise == "chosen" else weights
-
-
-def _run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.ndarray:
-    """Every expert on every row, ``[experts, tokens, features]``."""
-    w1, b1, w2, b2 = (
-        torch.from_numpy(np.array(array))
-        for array in (weights.w1, weights.b1, weights.w2, weights.b2)
-    )
-    hidden = torch.einsum("td,ehd->eth", torch.from_numpy(rows), w1) + b1[:, None]
-    output = torch.einsum("eth,edh->etd", FUNCTIONS[function](hidden), w2) + b2[:, None]
-    return output.numpy().astype(np.float64)
-
-
-def _replace(
+def replace_moe(
     model: ir.Model,
     x: ir.Value,
     y: ir.Value,
     router: LinearMatch,
     k: int,
     tokens: int,
-    proof: _Proof,
+    proof: Proof,
 ) -> None:
+    """Put Route and Experts in the place of the region that ends in ``y``."""
     last = y.producer()
     assert last is not None
     features = router.weight.shape[1]
@@ -245,8 +178,10 @@ def _replace(
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])
     inputs = [build.resolve(x, shape), indices, factors]
-    inputs += [build.weight(getattr(weights, name), name) for name in ("w1", "b1", "w2", "b2")]
-    (result,) = build.node("Experts", inputs, [shape], {"function": proof.function})
+    names = ("w1", "b1", "w2", "b2") if weights.w3 is None else ("w1", "b1", "w2", "b2", "w3", "b3")
+    inputs += [build.weight(getattr(weights, name), name) for name in names]
+    operator = "Experts" if weights.w3 is None else "GatedExperts"
+    (result,) = build.node(operator, inputs, [shape], {"function": proof.function})
     build.replace(y, result)
 
 

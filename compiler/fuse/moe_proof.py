@@ -1,0 +1,191 @@
+"""Prove what a mixture of experts computes: run it on chosen numbers and compare with Route and Experts.
+
+The inputs tell the forms apart: each expert comes first for some row, and the hidden values lie
+where the known functions differ most. Of these the two forms of GELU are the nearest, by less than
+5e-4; so of all forms that are near enough, the nearest is taken.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from moeware.compiler.canonical import NORMALISATIONS
+from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
+from moeware.compiler.fuse.region import region, run
+from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
+from moeware.compiler.operators import FUNCTIONS
+
+__all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove", "sample_rows", "sample_scores"]
+
+# Relative difference between the rounding of float32, which is at most a tenth of it, and two forms
+# of GELU, which on these inputs are five times it.
+TOLERANCE = 2e-5
+_ROUNDING = float(np.finfo(np.float32).eps)
+# Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
+_HIDDEN = 2.0
+_FEW = 8  # rows, where there are fewer experts
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proposal that computes the region's values consists of."""
+
+    weights: ExpertWeights
+    function: str
+    normalise: str
+    nodes: list[ir.Node]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A canonical form, and its largest difference in proportion to what the rows decide."""
+
+    error: float
+    weights: ExpertWeights
+    function: str
+    normalise: str
+
+
+def prove(
+    model: ir.Model, x: ir.Value, logits: ir.Value, y: ir.Value, experts: int, features: int, k: int
+) -> Proof | None:
+    """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None."""
+    inside = set(region([y], [x, logits])[0])
+    nodes = [node for node in model.graph if node in inside]
+    proposals = list(propose_weights(nodes, x, experts, features))
+    x_shape, logits_shape = static_shape(x), static_shape(logits)
+    if not proposals or x_shape is None or logits_shape is None:
+        return None
+    generator = np.random.default_rng(7)
+    tokens = int(np.prod(x_shape)) // features
+    frames = -(-experts // tokens)  # so many that each expert has a row
+    rows = sample_rows(generator, frames * tokens, proposals[0])
+    scores = sample_scores(generator, frames * tokens, experts)
+    results = []
+    for part in np.split(np.arange(len(rows)), frames):
+        feeds = {x: rows[part].reshape(x_shape), logits: scores[part].reshape(logits_shape)}
+        values = run(model, feeds, [y])
+        if values is None or values[0].size != part.size * features:
+            return None
+        results.append(values[0].reshape(-1, features))
+    # More rows would say the same of the form, and cost a run of all proposals each.
+    few = slice(max(experts, _FEW))
+    results = np.concatenate(results)[few]
+    for weights in proposals:
+        found = nearest_form(rows[few], scores[few], results, [weights], k, scales=_scales(nodes))
+        if found.error < TOLERANCE:
+            break
+    else:
+        return None
+    return Proof(found.weights, found.function, found.normalise, nodes)
+
+
+def _scales(nodes: list[ir.Node]) -> list[float]:
+    """Factors that the results may have: 1, and what a constant in the region multiplies by."""
+    found = {1.0: None}
+    for node in nodes:
+        pair = other_operand(node) if is_op(node, "Mul", "Div") else None
+        number = scalar(pair[1]) if pair else None
+        if number is not None and number > 0 and np.isfinite(number):
+            found[number if is_op(node, "Mul") else 1 / number] = None
+    return list(found)
+
+
+def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeights) -> np.ndarray:
+    """Rows ``[count, D]``, float32, that give hidden values where the functions differ."""
+    experts, hidden, features = weights.w1.shape
+    size = np.sqrt(np.square(weights.w1.astype(np.float64)).sum() / (experts * hidden))
+    rows = generator.normal(size=(count, features)) * (_HIDDEN / size if size else 1)
+    return rows.astype(np.float32)
+
+
+def sample_scores(generator: np.random.Generator, count: int, experts: int) -> np.ndarray:
+    """Logits ``[count, E]``, float32, of which each expert in turn has the largest."""
+    scores = generator.normal(size=(count, experts)) * 2
+    rows = np.arange(count)
+    scores[rows, rows % experts] = scores.max(-1) + 1
+    return scores.astype(np.float32)
+
+
+def nearest_form(
+    rows: np.ndarray,
+    scores: np.ndarray,
+    found: np.ndarray,
+    proposals: Iterable[ExpertWeights],
+    k: int,
+    functions: Sequence[str] = tuple(FUNCTIONS),
+    normalisations: Sequence[str] = tuple(NORMALISATIONS),
+    scales: Sequence[float] = (1.0,),
+) -> Form:
+    """The canonical form whose results are nearest to ``found``; of equals, the first."""
+    if k == scores.shape[-1]:
+        normalisations = normalisations[:1]  # where all are chosen, there is no difference
+    factors = {name: _combine(scores, k, name) for name in normalisations}
+    forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
+    return min(forms, key=lambda form: form.error)
+
+
+def _forms(
+    rows: np.ndarray,
+    factors: dict[str, np.ndarray],
+    found: np.ndarray,
+    proposals: Iterable[ExpertWeights],
+    functions: Sequence[str],
+    scales: Sequence[float],
+) -> Iterator[Form]:
+    chosen = [np.flatnonzero(column) for column in next(iter(factors.values())).T]
+    for weights in proposals:
+        hidden = _first_layers(rows, weights.w1, weights.b1, chosen)
+        third = [torch.ones(())] * len(chosen)
+        if weights.w3 is not None and weights.b3 is not None:
+            third = _first_layers(rows, weights.w3, weights.b3, chosen)
+        for function in functions:
+            activations = [FUNCTIONS[function](each) * by for each, by in zip(hidden, third)]
+            outputs = [
+                torch.nn.functional.linear(each, *_layer(weights.w2, weights.b2, expert))
+                for expert, each in enumerate(activations)
+            ]
+            for normalise, combined in factors.items():
+                value = np.zeros(found.shape)
+                for expert, (places, output) in enumerate(zip(chosen, outputs)):
+                    value[places] += combined[places, expert, None] * output.numpy()
+                scale = _nearest_scale(value, found, scales)
+                # What the last bias adds says nothing of the form, but rounds the rest.
+                decided = np.abs(found - scale * (combined @ weights.b2)).max()
+                size = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
+                error = float(np.abs(scale * value - found).max() / size)
+                error = error if np.isfinite(error) else np.inf
+                yield Form(error, weights.scaled(scale), function, normalise)
+
+
+def _layer(weight: np.ndarray, bias: np.ndarray, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(weight[expert]), torch.from_numpy(bias[expert])
+
+
+def _first_layers(
+    rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, chosen: list[np.ndarray]
+) -> list[torch.Tensor]:
+    """``weight x + bias`` of each expert, on the rows that choose it."""
+    return [
+        torch.nn.functional.linear(torch.from_numpy(rows[places]), *_layer(weight, bias, expert))
+        for expert, places in enumerate(chosen)
+    ]
+
+
+def _nearest_scale(value: np.ndarray, found: np.ndarray, scales: Sequence[float]) -> float:
+    square = float((value * value).sum())
+    fit = float((value * found).sum()) / square if square > 0 else 1.0
+    return min(scales, key=lambda scale: abs(scale - fit))
+
+
+def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
+    """Weight of each expert for each token, ``[tokens, experts]``; 0 where it is not chosen."""
+    scores = scores.astype(np.float64)
+    exponents = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = exponents / exponents.sum(-1, keepdims=True)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    np.put_along_axis(weights, order[:, k:], 0.0, axis=-1)
+    return weights / weights.sum(-1, keepdims=True) if normalise == "chosen" else weights
