@@ -150,6 +150,9 @@ def fuse_constants(model: ir.Model) -> None:
             continue
         build = Builder(model, node, [node])
         x = build.resolve(pair[0], shape)
+        if not array.any() and not node.outputs[0].is_graph_output():
+            build.replace(node.outputs[0], x)
+            continue
         rows = np.broadcast_to(array, given).reshape(shape[1:])
         (result,) = build.node("AddConstant", [x, build.weight(rows, "constant")], [shape])
         build.replace(node.outputs[0], result)
