@@ -1,5 +1,6 @@
 """Nodes and initializers of a lowered graph in the making."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ class Emitter:
     def __init__(self, opset: int):
         self.opset, self.nodes = opset, []
         self._tensors: dict[str, onnx.TensorProto] = {}
-        self._temporaries = 0
+        self._numbers = itertools.count(1)
 
     def share(self, value: ir.Value) -> None:
         """Carry an initializer over under its name."""
@@ -27,7 +28,7 @@ class Emitter:
 
     def constant(self, array: np.ndarray) -> str:
         """Name of a new initializer that holds ``array``."""
-        name = f"constant/{len(self._tensors)}"
+        name = f"constant/{next(self._numbers)}"
         self._tensors[name] = numpy_helper.from_array(array, name)
         return name
 
@@ -47,8 +48,7 @@ class Emitter:
     def emit(self, operator: str, inputs: Sequence[str], output: str | None = None, **attrs) -> str:
         """Add a standard node and return the name of its output."""
         if output is None:
-            self._temporaries += 1
-            output = f"lowered/{self._temporaries}"
+            output = f"lowered/{next(self._numbers)}"
         self.nodes.append(helper.make_node(operator, inputs, [output], **attrs))
         return output
 
