@@ -56,6 +56,7 @@ __all__ = [
     "FUNCTIONS",
     "NORMALISATIONS",
     "OPERATORS",
+    "REASON",
     "attributes",
     "is_canonical",
     "shape",
@@ -64,6 +65,7 @@ __all__ = [
 ]
 
 DOMAIN = "moeware"
+REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "PatchEmbed": (3, 1, ("ph", "pw", "channels", "height", "width")),

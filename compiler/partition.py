@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import OPERATORS, is_canonical, sources
+from moeware.compiler.canonical import OPERATORS, REASON, is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.macs import macs
@@ -169,6 +169,8 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
 def _plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     domain = f"{node.domain}." if node.domain else ""
+    if REASON in node.metadata_props:
+        return node.metadata_props[REASON]
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "
@@ -182,7 +184,7 @@ def _plain_reason(node: ir.Node) -> str:
     if node.op_type in ("TopK", "NonZero", "ScatterND", "ScatterElements"):
         return (
             f"{node.op_type} outside a recognised mixture of experts; write the router as linear, "
-            f"softmax, top-k and the experts as two layers with one function between"
+            f"softmax, top-k and the experts as two layers with one function between, or three if gated"
         )
     return (
         f"{domain}{node.op_type} has no form on the accelerator; "

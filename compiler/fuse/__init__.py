@@ -11,7 +11,12 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
-from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
+from moeware.compiler.fuse.embed import (
+    explain_lookups,
+    fuse_constants,
+    fuse_patch_embed,
+    fuse_tokens,
+)
 from moeware.compiler.fuse.linear import (
     fold_output_scale,
     fuse_linear,
@@ -23,6 +28,7 @@ from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
 from moeware.compiler.fuse.rotary import fuse_rotary
+from moeware.compiler.fuse.shared import fuse_shared_expert
 from moeware.compiler.fuse.tokens import (
     fuse_add,
     fuse_mean,
@@ -44,6 +50,7 @@ RULES = (
     fuse_head_norm,
     split_linear,
     fuse_multiply,
+    fuse_shared_expert,
     fuse_attention,
     straighten,
     fuse_tokens,
@@ -53,6 +60,7 @@ RULES = (
     fuse_add,
     straighten,
     join_branches,
+    explain_lookups,
 )
 
 

@@ -107,6 +107,15 @@ def flat_root(value: ir.Value) -> ir.Value:
     return [trace.root for trace in traces(value) if same_elements(trace)][-1]
 
 
+def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The canonical node, one of ``operators``, that ``value`` comes from, whatever its shape."""
+    if value is None or value.const_value is not None:
+        return None
+    node = flat_root(value).producer()
+    found = node is not None and node.domain == DOMAIN and node.op_type in operators
+    return node if found else None
+
+
 def token_shape(value: ir.Value) -> tuple[int, ...] | None:
     """Canonical shape of a value of rows: ``[1, N, D]``, or ``[1, D]`` for a row without tokens.
 

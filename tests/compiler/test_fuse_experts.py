@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeware.compiler.canonical import sources
 from tests.compiler.exports import export_module
 from tests.compiler.fused import check, operators_of
 
@@ -171,3 +172,41 @@ def test_other_products_stay_plain(tmp_path, change):
     model = check(path, frames=1)
     assert "GatedExperts" not in operators_of(model)
     assert np.isin(["plain TopK"], operators_of(model)).all()
+
+
+class Shared(nn.Module):
+    """x plus a feed-forward network times a sigmoid of ``gate``; ``meet`` as of `Mixture`."""
+
+    def __init__(self, meet, gate):
+        super().__init__()
+        self.meet, self.gate = meet, gate
+        self.norm, self.g = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, HIDDEN)
+        self.u, self.d = nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, FEATURES)
+        self.z = nn.Linear(FEATURES, 1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.gate(self, x, y) * self.d(self.meet(self.g(y), self.u(y)))
+
+
+def sigmoid(m, x, y):
+    return torch.sigmoid(m.z(y))
+
+
+@pytest.mark.parametrize("meet,operator", [(lambda g, u: F.silu(g) * u, "GatedExperts"),
+                                           (lambda g, u: F.gelu(g), "Experts")])
+def test_shared_expert_under_a_sigmoid(tmp_path, meet, operator):
+    path = export_module(Shared(meet, sigmoid), (torch.ones(1, TOKENS, FEATURES),),
+                         tmp_path / "m.onnx", 17, False)
+    model = check(path, ["LayerNorm", "Route", operator, "Add"], seeds=(1, 2), frames=1)
+    assert all(sources(node) for node in model.graph)
+
+
+@pytest.mark.parametrize("gate", [
+    lambda m, x, y: torch.sigmoid(m.z(x)), lambda m, x, y: torch.tanh(m.z(y)),
+    lambda m, x, y: torch.sigmoid(m.z(y)) * 2, lambda m, x, y: torch.sigmoid(m.z(y)[:, :1]),
+], ids=["another input", "another function", "twice", "one for all tokens"])
+def test_other_gates_of_a_shared_expert_stay_plain(tmp_path, gate):
+    path = export_module(Shared(lambda g, u: F.silu(g) * u, gate), (torch.ones(1, TOKENS, FEATURES),),
+                         tmp_path / "m.onnx", 17, False)
+    assert "Route" not in operators_of(check(path, frames=1))

@@ -28,6 +28,7 @@ EXPORTS = {
     ("gpt-j", "eager", 20): f"{ATTENTION} {MLP} LayerNorm LayerNorm Linear",
     ("mixtral", "sdpa", 20): f"{ATTENTION} {EXPERTS} {NORMS}",
     ("olmoe", "eager", 20): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
+    ("qwen2-moe", "eager", 24): f"{ATTENTION} {EXPERTS} {EXPERTS} {NORMS}",
     ("qwen3-moe", "sdpa", 23): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
 }
 
