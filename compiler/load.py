@@ -15,6 +15,7 @@ import onnxscript.optimizer
 from google.protobuf.message import DecodeError
 
 from moeware.compiler.choices import describe, substitute
+from moeware.compiler.contrib import expand_norms, infer_shapes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
@@ -40,6 +41,7 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
         _load_external_data(proto, path)
         substitute(proto, choice or {})
         _fix_batch(proto)
+        expand_norms(proto)
         _check_proto(proto, path)
         _check_weights(proto)
         _forget_shapes(proto)
@@ -218,6 +220,7 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     passes.NameFixPass()(model)
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(3):
+        infer_shapes(model)
         onnxscript.optimizer.optimize_ir(
             model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
         )
@@ -233,7 +236,7 @@ def _simplify(proto: onnx.ModelProto) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     passes.NameFixPass()(model)
-    inferred = passes.ShapeInferencePass()(model).model
+    inferred = infer_shapes(model)
     refuse_baked_counts(inferred)
     if any(value.shape is None for value in inferred.graph.outputs):
         # The pass swallows the reason why inference failed; the strict mode raises it.

@@ -38,29 +38,27 @@ def refuse_baked_counts(model: ir.Model) -> None:
     Tracing ``x.split(counts.tolist())`` records the counts of the example input; the graph is
     silently wrong for every other input.
     """
-    after_routers = {
-        node
-        for router in model.graph
-        if is_op(router, "TopK") and len(router.outputs) > 1
-        for node in _descendants(router.outputs[1])
-    }
-    for sort in model.graph:
-        shape = sort.outputs[0].shape
-        # One list of all choices is sorted; the next block's router looks at each token by itself.
-        if not is_op(sort, "TopK") or sort not in after_routers or shape is None or len(shape) != 1:
+    for router in model.graph:
+        if not is_op(router, "TopK") or len(router.outputs) < 2:
             continue
-        for node in _descendants(sort.outputs[1]):
-            sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
-            if sizes is None or attribute(node, "axis", 0) != 0:
+        after_router = _descendants(router.outputs[1])
+        for sort in after_router:
+            if not is_op(sort, "TopK") or sort is router or _shape_of_k(sort) < 2:
                 continue
-            if isinstance(shape[0], int) and sizes.sum() != shape[0]:
-                continue
-            raise CompileError(
-                f"Node {node.name!r} must not split sorted tokens into the constant sizes "
-                f"{sizes.tolist()}: they are the expert counts of the example input and "
-                f"wrong for any other; export the experts as a loop with a mask weight, "
-                f"as an einsum over stacked weights or as a gather of them"
-            )
+            for node in _descendants(sort.outputs[1]):
+                sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
+                if sizes is not None and attribute(node, "axis", 0) == 0:
+                    raise CompileError(
+                        f"Node {node.name!r} must not split sorted tokens into the constant sizes "
+                        f"{sizes.tolist()}: they are the expert counts of the example input and "
+                        f"wrong for any other; export the experts as a loop with a mask weight, "
+                        f"as an einsum over stacked weights or as a gather of them"
+                    )
+
+
+def _shape_of_k(node: ir.Node) -> int:
+    shape = static_shape(node.outputs[0])
+    return shape[-1] if shape else 2
 
 
 def _descendants(value: ir.Value) -> list[ir.Node]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.nn.functional import linear
 
 from moeware.compiler.canonical import NORMALISATIONS
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
@@ -137,17 +138,18 @@ def _forms(
     scales: Sequence[float],
 ) -> Iterator[Form]:
     chosen = [np.flatnonzero(column) for column in next(iter(factors.values())).T]
+    inputs = torch.from_numpy(rows)
     for weights in proposals:
-        hidden = _first_layers(rows, weights.w1, weights.b1, chosen)
-        third = [torch.ones(())] * len(chosen)
+        third, hidden = None, _first_layer(inputs, weights.w1, weights.b1, chosen)
         if weights.w3 is not None and weights.b3 is not None:
-            third = _first_layers(rows, weights.w3, weights.b3, chosen)
+            third = _first_layer(inputs, weights.w3, weights.b3, chosen)
+        down = _tensor(weights.w2), _tensor(weights.b2)
         for function in functions:
-            activations = [FUNCTIONS[function](each) * by for each, by in zip(hidden, third)]
-            outputs = [
-                torch.nn.functional.linear(each, *_layer(weights.w2, weights.b2, expert))
-                for expert, each in enumerate(activations)
-            ]
+            outputs = []
+            for expert, each in enumerate(hidden):
+                activation = FUNCTIONS[function](each)
+                activation = activation if third is None else activation * third[expert]
+                outputs.append(linear(activation, down[0][expert], down[1][expert]))
             for normalise, combined in factors.items():
                 value = np.zeros(found.shape)
                 for expert, (places, output) in enumerate(zip(chosen, outputs)):
@@ -161,18 +163,16 @@ def _forms(
                 yield Form(error, weights.scaled(scale), function, normalise)
 
 
-def _layer(weight: np.ndarray, bias: np.ndarray, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(weight[expert]), torch.from_numpy(bias[expert])
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ("C", "W")))
 
 
-def _first_layers(
-    rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, chosen: list[np.ndarray]
+def _first_layer(
+    rows: torch.Tensor, weight: np.ndarray, bias: np.ndarray, chosen: list[np.ndarray]
 ) -> list[torch.Tensor]:
     """``weight x + bias`` of each expert, on the rows that choose it."""
-    return [
-        torch.nn.functional.linear(torch.from_numpy(rows[places]), *_layer(weight, bias, expert))
-        for expert, places in enumerate(chosen)
-    ]
+    layers = zip(chosen, _tensor(weight), _tensor(bias))
+    return [linear(rows[places], *layer) for places, *layer in layers]
 
 
 def _nearest_scale(value: np.ndarray, found: np.ndarray, scales: Sequence[float]) -> float:

@@ -177,16 +177,16 @@ def _before_casts(value: ir.Value) -> ir.Value:
 
 def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
     """Values of x's shape that follow the root through Div, Mul, Add, Reciprocal, nearest first."""
-    found, current = [], root.outputs[0]
+    found, frontier = [], [root.outputs[0]]
     for _ in range(5):
-        users = [node for node in current.consumers() if is_op(node, *_AFFINE)]
-        if not users:
-            break
-        current = users[0].outputs[0]
-        if static_shape(current) == shape:
-            found.append(current)
-        if len(current.uses()) > 1:
-            break
+        frontier = [
+            user.outputs[0]
+            for value in frontier
+            if value is root.outputs[0] or len(value.uses()) == 1
+            for user in value.consumers()
+            if is_op(user, *_AFFINE)
+        ]
+        found += [value for value in frontier if static_shape(value) == shape]
     return found
 
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from moeware.compiler.fuse.heads import Heads, gather_rows, scatter_rows
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.region import run
-from moeware.compiler.fuse.terms import Terms, expand
-from moeware.compiler.fuse.trace import attribute, is_op, static_shape
+from moeware.compiler.fuse.terms import Terms, expand, is_rotary, rotary_heads
+from moeware.compiler.fuse.trace import is_op, static_shape
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def fuse_rotary(model: ir.Model) -> None:
     """
     done: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
-        if node in done or not is_op(node, "Add", "Sub", "Concat", "RotaryEmbedding"):
+        if node in done or not (is_op(node, "Add", "Sub", "Concat") or is_rotary(node)):
             continue
         expanded = expand(node.outputs[0])
         if expanded is None:
@@ -42,7 +42,7 @@ def fuse_rotary(model: ir.Model) -> None:
         root, _, _ = expanded
         for y in _reshapes(node.outputs[0]):
             _, terms, nodes = expand(y)  # type: ignore[misc]
-            turn = _match(_split(terms, attribute(node, "num_heads", 0)), root)
+            turn = _match(_split(terms, rotary_heads(node)), root)
             if turn is not None and _replace(model, root, y, turn, nodes):
                 done.update(nodes)
                 break

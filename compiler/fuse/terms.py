@@ -123,7 +123,7 @@ def _variables(node: ir.Node | None) -> list[ir.Value] | None:
         return None
     shape = static_shape(reads[0])
     moves = shape is not None and move(node, np.zeros(shape)) is not None
-    return reads if moves or is_op(node, "Neg", "Div", "RotaryEmbedding") else None
+    return reads if moves or is_op(node, "Neg", "Div") or is_rotary(node) else None
 
 
 def _apply(node: ir.Node, output: ir.Value, found: dict[ir.Value, Terms]) -> Terms | None:
@@ -145,19 +145,41 @@ def _apply(node: ir.Node, output: ir.Value, found: dict[ir.Value, Terms]) -> Ter
         assert factor is not None
         factor = factor.astype(np.float64)
         return terms.scaled(factor if is_op(node, "Mul") else 1 / factor)
-    return _rotated(node, terms) if is_op(node, "RotaryEmbedding") else terms.moved(node, output)
+    return _rotated(node, terms) if is_rotary(node) else terms.moved(node, output)
+
+
+def is_rotary(node: ir.Node | None) -> bool:
+    """Whether ``node`` is RotaryEmbedding, of ai.onnx (opset 23) or of ONNX Runtime's domain."""
+    domains = ("", "ai.onnx", "com.microsoft")
+    return node is not None and node.op_type == "RotaryEmbedding" and node.domain in domains
+
+
+def rotary_heads(node: ir.Node) -> int:
+    """Heads in the rows that RotaryEmbedding ``node`` turns; 0 where it reads heads."""
+    shape, cos = static_shape(node.inputs[0]), constant(_caches(node)[0])
+    if not is_rotary(node) or shape is None or len(shape) != 3:
+        return 0
+    heads = attribute(node, "num_heads", 0)
+    return heads or (shape[-1] // (2 * cos.shape[-1]) if cos is not None else 0)
+
+
+def _caches(node: ir.Node) -> list[ir.Value | None]:
+    """cos, sin and positions that RotaryEmbedding ``node`` reads."""
+    places = (2, 3, 1) if node.domain == "com.microsoft" else (1, 2, 3)
+    return [operand(node, place) for place in places]
 
 
 def _rotated(node: ir.Node, terms: Terms) -> Terms | None:
-    """RotaryEmbedding (ai.onnx, opset 23) of the terms."""
-    cos, sin = constant(operand(node, 1)), constant(operand(node, 2))
-    positions, heads = constant(operand(node, 3)), attribute(node, "num_heads", 0)
-    if cos is None or sin is None or operand(node, 3) is not None and positions is None:
+    """RotaryEmbedding of the terms."""
+    cos, sin, positions = (constant(value) for value in _caches(node))
+    shape, heads = terms.shape, rotary_heads(node)
+    if cos is None or sin is None or positions is None and _caches(node)[2] is not None:
         return None
+    if positions is not None and positions.size == 1:  # of the first token
+        positions = positions.reshape(1, 1) + np.arange(shape[-2])
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
-    shape = terms.shape
-    if len(shape) == 3:
+    if heads:
         x = Terms(*(each.reshape(2, *shape[:2], heads, -1) for each in (terms.places, terms.factors)))
         cos, sin = cos[:, :, None], sin[:, :, None]
     else:

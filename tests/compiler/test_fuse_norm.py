@@ -1,12 +1,15 @@
 """Root-mean-square norms, in every form that exporters write, become RMSNorm."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from tests.compiler.exports import export_module
-from tests.compiler.fused import check
+from tests.compiler.fused import check, operators_of
 
+CASES = Path(__file__).parent / "cases"
 TOKENS, FEATURES, HEADS = 3, 12, 2
 EPSILON = 1e-3  # large enough that a wrong place for it shows
 
@@ -91,3 +94,9 @@ def test_layer_norm_is_not_taken_for_one(tmp_path):
         return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + epsilon) * gamma
 
     check(write(tmp_path, Norm(form)), ["LayerNorm"], frames=1)
+
+
+@pytest.mark.parametrize("case", ["simplified_norm", "simplified_norm_18"])
+def test_operator_of_onnx_runtime(case):
+    model = check(CASES / f"{case}.onnxtxt", seeds=(1, 2), frames=1)
+    assert operators_of(model).count("RMSNorm") == 1

@@ -162,10 +162,11 @@ def test_one_token(tmp_path, form):
     assert "Attention" in operators_of(model)
 
 
-@pytest.mark.parametrize("case", ["rows", "heads", "neighbours", "part"])
+@pytest.mark.parametrize("case", ["rows", "heads", "neighbours", "part", "contrib", "contrib_offset"])
 def test_operator(case):
     model = check(CASES / f"rotary_{case}.onnxtxt", seeds=(1, 2), frames=1)
-    assert "Rotary" in operators_of(model) and "plain RotaryEmbedding" not in operators_of(model)
+    operators = operators_of(model)
+    assert "Rotary" in operators and "plain RotaryEmbedding" not in operators
 
 
 @pytest.mark.parametrize("turn", [
