@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
+from moeware.compiler.fuse.einsum import rewrite_einsum
 from moeware.compiler.fuse.embed import (
     explain_lookups,
     fuse_constants,
@@ -39,6 +40,7 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
 RULES = (
     fuse_moe,
+    rewrite_einsum,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,

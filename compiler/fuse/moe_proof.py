@@ -5,6 +5,7 @@ where the known functions differ most. Of these the two forms of GELU are the ne
 5e-4; so of all forms that are near enough, the nearest is taken.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,14 +57,15 @@ def prove(
     """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None."""
     inside = set(region([y], [x, logits])[0])
     nodes = [node for node in model.graph if node in inside]
-    proposals = list(propose_weights(nodes, x, experts, features))
+    proposals = propose_weights(nodes, x, experts, features)
+    first = next(proposals, None)
     x_shape, logits_shape = static_shape(x), static_shape(logits)
-    if not proposals or x_shape is None or logits_shape is None:
+    if first is None or x_shape is None or logits_shape is None:
         return None
     generator = np.random.default_rng(7)
     tokens = int(np.prod(x_shape)) // features
     frames = -(-experts // tokens)  # so many that each expert has a row
-    rows = sample_rows(generator, frames * tokens, proposals[0])
+    rows = sample_rows(generator, frames * tokens, first)
     scores = sample_scores(generator, frames * tokens, experts)
     results = []
     for part in np.split(np.arange(len(rows)), frames):
@@ -75,7 +77,7 @@ def prove(
     # More rows would say the same of the form, and cost a run of all proposals each.
     few = slice(max(experts, _FEW))
     results = np.concatenate(results)[few]
-    for weights in proposals:
+    for weights in itertools.chain([first], proposals):  # one at a time: they are large
         found = nearest_form(rows[few], scores[few], results, [weights], k, scales=_scales(nodes))
         if found.error < TOLERANCE:
             break

@@ -59,11 +59,18 @@ class Builder:
         return self._insert("Reshape", [value, target], [shape], {}, "", [value.dtype])[0]
 
     def transpose(self, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
-        """``value`` with its axes in another order."""
+        """``value`` with its axes in another order (itself where that is its own)."""
         shape = static_shape(value)
         assert shape is not None
+        if order == tuple(range(len(shape))):
+            return value
         shapes, attributes = [tuple(shape[axis] for axis in order)], {"perm": order}
         return self._insert("Transpose", [value], shapes, attributes, "", [value.dtype])[0]
+
+    def product(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The matrix product of two values of one rank and batch."""
+        (*batch, rows, _), columns = static_shape(a) or (), (static_shape(b) or ())[-1]
+        return self._insert("MatMul", [a, b], [(*batch, rows, columns)], {}, "", [a.dtype])[0]
 
     def take(self, value: ir.Value, columns: np.ndarray) -> ir.Value:
         """Columns of the last axis of ``value``."""

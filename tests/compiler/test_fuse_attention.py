@@ -129,3 +129,31 @@ def test_mask_of_the_operator(tmp_path, mask):
 
 def test_other_mask_of_the_operator(tmp_path):
     assert attention(tmp_path, Operator(OTHERS["bias by distance"]), 23, dynamo=True) is None
+
+
+class Einsum(Attention):
+    """Products as sums over names; ``equations``: of scores and of values, and of what axes q, k
+    and v have."""
+
+    def __init__(self, axes, scores, values):
+        super().__init__()
+        self.k, self.v = (nn.Linear(FEATURES, HEADS * DIM) for _ in range(2))
+        self.axes, self.scores, self.values = axes, scores, values
+
+    def forward(self, x):
+        q, k, v = (f(x).view(*x.shape[:2], HEADS, DIM).permute(self.axes)
+                   for f in (self.q, self.k, self.v))
+        weights = (torch.einsum(self.scores, q, k) * DIM**-0.5).softmax(-1)
+        y = torch.einsum(self.values, weights, v)
+        y = y.transpose(1, 2) if self.values.endswith("bhid") else y
+        return self.o(y.flatten(2))
+
+
+@pytest.mark.parametrize("axes,scores,values", [
+    ((0, 2, 1, 3), "bhid,bhjd->bhij", "bhij,bhjd->bhid"),
+    ((0, 1, 2, 3), "bihd,bjhd->bhij", "bhij,bjhd->bihd"),
+    ((0, 1, 2, 3), "bihd,bjhd->bhij", "bhij,bjhd->bhid"),
+])
+def test_einsum(tmp_path, axes, scores, values):
+    found = attention(tmp_path, Einsum(axes, scores, values))
+    assert found == {"heads": HEADS, "kv_heads": HEADS, "scale": DIM**-0.5, "causal": 0}
