@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm: the fused operators and their primitive forms, over rows and per head."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,12 +78,12 @@ def _has_heads(x: ir.Value) -> bool:
 
 
 def _match(model: ir.Model, node: ir.Node) -> _Norm | None:
+    norm = None
     if is_op(node, "LayerNormalization", "RMSNormalization"):
-        return _match_operator(node)
-    exponent = scalar(operand(node, 1)) if is_op(node, "Pow") else None
-    if is_op(node, "Sqrt") or exponent in (-0.5, 0.5):
-        return _match_primitives(model, node)
-    return None
+        norm = _match_operator(node)
+    elif is_op(node, "Sqrt") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
+        norm = _match_primitives(model, node)
+    return norm if norm is not None and 0 < norm.epsilon < math.inf else None
 
 
 def _match_operator(node: ir.Node) -> _Norm | None:

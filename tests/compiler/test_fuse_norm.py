@@ -71,6 +71,12 @@ def test_operator_of_torch(tmp_path, opset, layout):
     check(write(tmp_path, Norm(form, layout), opset, dynamo=True), ["RMSNorm"], frames=1)
 
 
+def test_epsilon_of_zero_stays_plain(tmp_path):
+    form = FORMS["rsqrt"]
+    model = check(write(tmp_path, Norm(lambda x, g, e: form(x, g, 0.0))), frames=1)
+    assert "RMSNorm" not in operators_of(model)
+
+
 def test_without_gamma(tmp_path):
     form = FORMS["rsqrt"]
     check(write(tmp_path, Norm(lambda x, g, e: form(x, 1.0, e))), ["RMSNorm"], frames=1)
