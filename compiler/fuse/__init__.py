@@ -37,7 +37,8 @@ from moeware.compiler.fuse.tokens import (
     join_branches,
 )
 
-# Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
+# Mixtures, norms and functions are proved on plain nodes, so they come before Linear. Norms of heads
+# stand before or behind rotations; packed Linears are cut when rotations have found their pairs.
 RULES = (
     fuse_moe,
     rewrite_einsum,

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
-from moeware.compiler.fuse.rebuild import Builder
+from moeware.compiler.fuse.rebuild import Builder, made_by
 from moeware.compiler.fuse.trace import attribute, constant, size, static_shape, traces
 
 
@@ -81,29 +80,21 @@ def _columns(numbers: np.ndarray, total: int) -> np.ndarray | None:
     return None
 
 
-def producer(part: Heads, *operators: str) -> ir.Node | None:
-    """The canonical node that makes the rows of ``part``, where it is one of ``operators``."""
-    node = part.root.producer()
-    if node is not None and node.domain == DOMAIN and node.op_type in operators:
-        return node
-    return None
-
-
 def gather_rows(model: ir.Model, at: ir.Node, part: Heads, factor: float = 1.0) -> ir.Value | None:
     """``factor * part`` as ``[1, tokens, heads * dim]``: its root, or the nodes that make the root
     again with the rows of weights selected. None where neither is possible."""
     if part.is_whole and factor == 1.0:
         shape = (1, part.tokens, part.columns.size)
         return Builder(model, at, []).resolve(part.root, shape)
-    if producer(part, "Linear"):
+    if made_by(part.root, "Linear"):
         return _select_linear(model, at, part, factor)
-    if producer(part, "RMSNorm") and factor == 1.0:
+    if made_by(part.root, "RMSNorm") and factor == 1.0:
         return _select_norm(model, at, part)
     return None
 
 
 def _select_linear(model: ir.Model, at: ir.Node, part: Heads, factor: float) -> ir.Value:
-    node = producer(part, "Linear")
+    node = made_by(part.root, "Linear")
     assert node is not None
     build = Builder(model, at, [node, *part.nodes])
     x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
@@ -122,7 +113,7 @@ def _select_linear(model: ir.Model, at: ir.Node, part: Heads, factor: float) -> 
 
 def _select_norm(model: ir.Model, at: ir.Node, part: Heads) -> ir.Value | None:
     """Whole groups of an RMSNorm, in any order and each in any order."""
-    node = producer(part, "RMSNorm")
+    node = made_by(part.root, "RMSNorm")
     assert node is not None and node.inputs[0] is not None
     gamma, before = constant(node.inputs[1]), select_rows(node.inputs[0])
     assert gamma is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.fuse.heads import gather_rows, producer, scatter_rows, select_rows
+from moeware.compiler.fuse.heads import gather_rows, scatter_rows, select_rows
 from moeware.compiler.fuse.rebuild import Builder, made_by, token_shape
 from moeware.compiler.fuse.trace import (
     attribute,
@@ -180,7 +180,7 @@ def split_linear(model: ir.Model) -> None:
             continue
         for output in node.outputs:
             part = select_rows(output) if output.uses() or output.is_graph_output() else None
-            if part is None or part.is_whole or producer(part, "Linear") is None:
+            if part is None or part.is_whole or made_by(part.root, "Linear") is None:
                 continue
             shape, rows = static_shape(output), gather_rows(model, node, part)
             assert shape is not None and rows is not None
