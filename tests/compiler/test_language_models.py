@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from moeware.compiler.canonical import REASON
 from tests.compiler import language_models
 from tests.compiler.fused import check, operators_of
 
@@ -46,11 +47,15 @@ def test_export(tmp_path, name, attention, opset):
     assert heads == ([4, 4] if name in ("gpt-neox", "gpt-j") else [4, 2])
 
 
-@pytest.mark.parametrize("name", ["phi-moe", "deepseek-v3"])
-def test_other_routers_stay_plain(tmp_path, name):
+@pytest.mark.parametrize("name,operator,reason", [("phi-moe", "ArgMax", "sparse mixer"),
+                                                  ("deepseek-v3", "TopK", "scores by sigmoid")])
+def test_other_routers_stay_plain(tmp_path, name, operator, reason):
     model = language_models.build(name)
     path = language_models.export(model, tmp_path / "m.onnx", 20)
-    operators = operators_of(check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY))
+    fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
+    operators = operators_of(fused)
+    reasons = [node.metadata_props[REASON] for node in fused.graph if node.op_type == operator]
+    assert reasons and all(reason in each for each in reasons)
     assert not {"Route", "GatedExperts"} & set(operators)
     assert operators.count("Rotary") == 2
 
