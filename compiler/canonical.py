@@ -46,7 +46,8 @@ lower index; "chosen" divides the weights by their sum (equal to softmax over th
 weighted by the softmax over tokens of ``slots x``, gives expert e the slots from ``e S / E`` on, and
 makes of their results each token's, weighted by the softmax over slots.
 
-Every canonical node carries the metadata ``sources``: the names of the nodes that it replaces.
+Every node that the front end makes, canonical or layout around it, carries the metadata
+``sources``: the names of the nodes that it replaces.
 """
 
 import json
@@ -107,7 +108,9 @@ def attributes(node: ir.Node) -> dict[str, int | float | str]:
 
 def sources(node: ir.Node) -> list[str]:
     """Names of the nodes of the original model that ``node`` stands for."""
-    return json.loads(node.metadata_props["sources"]) if is_canonical(node) else [str(node.name)]
+    if "sources" in node.metadata_props:
+        return json.loads(node.metadata_props["sources"])
+    return [str(node.name)]
 
 
 def shape(value: ir.Value) -> tuple[int, ...]:

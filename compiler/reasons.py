@@ -55,7 +55,8 @@ def plain_reason(node: ir.Node) -> str:
     if node.op_type in ("TopK", "NonZero", "ScatterND", "ScatterElements"):
         return (
             f"{node.op_type} outside a recognised mixture of experts; write the router as linear, "
-            f"softmax, top-k and the experts as two layers with one function between"
+            f"softmax, top-k and the experts as two layers with one function between, or three if "
+            f"gated"
         )
     if node.op_type == "Softmax" and any(
         reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()

@@ -10,8 +10,8 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 
 from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
+from moeware.compiler.contrib import infer_shapes
 from moeware.compiler.errors import CompileError
-from moeware.compiler.fuse.contrib_moe import infer_contrib_shapes
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.read import one_line
@@ -49,7 +49,7 @@ def simplify(model: ir.Model) -> None:
 
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(_FOLDING_ROUNDS):
-        infer_contrib_shapes(model)
+        infer_shapes(model)
         try:
             onnxscript.optimizer.optimize_ir(
                 model,

@@ -15,7 +15,6 @@ What is refused stays a plain node, with the reason in its metadata for `partiti
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 import onnxruntime
 
 from moeware.compiler.canonical import NORMALISATIONS, REASON
@@ -55,23 +54,6 @@ _LATER_INPUTS = {"MoE": ((6, "fc3_experts_weights"),),
 def is_contrib_moe(node: ir.Node) -> bool:
     """Whether ``node`` is a mixture of experts of ONNX Runtime's domain."""
     return node.domain == CONTRIB and node.op_type in _LATER_INPUTS
-
-
-def infer_contrib_shapes(model: ir.Model) -> None:
-    """Shapes of the model's values, those behind a ``MoE`` or ``QMoE`` included.
-
-    ONNX knows no operators of another domain and stops at them.
-    """
-    unknown = [node for node in model.graph if is_contrib_moe(node)]
-    while unknown:
-        # Not strict, as a value without a type is an error there.
-        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        known = [node for node in unknown if static_shape(operand(node, 0)) is not None]
-        if not known:
-            return  # folding may find more
-        for node in known:
-            node.outputs[0].shape, node.outputs[0].type = node.inputs[0].shape, node.inputs[0].type
-        unknown = [node for node in unknown if node not in known]
 
 
 def fuse_contrib_moe(model: ir.Model) -> None:

@@ -1,9 +1,9 @@
-"""PatchEmbed, ClassToken and AddConstant: from the image to the residual stream."""
+"""PatchEmbed, ClassToken, AddConstant and look-ups: from the inputs to the residual stream."""
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.canonical import DOMAIN, REASON
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.region import region
 from moeware.compiler.fuse.trace import (
@@ -152,6 +152,19 @@ def fuse_tokens(model: ir.Model) -> None:
         build.replace(node.outputs[0], x)
 
 
+def explain_lookups(model: ir.Model) -> None:
+    """Say of the look-up of tokens' embeddings, which has no products, that the host makes it."""
+    for node in model.graph:
+        table, ids = operand(node, 0), operand(node, 1)
+        if not is_op(node, "Gather") or constant(table) is None or constant(ids) is not None:
+            continue
+        if attribute(node, "axis", 0) == 0 and len(static_shape(table) or ()) == 2:
+            node.metadata_props[REASON] = (
+                "the embedding of tokens is a look-up without products, which the host makes; its "
+                "rows enter the accelerator as the residual stream"
+            )
+
+
 def fuse_constants(model: ir.Model) -> None:
     """Replace the addition of a constant to the tokens by ``AddConstant``.
 
@@ -172,6 +185,9 @@ def fuse_constants(model: ir.Model) -> None:
             continue
         build = Builder(model, node, [node])
         x = build.resolve(pair[0], shape)
+        if not array.any() and not node.outputs[0].is_graph_output():
+            build.replace(node.outputs[0], x)
+            continue
         rows = np.broadcast_to(array, given).reshape(shape[1:])
         (result,) = build.node("AddConstant", [x, build.weight(rows, "constant")], [shape])
         build.replace(node.outputs[0], result)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from moeware.compiler.canonical import REASON
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_proof import Proof, prove
@@ -20,14 +21,14 @@ from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, siz
 
 
 def fuse_moe(model: ir.Model) -> None:
-    """Replace each proven mixture of experts by ``Route`` and ``Experts``.
+    """Replace each proven mixture of experts by ``Route`` and ``Experts`` or ``GatedExperts``.
 
     Forms
     -----
     Route
         - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
           weights divided by their sum or not
-    Experts
+    Experts, GatedExperts
         - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
         - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
         - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
@@ -35,8 +36,13 @@ def fuse_moe(model: ir.Model) -> None:
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
     """
     for node in list(model.graph):
-        if node.graph is not None and is_op(node, "TopK"):
-            _fuse(model, node)
+        if node.graph is not None and is_op(node, "TopK") and not _fuse(model, node):
+            node.metadata_props[REASON] = _reason(node)
+        elif is_op(node, "ArgMax") and _before(node, "MatMul", "Gemm"):
+            node.metadata_props[REASON] = (
+                "a router that takes one largest score at a time (sparse mixer) is no softmax over "
+                "its choice, which is the one that the accelerator makes; route by softmax and top-k"
+            )
 
 
 def refuse_baked_counts(model: ir.Model) -> None:
@@ -82,20 +88,51 @@ def _descendants(value: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _fuse(model: ir.Model, top_k: ir.Node) -> None:
+def _reason(top_k: ir.Node) -> str:
+    """Why the choice of ``top_k`` is that of no recognised mixture."""
+    if _before(top_k, "Sigmoid"):
+        return (
+            "a router that scores by sigmoid is no softmax over its choice or over all experts, "
+            "which are those that the accelerator makes; route by softmax and top-k"
+        )
+    if _router(top_k) is None:
+        return (
+            "a router that chooses among other scores than those of one linear gate (of groups of "
+            "experts, masked, or corrected) is not supported; route by softmax and top-k"
+        )
+    return (
+        "what follows this choice computes no weighted sum of two-layer or gated experts; write "
+        "them with one known function, weighted by the softmax"
+    )
+
+
+def _before(node: ir.Node, *operators: str) -> bool:
+    """Whether one of ``operators`` is among the few nodes that make what ``node`` reads first."""
+    value = node.inputs[0]
+    for _ in range(8):
+        node = value.producer() if value is not None else None  # type: ignore[assignment]
+        if node is None or is_op(node, *operators):
+            return node is not None
+        variable = [read for read in node.inputs if read is not None and read.const_value is None]
+        value = variable[-1] if variable else None
+    return False
+
+
+def _fuse(model: ir.Model, top_k: ir.Node) -> bool:
+    """Replace the mixture behind ``top_k``; whether it was proven to be one."""
     found = _router(top_k)
     if found is None:
-        return
+        return False
     logits, router = found
     features = router.weight.shape[1]
     k = constant(operand(top_k, 1))
     if static_shape(router.x) is None or k is None or k.size != 1:
-        return
+        return False
     if attribute(top_k, "largest", 1) != 1:
-        return
+        return False
     x_size = size(router.x)
     if x_size <= 0 or x_size % features:
-        return
+        return False
     tokens = x_size // features
     for y in cuts(model, logits):
         if size(y) not in (x_size, -1) or y is logits:
@@ -104,7 +141,8 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> None:
             proof = prove(model, x, logits, y, len(router.weight), features, int(k.reshape(())))
             if proof is not None:
                 replace_moe(model, x, y, router, int(k.reshape(())), tokens, proof)
-                return
+                return True
+    return False
 
 
 def _router(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
@@ -192,8 +230,10 @@ def replace_moe(
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])
     inputs = [build.resolve(x, shape), indices, factors]
-    inputs += [build.weight(getattr(weights, name), name) for name in ("w1", "b1", "w2", "b2")]
-    (result,) = build.node("Experts", inputs, [shape], {"function": proof.function})
+    names = ("w1", "b1", "w2", "b2") if weights.w3 is None else ("w1", "b1", "w2", "b2", "w3", "b3")
+    inputs += [build.weight(getattr(weights, name), name) for name in names]
+    operator = "Experts" if weights.w3 is None else "GatedExperts"
+    (result,) = build.node(operator, inputs, [shape], {"function": proof.function})
     build.replace(y, result)
 
 

@@ -5,17 +5,19 @@ where the known functions differ most. Of these the two forms of GELU are the ne
 5e-4; so of all forms that are near enough, the nearest is taken.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.nn.functional import linear
 
 from moeware.compiler.canonical import NORMALISATIONS
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, run
-from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
 from moeware.compiler.operators import FUNCTIONS
 
 __all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove", "sample_rows", "sample_scores"]
@@ -26,6 +28,7 @@ TOLERANCE = 2e-5
 _ROUNDING = float(np.finfo(np.float32).eps)
 # Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
 _HIDDEN = 2.0
+_FEW = 8  # rows, where there are fewer experts
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,15 @@ def prove(
     """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None."""
     inside = set(region([y], [x, logits])[0])
     nodes = [node for node in model.graph if node in inside]
-    proposals = list(propose_weights(nodes, x, experts, features))
+    proposals = propose_weights(nodes, x, experts, features)
+    first = next(proposals, None)
     x_shape, logits_shape = static_shape(x), static_shape(logits)
-    if not proposals or x_shape is None or logits_shape is None:
+    if first is None or x_shape is None or logits_shape is None:
         return None
     generator = np.random.default_rng(7)
     tokens = int(np.prod(x_shape)) // features
     frames = -(-experts // tokens)  # so many that each expert has a row
-    rows = sample_rows(generator, frames * tokens, proposals[0])
+    rows = sample_rows(generator, frames * tokens, first)
     scores = sample_scores(generator, frames * tokens, experts)
     results = []
     for part in np.split(np.arange(len(rows)), frames):
@@ -70,10 +74,27 @@ def prove(
         if values is None or values[0].size != part.size * features:
             return None
         results.append(values[0].reshape(-1, features))
-    found = nearest_form(rows, scores, np.concatenate(results), proposals, k)
-    if found.error >= TOLERANCE:
+    # More rows would say the same of the form, and cost a run of all proposals each.
+    few = slice(max(experts, _FEW))
+    results = np.concatenate(results)[few]
+    for weights in itertools.chain([first], proposals):  # one at a time: they are large
+        found = nearest_form(rows[few], scores[few], results, [weights], k, scales=_scales(nodes))
+        if found.error < TOLERANCE:
+            break
+    else:
         return None
     return Proof(found.weights, found.function, found.normalise, nodes)
+
+
+def _scales(nodes: list[ir.Node]) -> list[float]:
+    """Factors that the results may have: 1, and what a constant in the region multiplies by."""
+    found = {1.0: None}
+    for node in nodes:
+        pair = other_operand(node) if is_op(node, "Mul", "Div") else None
+        number = scalar(pair[1]) if pair else None
+        if number is not None and number > 0 and np.isfinite(number):
+            found[number if is_op(node, "Mul") else 1 / number] = None
+    return list(found)
 
 
 def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeights) -> np.ndarray:
@@ -100,12 +121,14 @@ def nearest_form(
     k: int,
     functions: Sequence[str] = tuple(FUNCTIONS),
     normalisations: Sequence[str] = tuple(NORMALISATIONS),
+    scales: Sequence[float] = (1.0,),
 ) -> Form:
     """The canonical form whose results are nearest to ``found``; of equals, the first."""
     if k == scores.shape[-1]:
         normalisations = normalisations[:1]  # where all are chosen, there is no difference
     factors = {name: _combine(scores, k, name) for name in normalisations}
-    return min(_forms(rows, factors, found, proposals, functions), key=lambda form: form.error)
+    forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
+    return min(forms, key=lambda form: form.error)
 
 
 def _forms(
@@ -114,25 +137,50 @@ def _forms(
     found: np.ndarray,
     proposals: Iterable[ExpertWeights],
     functions: Sequence[str],
+    scales: Sequence[float],
 ) -> Iterator[Form]:
-    found = found.astype(np.float64)
+    chosen = [np.flatnonzero(column) for column in next(iter(factors.values())).T]
+    inputs = torch.from_numpy(rows)
     for weights in proposals:
-        w1, b1, w2, b2 = (
-            torch.from_numpy(np.array(array))
-            for array in (weights.w1, weights.b1, weights.w2, weights.b2)
-        )
-        # Every expert on every row.
-        hidden = torch.einsum("td,ehd->eth", torch.from_numpy(rows), w1) + b1[:, None]
+        third, hidden = None, _first_layer(inputs, weights.w1, weights.b1, chosen)
+        if weights.w3 is not None and weights.b3 is not None:
+            third = _first_layer(inputs, weights.w3, weights.b3, chosen)
+        down = _tensor(weights.w2), _tensor(weights.b2)
         for function in functions:
-            each = torch.einsum("eth,edh->etd", FUNCTIONS[function](hidden), w2) + b2[:, None]
+            outputs = []
+            for expert, each in enumerate(hidden):
+                activation = FUNCTIONS[function](each)
+                activation = activation if third is None else activation * third[expert]
+                outputs.append(linear(activation, down[0][expert], down[1][expert]))
             for normalise, combined in factors.items():
-                value = np.einsum("te,etd->td", combined, each.numpy().astype(np.float64))
+                value = np.zeros(found.shape)
+                for expert, (places, output) in enumerate(zip(chosen, outputs)):
+                    value[places] += combined[places, expert, None] * output.numpy()
+                scale = _nearest_scale(value, found, scales)
                 # What the last bias adds says nothing of the form, but rounds the rest.
-                decided = np.abs(found - combined @ weights.b2).max()
-                scale = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
-                error = float(np.abs(value - found).max() / scale)
+                decided = np.abs(found - scale * (combined @ weights.b2)).max()
+                size = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
+                error = float(np.abs(scale * value - found).max() / size)
                 error = error if np.isfinite(error) else np.inf
-                yield Form(error, weights, function, normalise)
+                yield Form(error, weights.scaled(scale), function, normalise)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ("C", "W")))
+
+
+def _first_layer(
+    rows: torch.Tensor, weight: np.ndarray, bias: np.ndarray, chosen: list[np.ndarray]
+) -> list[torch.Tensor]:
+    """``weight x + bias`` of each expert, on the rows that choose it."""
+    layers = zip(chosen, _tensor(weight), _tensor(bias))
+    return [linear(rows[places], *layer) for places, *layer in layers]
+
+
+def _nearest_scale(value: np.ndarray, found: np.ndarray, scales: Sequence[float]) -> float:
+    square = float((value * value).sum())
+    fit = float((value * found).sum()) / square if square > 0 else 1.0
+    return min(scales, key=lambda scale: abs(scale - fit))
 
 
 def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:

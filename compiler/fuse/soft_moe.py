@@ -127,7 +127,8 @@ def _proposals(
 ) -> Iterator[ExpertWeights]:
     for experts in range(1, slots + 1):
         if slots % experts == 0:
-            yield from propose_weights(nodes, x, experts, features)
+            proposals = propose_weights(nodes, x, experts, features)
+            yield from (weights for weights in proposals if weights.w3 is None)
 
 
 def _replace(model, x, y, nodes, arrays, function, shape) -> None:

@@ -171,7 +171,7 @@ def test_rotary_runs_on_the_host_where_there_is_no_gateware():
     x = decoder.block(decoder.x, 2, 2, 8, 5)
     model = decoder.model(decoder.linear(decoder.norm(x), 3))
     parts = partition(model, CONFIGS[0])
-    reasons = [reason for reason in parts.reasons.values() if "Config.rotary = 1" in reason]
+    reasons = [reason for reason in parts.reasons.values() if "Config.rotary = 1" in str(reason)]
     assert len(reasons) == 2
     attention = next(node for node in decoder.nodes if node.op_type == "Attention")
     assert attention.name in parts.reasons  # as what it reads is there
