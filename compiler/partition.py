@@ -145,7 +145,7 @@ def _violations(
             known = is_canonical(node) and node.op_type in _READS
             text = _rule_broken(node, kinds) if known else plain_reason(node)
             if text is not None:
-                before = _host_operand(node, {*host, *fresh}) if known else None
+                before = _host_operand(node, kinds, {*host, *fresh}) if known else None
                 reads = f"reads the result of `{before and before.name}`, which the host computes"
                 fresh[node] = follows(node, before, reads) if before else reason_of(node, text)
         for value in node.outputs:
@@ -159,9 +159,15 @@ def _violations(
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
 
 
-def _host_operand(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:
-    """The last operand of ``node`` that the host computes."""
-    producers = [value.producer() for value in node.inputs if value is not None]
+def _host_operand(
+    node: ir.Node, kinds: dict[ir.Value, _Kind], host: Container[ir.Node]
+) -> ir.Node | None:
+    """The last operand of ``node`` that the host computes, unless it is as good as another."""
+    allowed = () if node.op_type == "Add" else _READS[node.op_type][0]
+    producers = [
+        value.producer() for value in node.inputs
+        if value in kinds and kinds[value].name not in allowed
+    ]
     return next((before for before in producers[::-1] if before in host), None)
 
 
