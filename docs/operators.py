@@ -66,12 +66,13 @@ def _forms() -> dict[str, list[str]]:
                 if operator in canonical.OPERATORS:
                     found[operator].append(first)
             continue
-        for operator, items in re.findall(r"^(\w+)\n((?:[ ]+.*\n?)+)", forms, re.MULTILINE):
-            if operator not in canonical.OPERATORS:
-                raise ValueError(f"Forms of {rule.__name__} must be of canonical operators "
-                                 f"({', '.join(canonical.OPERATORS)}), not of {operator!r}")
-            found[operator] += [" ".join(item.split())
-                                for item in re.split(r"^\s*- ", items, flags=re.MULTILINE)[1:]]
+        for names, items in re.findall(r"^(\w+(?:, \w+)*)\n((?:[ ]+.*\n?)+)", forms, re.MULTILINE):
+            for operator in names.split(", "):
+                if operator not in canonical.OPERATORS:
+                    raise ValueError(f"Forms of {rule.__name__} must be of canonical operators "
+                                     f"({', '.join(canonical.OPERATORS)}), not of {operator!r}")
+                found[operator] += [" ".join(item.split())
+                                    for item in re.split(r"^\s*- ", items, flags=re.MULTILINE)[1:]]
     return found
 
 
