@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeware.compiler.rounding import rounded
 from moeware.compiler.scales import coarsened, encode_scales, grid
 from moeware.hw.arch.numerics import NORM_FRACTION_BITS
 from moeware.hw.arch.quantised import Affine
@@ -20,9 +21,9 @@ class Tensor:
 
     tensor : name in the quantised graph; first_row, rows : the part of it that the value is. shift is
     what a channel has in common over the rows; offset belongs to the grid, and integers are far from
-    0 where the value is 0. mean : of the value less its shift, by channel, where gain is None: what
-    weights lose to rounding is made up for at this value (bias correction, Nagel et al. 2019,
-    section 4.2).
+    0 where the value is 0. mean : of the value less its shift, over its gain, by channel: what weights
+    lose to rounding is made up for at this value (bias correction, Nagel et al. 2019, section 4.2).
+    covariance : of the same, [channels, channels], where narrow weights want to know it.
     """
 
     tensor: str
@@ -31,18 +32,19 @@ class Tensor:
     shift: np.ndarray | None = None
     offset: float = 0.0
     mean: np.ndarray | float = 0.0
+    covariance: np.ndarray | None = None
     first_row: int = 0
     rows: int = 0
 
 
 def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
                      per_tensor: bool = False, target: float | None = None,
-                     bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                     bits: int = 8, limit: int = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
 
-    The source's gain and shift are folded in. Stacked weights [..., N, K] are one of each.
-    target : step of the result, of so many bits, if the ratio of steps may be `coarsened`. limit :
-    the largest weight, for all or [...] for each of a stack.
+    weight : float [N, K]; bias : [N]. The source's gain and shift are folded in. target : step of the
+    result, of so many bits, if the ratio of steps may be `coarsened`. limit : the largest weight;
+    those of fewer than 8 bits are `rounded` with each other in view.
     """
     weight, bias = weight.astype(np.float64), bias.astype(np.float64)
     if source.shift is not None:
@@ -50,28 +52,34 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
     if source.gain is not None:
         weight = weight * source.gain
     far = np.abs(bias) + abs(source.offset) * np.abs(weight).sum(-1)
-    largest = np.abs(weight).max(None if per_tensor else -1)
-    limit = np.asarray(limit)[..., None]  # beside the channels
-    # A channel of tiny weights and a large bias would overflow the accumulator's bias.
-    step = np.maximum(largest / limit, far / (source.step * LARGEST_BIAS))
-    step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
-    if target is not None:
-        # Rounding adds half a step, an eighth coarser at most, to each weight and to the bias.
+
+    def admissible(step: np.ndarray) -> np.ndarray:
+        # A channel of tiny weights and a large bias would overflow the accumulator's bias.
+        step = np.maximum(step, far / (source.step * LARGEST_BIAS))
+        step = np.broadcast_to(step.max(), step.shape) if per_tensor else step
+        if target is None:
+            return step
+        # Rounding adds about half a step, an eighth coarser at most, to each weight and to the bias.
         unit, rounding = source.step / target, 9 / 16 * step
         reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
         most = np.minimum(1 << (bits - 1), reach) + far / target + unit * rounding + 0.5
-        step = coarsened(step * unit, most) / unit
-    divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
-    limit = limit[..., None]
-    integer = np.clip(np.rint(weight / divisor[..., None]), -limit, limit).astype(np.int8)
-    rounded = integer * step[..., None]
-    bias = bias + source.offset * rounded.sum(-1) + ((weight - rounded) * source.mean).sum(-1)
+        return coarsened(step * unit, most) / unit
+
+    if limit < 127:
+        integer, step = rounded(weight, limit, source.covariance, admissible)
+        divisor = np.where(step == 0, 1.0, step)
+    else:
+        step = admissible(np.abs(weight).max(None if per_tensor else -1) / limit)
+        divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
+        integer = np.clip(np.rint(weight / divisor[:, None]), -limit, limit)
+    real = integer * step[:, None]
+    bias = bias + source.offset * real.sum(-1) + ((weight - real) * source.mean).sum(-1)
     integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
-    return integer, integer_bias, step * source.step
+    return integer.astype(np.int8), integer_bias, step * source.step
 
 
 def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
-                   bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, Affine]:
+                   bits: int = 8, limit: int = 127) -> tuple[np.ndarray, Affine]:
     """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
     integer, integer_bias, accumulator = quantise_weights(weight, bias, source, target=step,
                                                          bits=bits, limit=limit)

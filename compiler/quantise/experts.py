@@ -1,10 +1,12 @@
 """Routing and experts."""
 
+import dataclasses
 import math
 
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.calibrate import FEW_TOKENS
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
@@ -44,18 +46,33 @@ class Experts(State):
         w1, b1, w2, b2 = self._constants(node, 3)
         before = shifted_grid(self._expert_samples(node, "hidden"), of=FUNCTION[function])
         after = shifted_grid(self._expert_samples(node, "activation"))
-        bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
-                         for e in range(len(w1))], np.uint8)
-        limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
-        up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
+        bits = [self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
+                for e in range(len(w1))]
         mean = self._expert_samples(node, "activation").mean(0)
         hidden = Tensor("", after[0], offset=after[1], mean=mean)
-        down, down_affine = scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit)
+        sources, hiddens = [source] * len(w1), [hidden] * len(w1)
+        for e in np.flatnonzero(np.array(bits) < 8):
+            inputs, gates = self._expert_inputs(node, e)
+            activation = FUNCTION[function](inputs @ w1[e].T + b1[e])
+            sources[e] = self._informed(source, inputs, gates**2)
+            hiddens[e] = self._informed(hidden, activation, gates**2)
+        up, up_affine = _stacked(w1, b1 - before[1], sources, bits, before[0], 8)
+        down, down_affine = _stacked(w2, b2, hiddens, bits, self.stream_step, 16)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,
             up_affine=up_affine, table=function_table(function, before, after), down=down,
-            down_affine=down_affine, bits=bits))
+            down_affine=down_affine, bits=np.array(bits, np.uint8)))
+
+    def _expert_inputs(self, node: ir.Node, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that reach an expert and their gate weights; where they are too few to tell, what
+        reaches the layer, equally weighted."""
+        samples = self.calibration.samples
+        inputs = samples.get(f"{node.name}/expert{expert}/input")
+        if inputs is None or len(inputs) < FEW_TOKENS:
+            inputs = self.calibration.rows(node.inputs[0].name)
+            return inputs, np.ones(len(inputs))
+        return inputs, samples[f"{node.name}/expert{expert}/gate"][:, 0]
 
     def _expert_samples(self, node: ir.Node, stage: str) -> np.ndarray:
         names = [f"{node.name}/expert{e}/{stage}" for e in range(shape(node.inputs[3])[0])]
@@ -65,3 +82,13 @@ class Experts(State):
             raise CompileError(f"Node {node.name!r} must be reached by the calibration data: no "
                                "token was routed to any of its experts")
         return np.concatenate(found)
+
+
+def _stacked(weight, bias, sources, bits, step, result_bits) -> tuple[np.ndarray, q.Affine]:
+    """Each expert's `scaled_weights` for its own source, one behind the other."""
+    integers, affines = zip(*(
+        scaled_weights(*each, step, result_bits, limit=WEIGHT_BITS[b])
+        for *each, b in zip(weight, bias, sources, bits, strict=True)))
+    return np.stack(integers), q.Affine(**{
+        field.name: np.stack([getattr(affine, field.name) for affine in affines])
+        for field in dataclasses.fields(q.Affine)})

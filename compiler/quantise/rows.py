@@ -103,8 +103,8 @@ class Rows(State):
 
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
                      shift=None, gain=None, mean=0.0) -> None:
-        source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))

@@ -1,5 +1,6 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
+from moeware.compiler.rounding import inputs_covariance
 from moeware.compiler.weights import Tensor, scaled_weights
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import Memory
@@ -141,12 +143,31 @@ class State:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        self._add_linear(node, value.name, source, step, residual=None)
+        self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
-    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+    @staticmethod
+    def _informed(source: Tensor, samples: np.ndarray, weight: np.ndarray | None = None) -> Tensor:
+        """A source that knows the mean and covariance of its real samples [rows, channels], for
+        narrow weights. weight : [rows], how much each counts."""
+        plain = samples.astype(np.float64) if source.shift is None else samples - source.shift
+        if source.gain is not None:
+            plain = np.where(source.gain != 0, plain / np.where(source.gain, source.gain, 1), 0)
+        mean, covariance = inputs_covariance(plain, weight)
+        covariance[np.diag_indices(len(mean))] += source.step**2 / 12  # what its grid rounds
+        return dataclasses.replace(source, mean=mean, covariance=covariance)
+
+    def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
+        """What a Linear reads, as its weights want to know it."""
+        source, value = self._tensor(node.inputs[0]), node.inputs[0]
+        if bits == 8 or node.op_type == "PatchEmbed":  # samples of images are not of patches
+            return source
+        return self._informed(source, self.calibration.rows(value.name))
+
+    def _add_linear(self, node: ir.Node, output: str, step: float, *,
                     residual: str | None, first_row: int = 0) -> None:
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         weight, affine = scaled_weights(*self._constants(node), source, step, 16,
                                         limit=WEIGHT_BITS[bits])
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
