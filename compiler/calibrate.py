@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from moeware.compiler.canonical import shape
 from moeware.compiler.errors import CompileError
+from moeware.compiler.influence import influence
 from moeware.compiler.reference import evaluate
 
 __all__ = ["FEW_TOKENS", "Calibration", "calibrate", "check_samples", "load_samples", "merged"]
@@ -24,8 +25,9 @@ class Calibration:
     """Samples of every tensor of the canonical graph.
 
     samples : float32 [rows, features] by value name, at most `KEPT_ROWS` rows spread over the data; of
-    each expert so many, too, however rarely it is chosen (see `reference.evaluate`), and the rows that
-    enter it and their gate weights, ``{node}/expert{e}/input`` and ``/gate``;
+    each expert so many, too, however rarely it is chosen (see `reference.evaluate`), the rows that
+    enter it among them, ``{node}/expert{e}/input``, and ``/weight`` [rows, 1], what the square of an
+    error in its result counts for: the square of the gate weight times the row's `influence`;
     tokens : tokens that reached each expert, int64 [experts] by the name of the Experts node;
     frames : calibration inputs seen.
     """
@@ -170,6 +172,7 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
     experts = {node.outputs[0].name: node for node in model.graph if node.op_type == "Experts"}
     for node in experts.values():
         result.tokens[node.name] = np.zeros(shape(node.inputs[3])[0], np.int64)
+    heard = influence(model, samples)
     routed = {value.name for node in experts.values() for value in node.inputs[:3]}
     for start in range(0, result.frames, BATCH):
         feeds = {name: array[start:start + BATCH] for name, array in samples.items()}
@@ -191,7 +194,8 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
             for expert in range(len(counts)):
                 rows, slots = np.nonzero(chosen == expert)
                 record(f"{node.name}/expert{expert}/input", x[rows])
-                record(f"{node.name}/expert{expert}/gate", gates[rows, slots][:, None])
+                weight = gates[rows, slots]**2 * heard[node.name][rows % len(heard[node.name])]
+                record(f"{node.name}/expert{expert}/weight", weight[:, None])
         if progress:
             progress(len(next(iter(feeds.values()))))
     for name, arrays in parts.items():

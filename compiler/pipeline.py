@@ -23,6 +23,7 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
+from moeware.compiler.mixed_precision import Allocation, allocate_bits
 from moeware.compiler.partition import describe, partition, report
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
@@ -55,6 +56,7 @@ class State:
     trace: bool = False
     frames: int = 1
     bits: Mapping[str, int] = field(default_factory=dict)
+    expert_bits: float | None = None
     choices: dict[str, list[int]] = field(default_factory=dict)
     models: list[ir.Model] = field(default_factory=list)
     inputs: Ports = field(default_factory=list)
@@ -62,6 +64,7 @@ class State:
     placement: str = ""
     report: dict = field(default_factory=dict)
     calibration: Calibration | None = None
+    allocation: Allocation | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)  # by device step
@@ -95,7 +98,7 @@ def _calibrate(state: State) -> None:
 
 def _quantise(state: State) -> None:
     state.quantised = []
-    precision = Precision(state.bits)
+    precision, layers = Precision(state.bits, state.expert_bits), []
     variants = [partition(model).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
         for part, *alike in zip(parts, *variants, strict=True):
@@ -105,10 +108,16 @@ def _quantise(state: State) -> None:
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
                                 [each.nodes for each in alike])
-                verify_quantised(step)
+                layers += step.layers
             step.choice = choice
             state.quantised.append(step)
     precision.check()
+    if state.expert_bits is not None:
+        state.allocation = allocate_bits(
+            layers, state.expert_bits, state.config, state.calibration.frames * len(state.models))
+    for step in _device(state):
+        step.settle(state.allocation.bits if state.allocation else {})
+        verify_quantised(step)
 
 
 def _tile(state: State) -> None:
@@ -151,7 +160,8 @@ def _emit(state: State) -> None:
         inputs=state.inputs, outputs=state.outputs, choices=state.choices,
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
-                  "starved_experts": state.calibration.starved, "plans": state.plans})
+                  "starved_experts": state.calibration.starved, "plans": state.plans,
+                  "expert_bits": state.allocation and state.allocation.to_dict()})
 
 
 def _device(state: State) -> list[QuantisedStep]:
@@ -167,7 +177,7 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
                   trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
-                  choices: Choices | None = None, dump: str | os.PathLike | None = None,
+                  expert_bits: float | None = None, choices: Choices | None = None, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -182,6 +192,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
         of one is at work beside the products of another. Its latency is that of all.
     bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
         ``{"experts": 4}`` halves the bytes that experts' weights move.
+    expert_bits : average bits of all experts' weights, from 2 to 8: each expert gets 8, 4 or 2 of them
+        such that the outputs lose least (see `mixed_precision`). Experts named in `bits` keep theirs.
     choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
         of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
         one of them; they share all constants that are equal. Samples are calibrated with each.
@@ -206,7 +218,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace, frames, bits or {},
+    state = State(Path(path), config, samples, trace, frames, bits or {}, expert_bits,
                   check_choices(choices or {}))
     if first:
         if dump is None:
@@ -268,5 +280,5 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
                            f"{state.choices}: start at load")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
-    state.frames, state.bits = wanted.frames, wanted.bits
+    state.frames, state.bits, state.expert_bits = wanted.frames, wanted.bits, wanted.expert_bits
     return state

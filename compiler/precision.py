@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from moeware.compiler.errors import CompileError
 
@@ -19,6 +20,7 @@ class Precision:
 
     bits : by a layer's name, a layer's name with one expert (``Experts_1/expert3``), or a kind of
     layers, "linear" or "experts"; the most special name counts. Names are those that reports use.
+    average : of experts that nothing is said about, which `mixed_precision` gives theirs.
 
     Raises
     ------
@@ -27,6 +29,7 @@ class Precision:
     """
 
     bits: Mapping[str, int] = field(default_factory=dict)
+    average: float | None = None
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self):
@@ -34,14 +37,24 @@ class Precision:
             if bits not in WEIGHT_BITS:
                 raise CompileError(f"Weights of {name!r} must have {', '.join(map(str, WEIGHT_BITS))} "
                                    f"bits, not {bits!r}")
+        if self.average is not None and not isinstance(self.average, Real):
+            raise CompileError(f"Average bits of experts must be a number, not {self.average!r}")
+        if self.average is not None and "experts" in self.bits:
+            raise CompileError(f"Bits of 'experts' must be given as {self.bits['experts']} of each or "
+                               f"as {self.average:g} on average, not both: name single experts or "
+                               "layers beside an average")
 
-    def of(self, *names: str) -> int:
+    def said(self, *names: str) -> int | None:
         """Bits by the first of `names`, special ones first, that something is said about."""
         for name in names:
             if name in self.bits:
                 self.used.add(name)
                 return self.bits[name]
-        return 8
+        return None
+
+    def of(self, *names: str) -> int:
+        """The same, 8 where nothing is said."""
+        return self.said(*names) or 8
 
     def check(self) -> None:
         unknown = sorted(set(self.bits) - self.used - set(KINDS))

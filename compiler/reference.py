@@ -121,7 +121,7 @@ def _attention(inputs, attrs, name, record) -> Outputs:
     )
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = (q * attrs["scale"]) @ k.transpose(-1, -2)
-    record(f"{name}/scores", scores.numpy())
+    record(f"{name}/scores", scores.detach().numpy())
     if attrs["causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -math.inf)
@@ -134,7 +134,7 @@ def _pointwise(inputs, attrs, name, record) -> Outputs:
 
 def _route(inputs, attrs, name, record) -> Outputs:
     logits = torch.nn.functional.linear(*inputs)
-    record(f"{name}/logits", logits.numpy())
+    record(f"{name}/logits", logits.detach().numpy())
     # A stable sort breaks ties to the lower index; torch.topk promises no order.
     indices = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
     weights = torch.softmax(logits, -1).gather(-1, indices)
@@ -160,7 +160,7 @@ def _experts(inputs, attrs, name, record) -> Outputs:
             ("activation", activation),
             ("output", output),
         ):
-            record(f"{name}/expert{expert}/{part}", array.numpy())
+            record(f"{name}/expert{expert}/{part}", array.detach().numpy())
     return (result.reshape(x.shape),)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["inputs_covariance", "rounded"]
 
-BLOCK = 64  # columns whose errors are summed before they reach the columns outside
+BLOCK = 32  # columns whose errors are summed before they reach the columns outside
 DAMPING = 0.01  # of the mean variance, on each input's (Frantar et al. 2022, section 3.3)
 ALIKE = 8
 SWEEPS = 2  # over all columns after the first choice
@@ -63,7 +63,7 @@ def rounded(weight: np.ndarray, limit: int, covariance: np.ndarray | None,
 
 
 def _nearest(weight: np.ndarray, step: np.ndarray, limit: int) -> np.ndarray:
-    return np.clip(np.rint(weight / np.where(step == 0, 1.0, step)), -limit, limit)
+    return np.clip(np.rint(weight / np.where(step == 0, step.dtype.type(1), step)), -limit, limit)
 
 
 def _searched(weight: np.ndarray, limit: int, variance: np.ndarray) -> np.ndarray:
@@ -81,12 +81,13 @@ def _searched(weight: np.ndarray, limit: int, variance: np.ndarray) -> np.ndarra
 def _fed_back(weight: np.ndarray, step: np.ndarray, limit: int, matrix: np.ndarray) -> np.ndarray:
     """Column after column to the nearest integer; those to come take over its error."""
     order = np.argsort(-np.diagonal(matrix), kind="stable")
-    factor = np.linalg.cholesky(np.linalg.inv(matrix[np.ix_(order, order)])).T
-    rest = np.ascontiguousarray(weight.T[order])  # a column at a time lies in one piece
+    factor = np.linalg.cholesky(np.linalg.inv(matrix[np.ix_(order, order)])).T.astype(np.float32)
+    rest = np.ascontiguousarray(weight.T[order], np.float32)  # a column lies in one piece
+    step = step.astype(np.float32)
     integer = np.empty_like(rest)
     for start in range(0, len(rest), BLOCK):
         stop = min(start + BLOCK, len(rest))
-        error = np.empty((stop - start, rest.shape[1]))
+        error = np.empty((stop - start, rest.shape[1]), np.float32)
         for column in range(start, stop):
             chosen = _nearest(rest[column], step, limit)
             integer[column] = chosen
@@ -111,12 +112,14 @@ def _fitted(weight: np.ndarray, integer: np.ndarray, step: np.ndarray, matrix: n
 def _descended(weight: np.ndarray, step: np.ndarray, limit: int, matrix: np.ndarray,
                integer: np.ndarray) -> np.ndarray:
     """Each column in turn to its best integers beside the others'."""
-    divisor, integer = np.where(step == 0, 1.0, step), integer.T.copy()
-    slope = matrix @ (weight.T - integer * step)
+    integer = integer.T.copy()
+    slope = (matrix @ (weight.T - integer * step)).astype(np.float32)
+    matrix, step = matrix.astype(np.float32), step.astype(np.float32)
+    divisor = np.where(step == 0, np.float32(1), step)
     for _ in range(SWEEPS):
         for start in range(0, len(integer), BLOCK):
             stop = min(start + BLOCK, len(integer))
-            change = np.empty((stop - start, integer.shape[1]))
+            change = np.empty((stop - start, integer.shape[1]), np.float32)
             for column in range(start, stop):
                 better = slope[column] / (matrix[column, column] * divisor)
                 better = np.clip(np.rint(integer[column] + better), -limit, limit)

@@ -1,15 +1,16 @@
 """Float weights to integers, and the normalised tensors that they meet, on grids that fit both."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
-from moeware.compiler.rounding import rounded
+from moeware.compiler.rounding import inputs_covariance, rounded
 from moeware.compiler.scales import coarsened, encode_scales, grid
 from moeware.hw.arch.numerics import NORM_FRACTION_BITS
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["Tensor", "quantise_weights", "scaled_weights", "smoothed_norm"]
+__all__ = ["Tensor", "informed", "quantise_weights", "scaled_weights", "smoothed_norm"]
 
 LARGEST_BIAS = 1 << 30  # in accumulator steps, of the 2**31 that an accumulator holds
 
@@ -35,6 +36,17 @@ class Tensor:
     covariance: np.ndarray | None = None
     first_row: int = 0
     rows: int = 0
+
+
+def informed(source: Tensor, samples: np.ndarray, weight: np.ndarray | None = None) -> Tensor:
+    """A source that knows the mean and covariance of its real samples [rows, channels], for narrow
+    weights. weight : [rows], how much each counts."""
+    plain = samples.astype(np.float64) if source.shift is None else samples - source.shift
+    if source.gain is not None:
+        plain = np.where(source.gain != 0, plain / np.where(source.gain, source.gain, 1), 0)
+    mean, covariance = inputs_covariance(plain, weight)
+    covariance[np.diag_indices(len(mean))] += source.step**2 / 12  # what its grid rounds
+    return dataclasses.replace(source, mean=mean, covariance=covariance)
 
 
 def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,

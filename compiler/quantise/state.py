@@ -1,8 +1,7 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +11,8 @@ from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
-from moeware.compiler.rounding import inputs_covariance
-from moeware.compiler.weights import Tensor, scaled_weights
+from moeware.compiler.quantise.expert_layer import ExpertLayer
+from moeware.compiler.weights import Tensor, informed, scaled_weights
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import Port, Region
@@ -25,13 +24,25 @@ HEADROOM = 1.5  # of the residual grid over the largest calibrated value
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0). choice : as of
-    `DeviceStep`."""
+    """A device step before it has addresses (those of its ports' regions are 0).
+
+    choice : as of `DeviceStep`; layers : its experts while their bits are open, none after.
+    """
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     choice: dict[str, int] = field(default_factory=dict)
+    layers: list[ExpertLayer] = field(default_factory=list)
+
+    def settle(self, bits: Mapping[str, Sequence[int]]) -> None:
+        """Give experts these bits, by the name of their layer, or leave them those they have."""
+        for layer in self.layers:
+            if layer.name in bits:
+                number = next(number for number, operation in enumerate(self.operations)
+                              if operation.output == layer.rest["output"])
+                self.operations[number] = layer.operation(bits[layer.name])
+        self.layers = []
 
 
 @dataclass(frozen=True)
@@ -146,23 +157,12 @@ class State:
         self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
-    @staticmethod
-    def _informed(source: Tensor, samples: np.ndarray, weight: np.ndarray | None = None) -> Tensor:
-        """A source that knows the mean and covariance of its real samples [rows, channels], for
-        narrow weights. weight : [rows], how much each counts."""
-        plain = samples.astype(np.float64) if source.shift is None else samples - source.shift
-        if source.gain is not None:
-            plain = np.where(source.gain != 0, plain / np.where(source.gain, source.gain, 1), 0)
-        mean, covariance = inputs_covariance(plain, weight)
-        covariance[np.diag_indices(len(mean))] += source.step**2 / 12  # what its grid rounds
-        return dataclasses.replace(source, mean=mean, covariance=covariance)
-
     def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
         """What a Linear reads, as its weights want to know it."""
         source, value = self._tensor(node.inputs[0]), node.inputs[0]
         if bits == 8 or node.op_type == "PatchEmbed":  # samples of images are not of patches
             return source
-        return self._informed(source, self.calibration.rows(value.name))
+        return informed(source, self.calibration.rows(value.name))
 
     def _add_linear(self, node: ir.Node, output: str, step: float, *,
                     residual: str | None, first_row: int = 0) -> None:

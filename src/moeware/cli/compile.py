@@ -24,6 +24,9 @@ def configure(parser) -> None:
                         help="bits of a layer's weights, 8, 4 or 2; LAYER is a layer's name, one of "
                         "its experts (Experts_1/expert3), or 'experts' or 'linear' for all such "
                         "layers; repeatable")
+    parser.add_argument("--expert-bits", type=float, metavar="AVERAGE",
+                        help="average bits of experts' weights, from 2 to 8: each expert gets 8, 4 or "
+                        "2, whatever loses least")
     add_choices_option(parser)
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
@@ -44,8 +47,8 @@ def run(arguments) -> dict:
     with stages_bar("compile") as progress:
         program = moeware.compile(
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
-            frames=arguments.frames, bits=dict(arguments.bits), choices=dict(arguments.choices),
-            dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
+            frames=arguments.frames, bits=dict(arguments.bits),
+            expert_bits=arguments.expert_bits, choices=dict(arguments.choices), dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
     output = Path(arguments.output or Path(arguments.model).with_suffix(".moe").name)
@@ -72,12 +75,14 @@ def _estimate(program, arguments) -> dict:
 def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
-    from moeware.cli.tables import estimate_table
+    from moeware.cli.tables import estimate_table, expert_bits_table
     lines = [facts["placement"],
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     lines += sorted(set(facts["metadata"]["plans"]))
+    if facts["metadata"]["expert_bits"]:
+        lines.append(expert_bits_table(facts["metadata"]["expert_bits"]))
     lines.append(estimate_table(facts["estimate"]))
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
