@@ -47,7 +47,8 @@ TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "FLOAT16": "tenso
 class State:
     """What the stages hand on; every stage fills in what it makes.
 
-    models : one for each of `combinations(choices)`; quantised : the steps of all of them.
+    models : one for each of `combinations(choices)`; quantised : the steps of all of them; upper : the
+    same with the upper halves of nested weights.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class State:
     frames: int = 1
     bits: Mapping[str, int] = field(default_factory=dict)
     expert_bits: float | None = None
+    nested: bool = False
     choices: dict[str, list[int]] = field(default_factory=dict)
     models: list[ir.Model] = field(default_factory=list)
     inputs: Ports = field(default_factory=list)
@@ -66,6 +68,7 @@ class State:
     calibration: Calibration | None = None
     allocation: Allocation | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
+    upper: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)  # by device step
     program: Program | None = None
@@ -98,7 +101,7 @@ def _calibrate(state: State) -> None:
 
 def _quantise(state: State) -> None:
     state.quantised = []
-    precision, layers = Precision(state.bits, state.expert_bits), []
+    precision, layers = Precision(state.bits, state.expert_bits, state.nested), []
     variants = [partition(model).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
         for part, *alike in zip(parts, *variants, strict=True):
@@ -115,9 +118,17 @@ def _quantise(state: State) -> None:
     if state.expert_bits is not None:
         state.allocation = allocate_bits(
             layers, state.expert_bits, state.config, state.calibration.frames * len(state.models))
+    if state.nested:
+        if not layers:
+            raise CompileError("Experts must be on the accelerator for nested weights: this model has "
+                               "none there (`moeware check` says why)")
+        state.upper = [step.settle_nested() if isinstance(step, QuantisedStep) else step
+                       for step in state.quantised]
     for step in _device(state):
         step.settle(state.allocation.bits if state.allocation else {})
-        verify_quantised(step)
+    for step in [*state.quantised, *state.upper]:
+        if isinstance(step, QuantisedStep):
+            verify_quantised(step)
 
 
 def _tile(state: State) -> None:
@@ -162,6 +173,11 @@ def _emit(state: State) -> None:
                   "calibration_frames": state.calibration.frames,
                   "starved_experts": state.calibration.starved, "plans": state.plans,
                   "expert_bits": state.allocation and state.allocation.to_dict()})
+    if state.upper:
+        half = replace(state, quantised=state.upper, upper=[])
+        for name in ("tile", "schedule", "allocate", "emit"):
+            STAGES[name](half)
+        state.program.upper = half.program
 
 
 def _device(state: State) -> list[QuantisedStep]:
@@ -177,7 +193,8 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
                   trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
-                  expert_bits: float | None = None, choices: Choices | None = None, dump: str | os.PathLike | None = None,
+                  expert_bits: float | None = None, nested: bool = False,
+                  choices: Choices | None = None, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -194,6 +211,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
         ``{"experts": 4}`` halves the bytes that experts' weights move.
     expert_bits : average bits of all experts' weights, from 2 to 8: each expert gets 8, 4 or 2 of them
         such that the outputs lose least (see `mixed_precision`). Experts named in `bits` keep theirs.
+    nested : experts have 8 bits of which the upper 4 are good weights, too: `Program.upper` is the
+        program with these, and a file holds them once.
     choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
         of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
         one of them; they share all constants that are equal. Samples are calibrated with each.
@@ -219,7 +238,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
     state = State(Path(path), config, samples, trace, frames, bits or {}, expert_bits,
-                  check_choices(choices or {}))
+                  nested, check_choices(choices or {}))
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -280,5 +299,6 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
                            f"{state.choices}: start at load")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
-    state.frames, state.bits, state.expert_bits = wanted.frames, wanted.bits, wanted.expert_bits
+    state.frames, state.bits = wanted.frames, wanted.bits
+    state.expert_bits, state.nested = wanted.expert_bits, wanted.nested
     return state

@@ -20,7 +20,8 @@ class Precision:
 
     bits : by a layer's name, a layer's name with one expert (``Experts_1/expert3``), or a kind of
     layers, "linear" or "experts"; the most special name counts. Names are those that reports use.
-    average : of experts that nothing is said about, which `mixed_precision` gives theirs.
+    average : of experts that nothing is said about, which `mixed_precision` gives theirs. nested : all
+    experts have 8 bits, whose upper halves are weights, too.
 
     Raises
     ------
@@ -30,6 +31,7 @@ class Precision:
 
     bits: Mapping[str, int] = field(default_factory=dict)
     average: float | None = None
+    nested: bool = False
     used: set[str] = field(default_factory=set)
 
     def __post_init__(self):
@@ -39,10 +41,21 @@ class Precision:
                                    f"bits, not {bits!r}")
         if self.average is not None and not isinstance(self.average, Real):
             raise CompileError(f"Average bits of experts must be a number, not {self.average!r}")
+        if self.average is not None and self.nested:
+            raise CompileError(f"Bits of experts must be {self.average:g} on average or nested, not "
+                               "both: leave one of them out")
         if self.average is not None and "experts" in self.bits:
             raise CompileError(f"Bits of 'experts' must be given as {self.bits['experts']} of each or "
                                f"as {self.average:g} on average, not both: name single experts or "
                                "layers beside an average")
+
+    def of_expert(self, layer: str, expert: int) -> int | None:
+        """Bits of an expert that something is said about."""
+        bits = self.said(f"{layer}/expert{expert}", layer, "experts")
+        if self.nested and bits is not None:
+            raise CompileError(f"Bits of {layer} must not be given beside nested weights, which have 8 "
+                               "and 4: leave one of them out")
+        return bits
 
     def said(self, *names: str) -> int | None:
         """Bits by the first of `names`, special ones first, that something is said about."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["inputs_covariance", "rounded"]
+__all__ = ["inputs_covariance", "nested", "rounded"]
 
 BLOCK = 32  # columns whose errors are summed before they reach the columns outside
 DAMPING = 0.01  # of the mean variance, on each input's (Frantar et al. 2022, section 3.3)
+NESTED_DAMPING = 0.3  # less error goes on, as the lower halves cannot take back much of it
 ALIKE = 8
 SWEEPS = 2  # over all columns after the first choice
 SHARES = {7: np.linspace(0.4, 1.0, 25), 1: np.linspace(0.2, 1.0, 33)}  # of a channel's largest weight
@@ -40,7 +41,8 @@ def inputs_covariance(samples: np.ndarray, weight: np.ndarray | None = None
 
 
 def rounded(weight: np.ndarray, limit: int, covariance: np.ndarray | None,
-            admissible: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            admissible: Callable[[np.ndarray], np.ndarray], damping: float = DAMPING,
+            ) -> tuple[np.ndarray, np.ndarray]:
     """Integers [N, K], as floats, and the step [N] that stands for each channel's ones.
 
     weight : float [N, K]; limit : the largest integer; covariance : of the inputs, [K, K], None where
@@ -51,15 +53,34 @@ def rounded(weight: np.ndarray, limit: int, covariance: np.ndarray | None,
     large variance first), the step that fits them best, and sweeps of coordinate descent
     (QuantEase: Behdin et al. 2023, section 3.2).
     """
-    inputs = weight.shape[1]
-    matrix = np.eye(inputs) if covariance is None else covariance.copy()
-    variance = np.trace(matrix) / inputs
-    matrix = matrix / variance if variance > 0 else np.eye(inputs)
-    matrix[np.diag_indices(inputs)] += DAMPING
+    matrix = _damped(covariance, weight.shape[1], damping)
     step = _searched(weight, limit, np.diagonal(matrix))
     integer = _fed_back(weight, step, limit, matrix)
     step = admissible(_fitted(weight, integer, step, matrix))
-    return _descended(weight, step, limit, matrix, integer), step
+    return _descended(weight, step, -limit, limit, matrix, integer), step
+
+
+def nested(weight: np.ndarray, covariance: np.ndarray | None,
+           admissible: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Integers of 8 bits that are good ones of 4 bits when `upper_half` rounds them, with a step 16
+    times as large (bit-nested weights: D2MoE, Wang et al. 2025, section 4.1). Arguments and result as of
+    `rounded`.
+
+    The 4 bits are chosen first, then the others within what rounds to them.
+    """
+    upper, step = rounded(weight, 7, covariance, lambda step: 16 * admissible(step / 16),
+                          NESTED_DAMPING)
+    step, low, high = step / 16, 16 * upper - 8, 16 * upper + 7
+    integer = np.clip(np.rint(weight / np.where(step == 0, 1.0, step)[:, None]), low, high)
+    return _descended(weight, step, low.T, high.T, _damped(covariance, weight.shape[1]), integer), step
+
+
+def _damped(covariance: np.ndarray | None, inputs: int, damping: float = DAMPING) -> np.ndarray:
+    """Covariance of a mean variance of 1, that has an inverse."""
+    matrix = np.eye(inputs) if covariance is None else covariance
+    variance = np.trace(matrix) / inputs
+    matrix = matrix / variance if variance > 0 else np.eye(inputs)
+    return matrix + damping * np.eye(inputs)
 
 
 def _nearest(weight: np.ndarray, step: np.ndarray, limit: int) -> np.ndarray:
@@ -109,9 +130,11 @@ def _fitted(weight: np.ndarray, integer: np.ndarray, step: np.ndarray, matrix: n
     return np.where(usable, wanted / np.where(usable, size, 1.0), step)
 
 
-def _descended(weight: np.ndarray, step: np.ndarray, limit: int, matrix: np.ndarray,
-               integer: np.ndarray) -> np.ndarray:
-    """Each column in turn to its best integers beside the others'."""
+def _descended(weight: np.ndarray, step: np.ndarray, low: np.ndarray | int, high: np.ndarray | int,
+               matrix: np.ndarray, integer: np.ndarray) -> np.ndarray:
+    """Each column in turn to its best integers beside the others'. low, high : the least and largest
+    integer, [K, N] or one for all."""
+    low, high = (np.broadcast_to(np.float32(limit), integer.T.shape) for limit in (low, high))
     integer = integer.T.copy()
     slope = (matrix @ (weight.T - integer * step)).astype(np.float32)
     matrix, step = matrix.astype(np.float32), step.astype(np.float32)
@@ -122,7 +145,7 @@ def _descended(weight: np.ndarray, step: np.ndarray, limit: int, matrix: np.ndar
             change = np.empty((stop - start, integer.shape[1]), np.float32)
             for column in range(start, stop):
                 better = slope[column] / (matrix[column, column] * divisor)
-                better = np.clip(np.rint(integer[column] + better), -limit, limit)
+                better = np.clip(np.rint(integer[column] + better), low[column], high[column])
                 change[column - start] = (better - integer[column]) * step
                 integer[column] = better
                 slope[start:stop] -= np.outer(matrix[column, start:stop], change[column - start])

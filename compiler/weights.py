@@ -1,16 +1,18 @@
 """Float weights to integers, and the normalised tensors that they meet, on grids that fit both."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from moeware.compiler.rounding import inputs_covariance, rounded
+from moeware.compiler.rounding import inputs_covariance, nested, rounded
 from moeware.compiler.scales import coarsened, encode_scales, grid
+from moeware.hw.arch.nested import upper_half
 from moeware.hw.arch.numerics import NORM_FRACTION_BITS
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["Tensor", "informed", "quantise_weights", "scaled_weights", "smoothed_norm"]
+__all__ = ["Tensor", "informed", "nested_weights", "quantise_weights", "scaled_weights", "smoothed_norm"]
 
 LARGEST_BIAS = 1 << 30  # in accumulator steps, of the 2**31 that an accumulator holds
 
@@ -58,11 +60,44 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
     result, of so many bits, if the ratio of steps may be `coarsened`. limit : the largest weight;
     those of fewer than 8 bits are `rounded` with each other in view.
     """
+    weight, bias = _folded(weight, bias, source)
+    admissible = _steps(weight, bias, source, per_tensor, target, bits)
+    if limit < 127:
+        integer, step = rounded(weight, limit, source.covariance, admissible)
+    else:
+        step = admissible(np.abs(weight).max(None if per_tensor else -1) / limit)
+        integer = np.clip(np.rint(weight / np.where(step == 0, 1.0, step)[:, None]), -limit, limit)
+    return _with_bias(weight, bias, source, integer, step)
+
+
+def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
+                   bits: int = 8, limit: int = 127) -> tuple[np.ndarray, Affine]:
+    """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
+    return _scaled(*quantise_weights(weight, bias, source, target=step, bits=bits, limit=limit), step)
+
+
+def nested_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
+                   bits: int = 8) -> tuple[tuple[np.ndarray, Affine], tuple[np.ndarray, Affine]]:
+    """`scaled_weights` of 8 bits, and of 4 that are their upper halves."""
+    weight, bias = _folded(weight, bias, source)
+    integer, fine = nested(weight, source.covariance,
+                           _steps(weight, bias, source, False, step, bits))
+    upper = upper_half(integer.astype(np.int8))
+    return (_scaled(*_with_bias(weight, bias, source, integer, fine), step),
+            _scaled(*_with_bias(weight, bias, source, upper, 16 * fine), step))
+
+
+def _folded(weight: np.ndarray, bias: np.ndarray, source: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias with the source's gain and shift."""
     weight, bias = weight.astype(np.float64), bias.astype(np.float64)
     if source.shift is not None:
         bias = bias + weight @ source.shift
-    if source.gain is not None:
-        weight = weight * source.gain
+    return (weight if source.gain is None else weight * source.gain), bias
+
+
+def _steps(weight: np.ndarray, bias: np.ndarray, source: Tensor, per_tensor: bool,
+           target: float | None, bits: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes steps of channels out of those that they would like."""
     far = np.abs(bias) + abs(source.offset) * np.abs(weight).sum(-1)
 
     def admissible(step: np.ndarray) -> np.ndarray:
@@ -76,27 +111,23 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
         reach = 128 * unit * (np.abs(weight).sum(-1) + weight.shape[-1] * rounding)
         most = np.minimum(1 << (bits - 1), reach) + far / target + unit * rounding + 0.5
         return coarsened(step * unit, most) / unit
+    return admissible
 
-    if limit < 127:
-        integer, step = rounded(weight, limit, source.covariance, admissible)
-        divisor = np.where(step == 0, 1.0, step)
-    else:
-        step = admissible(np.abs(weight).max(None if per_tensor else -1) / limit)
-        divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
-        integer = np.clip(np.rint(weight / divisor[:, None]), -limit, limit)
+
+def _with_bias(weight: np.ndarray, bias: np.ndarray, source: Tensor, integer: np.ndarray,
+               step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Result of `quantise_weights` for these integers."""
     real = integer * step[:, None]
     bias = bias + source.offset * real.sum(-1) + ((weight - real) * source.mean).sum(-1)
+    divisor = np.where(step == 0, 1.0, step)  # of channels of zeros
     integer_bias = np.rint(bias / (divisor * source.step)).astype(np.int32)
     return integer.astype(np.int8), integer_bias, step * source.step
 
 
-def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
-                   bits: int = 8, limit: int = 127) -> tuple[np.ndarray, Affine]:
-    """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
-    integer, integer_bias, accumulator = quantise_weights(weight, bias, source, target=step,
-                                                         bits=bits, limit=limit)
+def _scaled(integer: np.ndarray, bias: np.ndarray, accumulator: np.ndarray, step: float
+            ) -> tuple[np.ndarray, Affine]:
     multiplier, shift = encode_scales(accumulator / step)
-    return integer, Affine(bias=integer_bias, multiplier=multiplier, shift=shift)
+    return integer, Affine(bias=bias, multiplier=multiplier, shift=shift)
 
 
 def smoothed_norm(samples: np.ndarray, epsilon: float, demand: np.ndarray

@@ -1,7 +1,7 @@
 """The experts of one layer, each with integers of any width, and what these lose."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch
 from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.reference import FUNCTIONS
 from moeware.compiler.scales import function_table
-from moeware.compiler.weights import Tensor, informed, scaled_weights
+from moeware.compiler.weights import Tensor, informed, nested_weights, scaled_weights
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 
@@ -56,7 +56,16 @@ class ExpertLayer:
 
     def operation(self, bits: Sequence[int]) -> q.Experts:
         """The quantised operation, with so many bits for each expert."""
-        ups, downs = zip(*(self._integers(e, b) for e, b in enumerate(bits)))
+        return self._operation([self._integers(e, b) for e, b in enumerate(bits)], bits)
+
+    def nested(self) -> tuple[q.Experts, q.Experts]:
+        """The quantised operation with experts of 8 bits, and with their upper 4."""
+        halves = [list(zip(*self._products(e, nested_weights, True))) for e in range(len(self.tokens))]
+        return tuple(self._operation([each[which] for each in halves], [bits] * len(halves))
+                     for which, bits in enumerate((8, 4)))
+
+    def _operation(self, halves: Sequence[tuple[Half, Half]], bits: Sequence[int]) -> q.Experts:
+        ups, downs = zip(*halves)
         return q.Experts(name=self.name, table=self.table, up=np.stack([up for up, _ in ups]),
                          up_affine=_stacked([affine for _, affine in ups]),
                          down=np.stack([down for down, _ in downs]),
@@ -78,17 +87,22 @@ class ExpertLayer:
 
     def _integers(self, expert: int, bits: int) -> tuple[Half, Half]:
         if (expert, bits) not in self._halves:
-            w1, b1, w2, b2 = (array[expert] for array in self.constants)
-            source, hidden = self.source, self.hidden
-            if bits < 8:
-                rows, weight = self.rows[expert]
-                source = informed(source, rows, weight)
-                hidden = informed(hidden, self._activation(rows, expert), weight)
-            limit = WEIGHT_BITS[bits]
-            self._halves[expert, bits] = (
-                scaled_weights(w1, b1 - self.before[1], source, self.before[0], limit=limit),
-                scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit))
+            def of_bits(*arguments):
+                return scaled_weights(*arguments, limit=WEIGHT_BITS[bits])
+            self._halves[expert, bits] = self._products(expert, of_bits, bits < 8)
         return self._halves[expert, bits]
+
+    def _products(self, expert: int, quantiser: Callable, know: bool) -> tuple:
+        """Both products by a function like `scaled_weights`; know : whether it wants to know what the
+        weights meet."""
+        w1, b1, w2, b2 = (array[expert] for array in self.constants)
+        source, hidden = self.source, self.hidden
+        if know:
+            rows, weight = self.rows[expert]
+            source = informed(source, rows, weight)
+            hidden = informed(hidden, self._activation(rows, expert), weight)
+        return (quantiser(w1, b1 - self.before[1], source, self.before[0], 8),
+                quantiser(w2, b2, hidden, self.stream_step, 16))
 
     def _activation(self, rows: np.ndarray, expert: int) -> np.ndarray:
         w1, b1 = self.constants[0][expert], self.constants[1][expert]

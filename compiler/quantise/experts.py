@@ -47,8 +47,7 @@ class Experts(State):
             hidden=Tensor("", after[0], offset=after[1], mean=mean), before=before, after=after,
             stream_step=self.stream_step, rows=[self._expert_inputs(node, e) for e in experts],
             tokens=self.calibration.tokens[node.name],
-            fixed=[self.precision.said(f"{node.name}/expert{e}", node.name, "experts")
-                   for e in experts],
+            fixed=[self.precision.of_expert(node.name, e) for e in experts],
             rest={"output": output, "source": source.tensor, "residual": stream.tensor,
                   "route": node.inputs[1].name})
         self.result.layers.append(layer)

@@ -1,5 +1,6 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,23 @@ class QuantisedStep:
 
     def settle(self, bits: Mapping[str, Sequence[int]]) -> None:
         """Give experts these bits, by the name of their layer, or leave them those they have."""
-        for layer in self.layers:
-            if layer.name in bits:
-                number = next(number for number, operation in enumerate(self.operations)
-                              if operation.output == layer.rest["output"])
-                self.operations[number] = layer.operation(bits[layer.name])
+        self._exchange([layer.operation(bits[layer.name]) for layer in self.layers
+                        if layer.name in bits])
         self.layers = []
+
+    def settle_nested(self) -> "QuantisedStep":
+        """Give experts nested weights of 8 bits; returns the step with the upper 4 of them."""
+        pairs = [layer.nested() for layer in self.layers]
+        self.layers = []
+        upper = dataclasses.replace(self, operations=list(self.operations))
+        self._exchange([whole for whole, _ in pairs])
+        upper._exchange([half for _, half in pairs])
+        return upper
+
+    def _exchange(self, operations: Sequence[q.Experts]) -> None:
+        """These operations in place of those that have their outputs."""
+        known = {operation.output: operation for operation in operations}
+        self.operations = [known.get(each.output, each) for each in self.operations]
 
 
 @dataclass(frozen=True)
