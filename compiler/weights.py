@@ -52,14 +52,23 @@ def informed(source: Tensor, samples: np.ndarray, weight: np.ndarray | None = No
 
 
 def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
-                     per_tensor: bool = False, target: float | None = None,
-                     bits: int = 8, limit: int = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                     per_tensor: bool = False, target: float | np.ndarray | None = None, bits: int = 8,
+                     limit: int | np.ndarray = 127) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int8 weight, int32 bias in accumulator steps, and the accumulator's step per channel.
 
-    weight : float [N, K]; bias : [N]. The source's gain and shift are folded in. target : step of the
-    result, of so many bits, if the ratio of steps may be `coarsened`. limit : the largest weight;
-    those of fewer than 8 bits are `rounded` with each other in view.
+    weight : float [N, K]; bias : [N]; a stack of them, [..., N, K], is one after another. The source's
+    gain and shift are folded in. target : step of the result, of so many bits, for all or [..., N], if
+    the ratio of steps may be `coarsened`. limit : the largest weight, for all or [...]; those of fewer
+    than 8 bits are `rounded` with each other in view.
     """
+    if weight.ndim > 2:
+        count = len(weight)
+        targets = [None] * count if target is None else np.broadcast_to(target, bias.shape)
+        parts = [quantise_weights(*each, _source_of(source, number), per_tensor=per_tensor,
+                                  target=target, bits=bits, limit=limit)
+                 for number, (*each, target, limit) in enumerate(zip(
+                     weight, bias, targets, np.broadcast_to(limit, weight.shape[:-2]), strict=True))]
+        return tuple(np.stack(part) for part in zip(*parts, strict=True))
     weight, bias = _folded(weight, bias, source)
     admissible = _steps(weight, bias, source, per_tensor, target, bits)
     if limit < 127:
@@ -70,8 +79,8 @@ def quantise_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, *,
     return _with_bias(weight, bias, source, integer, step)
 
 
-def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float,
-                   bits: int = 8, limit: int = 127) -> tuple[np.ndarray, Affine]:
+def scaled_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: float | np.ndarray,
+                   bits: int = 8, limit: int | np.ndarray = 127) -> tuple[np.ndarray, Affine]:
     """int8 weight, and the scale to the grid `step`; arguments as of `quantise_weights`."""
     return _scaled(*quantise_weights(weight, bias, source, target=step, bits=bits, limit=limit), step)
 
@@ -87,6 +96,14 @@ def nested_weights(weight: np.ndarray, bias: np.ndarray, source: Tensor, step: f
             _scaled(*_with_bias(weight, bias, source, upper, 16 * fine), step))
 
 
+def _source_of(source: Tensor, number: int) -> Tensor:
+    """The source of one of a stack, where each has its own mean [..., 1, K], or covariance
+    [..., K, K]."""
+    own = {name: value[number] for name, least in (("mean", 1), ("covariance", 2))
+           if np.ndim(value := getattr(source, name)) > least}
+    return dataclasses.replace(source, **own) if own else source
+
+
 def _folded(weight: np.ndarray, bias: np.ndarray, source: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Weight and bias with the source's gain and shift."""
     weight, bias = weight.astype(np.float64), bias.astype(np.float64)
@@ -96,7 +113,7 @@ def _folded(weight: np.ndarray, bias: np.ndarray, source: Tensor) -> tuple[np.nd
 
 
 def _steps(weight: np.ndarray, bias: np.ndarray, source: Tensor, per_tensor: bool,
-           target: float | None, bits: int) -> Callable[[np.ndarray], np.ndarray]:
+           target: float | np.ndarray | None, bits: int) -> Callable[[np.ndarray], np.ndarray]:
     """What makes steps of channels out of those that they would like."""
     far = np.abs(bias) + abs(source.offset) * np.abs(weight).sum(-1)
 
@@ -124,8 +141,8 @@ def _with_bias(weight: np.ndarray, bias: np.ndarray, source: Tensor, integer: np
     return integer.astype(np.int8), integer_bias, step * source.step
 
 
-def _scaled(integer: np.ndarray, bias: np.ndarray, accumulator: np.ndarray, step: float
-            ) -> tuple[np.ndarray, Affine]:
+def _scaled(integer: np.ndarray, bias: np.ndarray, accumulator: np.ndarray,
+            step: float | np.ndarray) -> tuple[np.ndarray, Affine]:
     multiplier, shift = encode_scales(accumulator / step)
     return integer, Affine(bias=bias, multiplier=multiplier, shift=shift)
 

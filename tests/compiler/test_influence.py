@@ -1,6 +1,7 @@
 """What the outputs hear of an error in the experts' results, against errors that are put there."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -68,3 +69,21 @@ def test_outputs_that_hear_nothing_leave_all_rows_alike(tmp_path):
     silent = fuse(load(export(made, tmp_path / "m.onnx")))
     for rows in influence(silent, {"image": example(2, seed=1)}).values():
         np.testing.assert_array_equal(rows, 1)
+
+
+def test_a_node_of_the_host_hears_for_the_outputs(tmp_path):
+    """Behind a Sin nothing is differentiated: what enters it counts, and scales do not."""
+    path = export(vit(mixer=Moe("loop")), tmp_path / "m.onnx")
+    feeds, proto = {"image": example(4, seed=6)}, onnx.load(path)
+    last = proto.graph.output[0].name
+    proto.graph.node.append(onnx.helper.make_node("Sin", [last], ["sine"], name="sine"))
+    proto.graph.output[0].name = "sine"
+    onnx.save(proto, tmp_path / "sine.onnx")
+    plain = influence(fuse(load(path)), feeds)
+    found = influence(fuse(load(tmp_path / "sine.onnx")), feeds)
+    for name in plain:
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-4)
+
+
+def test_a_model_without_experts_has_none(tmp_path):
+    assert influence(fuse(load(export(vit(), tmp_path / "m.onnx"))), {"image": example(2)}) == {}

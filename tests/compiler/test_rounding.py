@@ -114,3 +114,19 @@ def test_what_rounding_loses_at_the_mean_is_in_the_bias(bits):
     scale = affine.multiplier / 2.0 ** affine.shift * 0.001
     found = (integer * scale[:, None] / 0.01) @ mean + affine.bias * scale
     np.testing.assert_allclose(found, weight @ mean, atol=2 * scale.max())
+
+
+@pytest.mark.parametrize("limit", [127, 7, np.array([127, 7, 1])])
+def test_a_stack_is_one_after_another(limit):
+    draw = np.random.default_rng(10)
+    weight, bias, step = draw.normal(size=(3, 6, 9)), draw.normal(size=(3, 6)), np.full((3, 6), 1e-3)
+    step[1, 2] = 2e-3
+    means, covariances = zip(*(inputs_covariance(draw.normal(size=(50, 9)) + n) for n in range(3)))
+    stacked = Tensor("x", 0.01, offset=0.3, mean=np.stack(means)[:, None], covariance=np.stack(covariances))
+    integers, affine = scaled_weights(weight, bias, stacked, step, 16, limit=limit)
+    for n, most in enumerate(np.broadcast_to(limit, 3).tolist()):
+        source = Tensor("x", 0.01, offset=0.3, mean=means[n], covariance=covariances[n])
+        integer, own = scaled_weights(weight[n], bias[n], source, step[n], 16, limit=most)
+        np.testing.assert_array_equal(integers[n], integer)
+        for name in ("bias", "multiplier", "shift"):
+            np.testing.assert_array_equal(getattr(affine, name)[n], getattr(own, name))
