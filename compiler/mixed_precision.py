@@ -2,7 +2,7 @@
 
 For each expert of 8, 4 and 2 bits one is chosen such that all of them keep to the budget and the sum
 of what they lose is least: measured error times how often the expert is chosen (MC-MoE, Huang et al.
-2024, section 3.2). The error is that of the expert's integers, made as they will be used, weighted by
+2024, pre-loading mixed-precision quantisation). The error is that of the expert's integers, made as they will be used, weighted by
 its gate weights.
 """
 

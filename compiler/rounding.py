@@ -13,7 +13,7 @@ __all__ = ["inputs_covariance", "nested", "rounded"]
 BLOCK = 32  # columns whose errors are summed before they reach the columns outside
 DAMPING = 0.01  # of the mean variance, on each input's (Frantar et al. 2022, section 3.3)
 NESTED_DAMPING = 0.3  # less error goes on, as the lower halves cannot take back much of it
-ALIKE = 8
+ALIKE = 8  # rows, as of an expert that has just enough to be looked at by itself
 SWEEPS = 2  # over all columns after the first choice
 SHARES = {7: np.linspace(0.4, 1.0, 25), 1: np.linspace(0.2, 1.0, 33)}  # of a channel's largest weight
 
@@ -27,12 +27,13 @@ def inputs_covariance(samples: np.ndarray, weight: np.ndarray | None = None
     `ALIKE` in which all are equally large (shrinkage, Ledoit and Wolf 2004, with fixed shares).
     """
     samples = samples.astype(np.float64)
-    weight = np.ones(len(samples)) if weight is None else weight.astype(np.float64)
-    share = weight / max(weight.sum(), 1e-300)
+    if weight is None or not weight.any():
+        weight = np.ones(len(samples))
+    share = weight.astype(np.float64) / weight.sum(dtype=np.float64)
     mean = share @ samples
     centred = samples - mean
     covariance = (centred * share[:, None]).T @ centred
-    rows = 1 / max(np.square(share).sum(), 1e-300)  # that count: as many equal ones would
+    rows = 1 / np.square(share).sum()  # that count: as many equal ones would
     own = np.diagonal(covariance)
     own = (rows * own + ALIKE * own.mean()) / (rows + ALIKE)
     covariance *= rows / (rows + samples.shape[1] / 2)
@@ -51,7 +52,7 @@ def rounded(weight: np.ndarray, limit: int, covariance: np.ndarray | None,
     Each channel's expected squared error ``(w - step q)' C (w - step q)`` is brought down: a step by
     search, integers by rounding with error feedback (GPTQ: Frantar et al. 2022, section 3, columns of
     large variance first), the step that fits them best, and sweeps of coordinate descent
-    (QuantEase: Behdin et al. 2023, section 3.2).
+    (QuantEase: Behdin et al. 2023).
     """
     matrix = _damped(covariance, weight.shape[1], damping)
     step = _searched(weight, limit, np.diagonal(matrix))
@@ -62,8 +63,8 @@ def rounded(weight: np.ndarray, limit: int, covariance: np.ndarray | None,
 
 def nested(weight: np.ndarray, covariance: np.ndarray | None,
            admissible: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Integers of 8 bits that are good ones of 4 bits when `upper_half` rounds them, with a step 16
-    times as large (bit-nested weights: D2MoE, Wang et al. 2025, section 4.1). Arguments and result as of
+    """Integers of 8 bits that are good ones of 4 bits when `upper_half` rounds them, with a step 16 times
+    as large (bit-nested weights: D2MoE, Wang et al. 2025). Arguments and result as of
     `rounded`.
 
     The 4 bits are chosen first, then the others within what rounds to them.

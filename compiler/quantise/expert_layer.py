@@ -26,9 +26,8 @@ class ExpertLayer:
 
     name : of the node; constants : w1, b1, w2, b2, as `canonical` has them; source : what enters;
     hidden : what the function gives; before, after : (step, offset) of the function's two grids;
-    rows : what enters each expert in calibration, float [rows, depth], and what the square of an error in its
-    result counts for [rows];
-    tokens : of each expert, in calibration; fixed : bits that the user gave an expert, or None;
+    rows : what enters each expert in calibration, float [rows, depth], and what the square of an error
+    in its result counts for, [rows]; tokens : of each expert, in calibration; fixed : bits that the user gave an expert, or None;
     rest : the operation's other fields.
     """
 
