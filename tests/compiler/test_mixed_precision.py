@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import moeware
 from moeware.compiler.errors import CompileError
@@ -18,6 +19,7 @@ from moeware.sim.compare import compare
 from moeware.sim.golden import GoldenDevice
 
 from ..hw.arch.configs import CONFIGS
+from . import exports
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 MODEL, SAMPLES = FOLDER / "digits.onnx", FOLDER / "digits_samples.npz"
@@ -203,6 +205,27 @@ def test_the_program_holds_the_bits_that_it_reports(logits):
     whole = len(logits()[0].image)
     # What leaves the image is what leaves the weights, up to padding of tiles.
     assert whole - len(program.image) == pytest.approx(8 * weights - report["bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"expert_bits": 3.0}, {"nested": True}])
+def test_tasks_share_their_experts(options, tmp_path):
+    """Whatever bits they get, so that the image holds them once."""
+    path = exports.export(exports.Tasks("index"), tmp_path / "m.onnx", task=torch.tensor(0))
+    samples = {"image": exports.example(64, seed=1)}
+    sizes = []
+    for tasks in ([0], [0, 1]):
+        program = moeware.compile(path, WIDE, samples, choices={"task": tasks}, **options)
+        for each in [program] + ([program.upper] if program.upper else []):
+            found = [op for step in each.steps for op in step.operations if isinstance(op, Experts)]
+            assert len(found) == len(tasks)
+            for op in found:
+                np.testing.assert_array_equal(op.up, found[0].up)
+                np.testing.assert_array_equal(op.down, found[0].down)
+            feeds = {"image": exports.example(2, seed=2), "task": tasks[-1]}
+            golden, = Session(each, GoldenDevice()).run(None, feeds)
+            np.testing.assert_array_equal(golden, Session(each, TorchDevice()).run(None, feeds)[0])
+        sizes.append(len(program.image))
+    assert sizes[1] < 1.5 * sizes[0]
 
 
 def test_mixed_bits_are_exact_on_the_golden_device():
