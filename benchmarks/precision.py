@@ -89,7 +89,8 @@ def table(model: Model, name: str, figures: dict[str, object]) -> list[list]:
     for average in AVERAGES:
         row, error, chosen = model.row(f"{average:g} bits on average", expert_bits=average)
         rows.append(row)
-        others = [model.row("", bits=_shuffled(chosen, seed)) for seed in range(DRAWS)]
+        others = [model.row(f"spread randomly, {seed}", bits=_shuffled(chosen, seed))
+                  for seed in range(DRAWS)]
         rows.append([f"the same bits, spread randomly, mean of {DRAWS}", *(
             round(float(np.mean([each[0][column] for each in others])), 2)
             for column in range(1, len(row)))])
