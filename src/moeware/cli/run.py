@@ -2,7 +2,7 @@
 
 import time
 
-from moeware.cli.input_options import add_input_options, read_program
+from moeware.cli.input_options import add_input_options
 
 HELP = "run a program on inputs from a file"
 
@@ -26,8 +26,9 @@ def run(arguments) -> dict:
     from moeware.cli.inputs import mean_counters, read_inputs, write_outputs
     from moeware.cli.progress import frames_bar
     session = moeware.Session(
-        read_program(arguments), arguments.device, strict=arguments.strict, port=arguments.port,
-        fallback=not arguments.no_fallback, timeout_s=arguments.timeout)
+        arguments.program, arguments.device, strict=arguments.strict, port=arguments.port,
+        fallback=not arguments.no_fallback, timeout_s=arguments.timeout,
+        expert_bits=arguments.expert_bits)
     feeds = read_inputs(arguments.inputs, session.program, array=arguments.array,
                         frames=arguments.frames, choice=dict(arguments.choose))
     began = time.perf_counter()
