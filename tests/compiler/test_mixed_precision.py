@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -180,6 +181,17 @@ def test_three_bits_lose_less_than_the_line_between_four_and_two(logits):
         bits = {f"Experts_{n // 8}/expert{n % 8}": int(each) for n, each in enumerate(shuffled)}
         others.append(np.linalg.norm(logits(bits=bits)[1] - exact))
     assert mixed < np.mean(others)
+
+
+@pytest.mark.parametrize(("bits", "points"), [(4, 1), (2, 2)])
+def test_answers_with_narrow_experts(logits, bits, points):
+    """The limits that the project sets itself: accuracy below that of float, in points."""
+    with np.load(SAMPLES) as archive:
+        labels = archive["labels"]
+    model = onnxruntime.InferenceSession(MODEL, providers=["CPUExecutionProvider"])
+    real = (model.run(None, {"image": images()})[0].argmax(1) == labels).mean()
+    found = (logits(bits={"experts": bits})[1].argmax(1) == labels).mean()
+    assert 100 * (real - found) <= points
 
 
 def test_the_expected_error_is_about_the_measured_one(logits):
