@@ -62,6 +62,7 @@ __all__ = [
     "NORMALISATIONS",
     "OPERATORS",
     "REASON",
+    "ROUTED",
     "attributes",
     "is_canonical",
     "projection",
@@ -93,6 +94,7 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "MeanTokens": (1, 1, ()),
 }
 OPERATORS = tuple(_SIGNATURES)
+ROUTED = ("Experts", "GatedExperts")  # that read a Route
 
 
 def is_canonical(node: ir.Node) -> bool:
