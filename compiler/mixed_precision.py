@@ -69,8 +69,8 @@ def allocate_bits(layers: Sequence[ExpertLayer], average: float, config: Config,
     experts = [(name, expert) for name, alike in by_name.items()
                for expert in range(len(alike[0].tokens))]
     if not experts:
-        raise CompileError("Average bits of experts must be given for a model with experts on the "
-                           "accelerator: this one has none (`moeware check` says why)")
+        raise CompileError("Average bits of experts must be given for a model with experts that a router "
+                           "chooses, on the accelerator: this one has none (`moeware check` says why)")
     cost = np.array([stored_bits(bits, config) for bits in WIDTHS])
     sizes = np.array([by_name[name][0].expert_weights for name, _ in experts], np.float64)
     # An expert that nothing reached may be reached tomorrow: one token more for each.

@@ -123,6 +123,13 @@ def test_bits_of_experts(moe, folder):
         outputs.append(np.load(folder / "out.npz")["logits"])
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert 0 < np.abs(outputs[2] - outputs[0]).max() < np.abs(outputs[0]).max() / 5
+    noise = []
+    for bits in ("8", "4"):
+        result = facts(moe("compare", str(DIGITS / "digits.onnx"), "nested.moe", *images, "--frames", "9",
+                           "--expert-bits", bits, "--json"))
+        noise.append(next(layer["rms_error"] for layer in result["layers"]
+                          if layer["layer"] == "Experts_0"))
+    assert noise[0] < noise[1]
     status, _, errors = moe("run", "mixed.moe", *images, "--expert-bits", "4")
     assert status == 1 and "compile it so (--nested)" in errors
 

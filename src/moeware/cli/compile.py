@@ -28,8 +28,8 @@ def configure(parser) -> None:
                         help="average bits of experts' weights, from 2 to 8: each expert gets 8, 4 or "
                         "2, whatever loses least")
     parser.add_argument("--nested", action="store_true",
-                        help="experts of 8 bits whose upper 4 are good weights, too: run, simulate and "
-                        "profile take --expert-bits 4")
+                        help="experts of 8 bits whose upper 4 are good weights, too: compare, run, "
+                        "simulate and profile take --expert-bits 4")
     add_choices_option(parser)
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
