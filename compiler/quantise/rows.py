@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import attributes
+from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
-from moeware.compiler.quantise.gated import STAGES, gated_layers
+from moeware.compiler.quantise.hidden import GATED_STAGES, gated_hidden
 from moeware.compiler.quantise.projections import head_channels
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
@@ -115,8 +115,8 @@ class Rows(State):
 
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
                      shift=None, gain=None, mean=0.0) -> None:
-        source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))
@@ -150,16 +150,19 @@ class Rows(State):
         if gate.op_type == "Pointwise":
             function = attributes(gate)["function"]
             gate = self.pending.pop(gate.inputs[0].name)
-        up, source = operands[1], self._tensor(operands[1].inputs[0])
+        up = operands[1]
         stages = (gate.outputs[0], operands[0].outputs[0], up.outputs[0], value)
-        samples = {stage: self.calibration.rows(each.name) for stage, each in zip(STAGES, stages)}
-        layers = [[array[None] for array in self._constants(layer)] for layer in (gate, up)]
+        samples = {stage: [self.calibration.rows(each.name)]
+                   for stage, each in zip(GATED_STAGES, stages)}
+        demand = self._demand(value, shape(value)[-1])
+        hidden, = gated_hidden(function, samples, demand[None])
         bits = self.precision.of(up.name, gate.name, "linear")
-        made = gated_layers(*layers, source, function, [samples],
-                            self._demand(value, samples["product"].shape[-1])[None],
-                            np.array([WEIGHT_BITS[bits]]))
-        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=made.up[0],
-                           affine=made.up_affine.part(0), table=made.table, bits=bits,
-                           gate=made.gate[0], gate_affine=made.gate_affine.part(0)))
-        self.values[value.name] = Tensor(value.name, 1.0, gain=made.scale[0], mean=made.mean[0],
-                                         rows=source.rows)
+        source, limit = self._linear_source(up, bits), WEIGHT_BITS[bits]
+        weight, bias = self._constants(gate)
+        step, offset = hidden.before
+        gate_weight, gate_affine = scaled_weights(weight, bias - offset, source, step, limit=limit)
+        weight, affine = scaled_weights(*self._constants(up), source, hidden.factor, 16, limit=limit)
+        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=weight,
+                           affine=affine, table=hidden.table, bits=bits, gate=gate_weight,
+                           gate_affine=gate_affine))
+        self.values[value.name] = dataclasses.replace(hidden.made, tensor=value.name, rows=source.rows)

@@ -1,7 +1,8 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,8 @@ from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, projection, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
-from moeware.compiler.weights import Tensor, scaled_weights
+from moeware.compiler.quantise.expert_layer import ExpertLayer
+from moeware.compiler.weights import Tensor, informed, scaled_weights
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
@@ -25,14 +27,37 @@ EPSILON_BITS = 48  # that the normalisation unit holds epsilon in
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0). choice, grids : as
-    of `DeviceStep`."""
+    """A device step before it has addresses (those of its ports' regions are 0).
+
+    choice, grids : as of `DeviceStep`; layers : its experts while their bits are open, none after.
+    """
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     choice: dict[str, int] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    layers: list[ExpertLayer] = field(default_factory=list)
+
+    def settle(self, bits: Mapping[str, Sequence[int]]) -> None:
+        """Give experts these bits, by the name of their layer, or leave them those they have."""
+        self._exchange([layer.operation(bits[layer.name]) for layer in self.layers
+                        if layer.name in bits])
+        self.layers = []
+
+    def settle_nested(self) -> "QuantisedStep":
+        """Give experts nested weights of 8 bits; returns the step with the upper 4 of them."""
+        pairs = [layer.nested() for layer in self.layers]
+        self.layers = []
+        upper = dataclasses.replace(self, operations=list(self.operations))
+        self._exchange([whole for whole, _ in pairs])
+        upper._exchange([half for _, half in pairs])
+        return upper
+
+    def _exchange(self, operations: Sequence[q.Experts]) -> None:
+        """These operations in place of those that have their outputs."""
+        known = {operation.output: operation for operation in operations}
+        self.operations = [known.get(each.output, each) for each in self.operations]
 
 
 @dataclass(frozen=True)
@@ -169,14 +194,22 @@ class State:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        self._add_linear(node, value.name, source, step, residual=None)
+        self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
-    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+    def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
+        """What a Linear reads, as its weights want to know it."""
+        source, value = self._tensor(node.inputs[0]), node.inputs[0]
+        if bits == 8 or node.op_type == "PatchEmbed":  # samples of images are not of patches
+            return source
+        return informed(source, self.calibration.rows(value.name))
+
+    def _add_linear(self, node: ir.Node, output: str, step: float, *,
                     residual: str | None, first_row: int = 0,
                     constants: Sequence[np.ndarray] | None = None) -> None:
         """constants : weight and bias in place of the node's own."""
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         weight, affine = scaled_weights(*(constants or self._constants(node)), source, step, 16,
                                         limit=WEIGHT_BITS[bits])
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
