@@ -1,5 +1,7 @@
 """What the outputs hear of an error in the experts' results, against errors that are put there."""
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -7,16 +9,23 @@ import pytest
 import torch
 
 from moeware.compiler import reference
+from moeware.compiler.canonical import ROUTED
 from moeware.compiler.fuse import fuse
 from moeware.compiler.influence import SPREAD, influence
 from moeware.compiler.load import load
+from moeware.compiler.operators import OPERATORS
 
+from .canonical_models import gated_model
 from .exports import Moe, example, export, vit
+from .test_gated import images
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> ir.Model:
-    return fuse(load(export(vit(mixer=Moe("loop")), tmp_path_factory.mktemp("m") / "m.onnx")))
+@pytest.fixture(scope="module", params=["Experts", "GatedExperts"])
+def case(request, tmp_path_factory) -> tuple[ir.Model, Callable[[int, int], np.ndarray]]:
+    """A model, and its images by their number and a seed."""
+    if request.param == "GatedExperts":
+        return gated_model(2), images
+    return fuse(load(export(vit(mixer=Moe("loop")), tmp_path_factory.mktemp("m") / "m.onnx"))), example
 
 
 def disturbed(model, feeds, name: str, size: float, monkeypatch, seed: int, row=slice(None)):
@@ -28,19 +37,21 @@ def disturbed(model, feeds, name: str, size: float, monkeypatch, seed: int, row=
             error[:, row] = torch.randn(error[:, row].shape, generator=torch.manual_seed(seed))
             result = result + error * size / error.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         return (result,)
-    plain = reference.OPERATORS["Experts"]
+    plain = OPERATORS["Experts"]
     with monkeypatch.context() as patch:
-        patch.setitem(reference.OPERATORS, "Experts", experts)
+        for operator in ROUTED:
+            patch.setitem(OPERATORS, operator, experts)
         return next(iter(reference.evaluate(model, feeds).values()))
 
 
-def test_it_is_what_errors_do(model, monkeypatch):
+def test_it_is_what_errors_do(case, monkeypatch):
     """Means over 32 random directions there and 192 here, of spreads as large as themselves: half is
     two and a half standard deviations."""
-    feeds = {"image": example(8, seed=3)}
+    model, images = case
+    feeds = {"image": images(8, 3)}
     exact = next(iter(reference.evaluate(model, feeds).values()))
     found = influence(model, feeds)
-    names = [node.name for node in model.graph if node.op_type == "Experts"]
+    names = [node.name for node in model.graph if node.op_type in ROUTED]
     assert list(found) == names and all((rows > 0).all() for rows in found.values())
     for name in names:
         for row in (slice(None), slice(0, 1)):
@@ -54,12 +65,13 @@ def test_it_is_what_errors_do(model, monkeypatch):
             assert plain[row].sum() == pytest.approx(np.mean(wanted), rel=0.5)
 
 
-def test_it_is_the_same_every_time(model):
-    feeds = {"image": example(3, seed=4)}
+def test_it_is_the_same_every_time(case):
+    model, images = case
+    feeds = {"image": images(3, 4)}
     first, second = influence(model, feeds), influence(model, feeds)
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
-    assert all(np.isfinite(rows).all() for rows in influence(model, {"image": example(1, 5)}).values())
+    assert all(np.isfinite(rows).all() for rows in influence(model, {"image": images(1, 5)}).values())
 
 
 def test_outputs_that_hear_nothing_leave_all_rows_alike(tmp_path):
