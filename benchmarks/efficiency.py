@@ -121,8 +121,9 @@ def _operation(layer: str, known: Iterable[str]) -> str:
 def _split(operations: list[q.Operation]) -> list[Block]:
     """Blocks begin where the residual stream is normalised."""
     groups: list[list[q.Operation]] = [[]]
+    wide = {op.output for op in operations if isinstance(op, q.AddLinear) and op.residual is None}
     for op in operations:
-        if isinstance(op, q.Norm) and groups[-1]:
+        if isinstance(op, q.Norm) and op.source not in wide and groups[-1]:
             groups.append([])
         groups[-1].append(op)
     found, layer = [], -1
@@ -172,7 +173,7 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
             rows = sizes[op.source][0]
             residual = getattr(op, "residual", None)
             sizes[op.output] = sizes[residual] if residual else (rows, len(op.weight))
-            linear = frames * rows * op.weight.size
+            linear = frames * rows * getattr(op, "row_macs", op.weight.size)
             halved = linear if (op.name, None) in narrow else 0
         case q.Norm():
             sizes[op.output] = op.rows, sizes[op.source][1]
@@ -184,7 +185,7 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
         case q.Experts():
             sizes[op.output] = sizes[op.residual]
             tokens = np.bincount(chosen[op.route].ravel(), minlength=len(op.up))
-            macs = tokens * (op.up[0].size + op.down[0].size)
+            macs = tokens * op.row_macs
             linear = int(macs.sum())
             halved = int(sum(macs[expert] for expert in range(len(macs))
                              if (op.name, expert) in narrow))

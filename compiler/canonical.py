@@ -26,6 +26,8 @@ Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
 GatedExperts  as Experts, then w3[E, H, D], b3[E, H]  function
+SoftExperts   x, slots[S, D], w1[E, H, D], b1[E, H],  function
+              w2[E, D, H], b2[E, D]
 TakeToken     x                                       index
 MeanTokens    x
 ============  ======================================  ==================================
@@ -48,7 +50,12 @@ into the experts' second layer.
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
 
-Every canonical node carries the metadata ``sources``: the names of the nodes that it replaces.
+``SoftExperts`` (Soft MoE: Puigcerver et al. 2024, section 2.1) fills each slot with the tokens,
+weighted by the softmax over tokens of ``slots x``, gives expert e the slots from ``e S / E`` on, and
+makes of their results each token's, weighted by the softmax over slots.
+
+Every node that the front end makes, canonical or layout around it, carries the metadata
+``sources``: the names of the nodes that it replaces.
 """
 
 import json
@@ -64,8 +71,11 @@ __all__ = [
     "NORMALISATIONS",
     "OPERATORS",
     "PLAIN_ROUTE",
+    "REASON",
+    "ROUTED",
     "attributes",
     "is_canonical",
+    "projection",
     "shape",
     "sources",
     "verify",
@@ -74,6 +84,7 @@ __all__ = [
 DOMAIN = "moeware"
 # Attributes of a Route that compares softmax scores alone, beside k and normalise.
 PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
+REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "PatchEmbed": (3, 1, ("ph", "pw", "channels", "height", "width")),
@@ -90,10 +101,12 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
+    "SoftExperts": (6, 1, ("function",)),
     "TakeToken": (1, 1, ("index",)),
     "MeanTokens": (1, 1, ()),
 }
 OPERATORS = tuple(_SIGNATURES)
+ROUTED = ("Experts", "GatedExperts")  # that read a Route
 
 
 def is_canonical(node: ir.Node) -> bool:
@@ -108,7 +121,9 @@ def attributes(node: ir.Node) -> dict[str, int | float | str]:
 
 def sources(node: ir.Node) -> list[str]:
     """Names of the nodes of the original model that ``node`` stands for."""
-    return json.loads(node.metadata_props["sources"]) if is_canonical(node) else [str(node.name)]
+    if "sources" in node.metadata_props:
+        return json.loads(node.metadata_props["sources"])
+    return [str(node.name)]
 
 
 def shape(value: ir.Value) -> tuple[int, ...]:
@@ -119,6 +134,18 @@ def shape(value: ir.Value) -> tuple[int, ...]:
             f"export without data-dependent shapes"
         )
     return tuple(int(size) for size in value.shape)
+
+
+def projection(value: ir.Value) -> tuple[ir.Node | None, ir.Node | None, ir.Node | None]:
+    """The Linear, RMSNorm and Rotary that make ``value`` one after the other, as attention reads it;
+    None for each that is not there."""
+    found: list[ir.Node | None] = []
+    for kind in ("Rotary", "RMSNorm", "Linear"):
+        node = value.producer()
+        found.insert(0, node if node is not None and node.op_type == kind else None)
+        if found[0] is not None and found[0].inputs[0] is not None:
+            value = found[0].inputs[0]
+    return found[0], found[1], found[2]
 
 
 def verify(model: ir.Model) -> None:

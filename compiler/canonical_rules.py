@@ -88,9 +88,9 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     require(1 <= chosen_groups <= groups, "chosen_groups is between 1 and groups")
     size = experts // groups
     require(1 <= attrs["k"] <= chosen_groups * size, "k is between 1 and the experts of the groups")
-    for name, values in (("score", SCORES), ("normalise", NORMALISATIONS),
-                         ("group_score", GROUP_SCORES)):
-        require(attrs[name] in values, f"{name} is one of {values}")
+    require(attrs["score"] in SCORES, f"score is one of {SCORES}")
+    require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
+    require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
     require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
 
@@ -109,6 +109,17 @@ def _experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> 
 def _gated_experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
     _experts(inputs[:7], outputs, attrs, require)
     require(inputs[7:] == inputs[3:5], "w3 and b3 have the shapes of w1 and b1")
+
+
+def _soft_experts(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
+    x, slots, w1, b1, w2, b2 = inputs
+    experts, hidden, features = w1
+    require(slots[1] == features == x[-1], "slots is [S, D], w1 [E, H, D]")
+    require(slots[0] % experts == 0, "E divides S")
+    require(b1 == (experts, hidden) and b2 == (experts, features), "b1 is [E, H], b2 [E, D]")
+    require(w2 == (experts, features, hidden), "w2 is [E, D, H]")
+    require(outputs[0] == x, "output has the shape of x")
+    require(attrs["function"] in FUNCTIONS, f"function is one of {FUNCTIONS}")
 
 
 def _take_token(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
@@ -136,6 +147,7 @@ RULES: dict[str, Callable[[Shapes, Shapes, dict, Require], None]] = {
     "Route": _route,
     "Experts": _experts,
     "GatedExperts": _gated_experts,
+    "SoftExperts": _soft_experts,
     "TakeToken": _take_token,
     "MeanTokens": _mean_tokens,
 }

@@ -44,6 +44,7 @@ class Norm(Engine):
     VARIANCE_LATENCY, ROOT_LATENCY = 13, 45
     FIRST, LAST = 13, 24  # from the start to the first sums, but for its words; from the last word
     SCALE = 3  # from the start to the moments where no statistics are taken
+    ROTATE = 7  # more to the last word's end where there is gateware that turns pairs
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
@@ -56,6 +57,8 @@ class Norm(Engine):
             self._done = max(start, before) + 3
             return max(start, before) + 1, self._done
         words = -(-i.channels // lanes)
+        # Factors share the port that values come from.
+        each = 2 * words if i.factor_words else words
         self._read = max(start, self._read)
         for _ in range(i.rows):
             self._read += words
@@ -66,8 +69,8 @@ class Norm(Engine):
                                      self._read + self.FIRST + ceil_log2(lanes))
                 moments = self._variance + self.VARIANCE_LATENCY
             self._root = max(self._root + self.ROOT, moments)
-            self._applied = max(self._applied, self._root + self.ROOT_LATENCY) + words
-        self._done = self._applied + self.LAST
+            self._applied = max(self._applied + each, self._root + self.ROOT_LATENCY + words)
+        self._done = self._applied + self.LAST + self.ROTATE * self.config.rotary
         # One more instruction is taken while this one is at work.
         return max(start, before) + 1, self._done
 
@@ -130,13 +133,14 @@ class Linear(Engine):
     ROWS, QUEUED = 8, 3  # from the start to the first row's address; more for rows of a queue
     GROUP, ROW = 5, 2  # until the words of a group are there; to fetch a row at least
     LATENCY = 32  # from the last product to the last result, but for the adder tree's stages
+    PRODUCTS = 2  # more, where results can be multiplied by each other
     ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 6
     ROUTE, ROUTE_ROW = 41, 18  # the router's latency; cycles of a row at least
     FORMS, GROUPS = 23, 1  # more latency with `Config.router_forms`; with groups, beside the experts
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
-        self._latency = self.LATENCY + ceil_log2(config.depth)
+        self._latency = self.LATENCY + self.PRODUCTS * config.products + ceil_log2(config.depth)
         self._fetched = self._array = self._done = 0
         self._released = [0, 0]
 

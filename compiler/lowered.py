@@ -13,7 +13,8 @@ __all__ = ["Block", "Buffer", "Instr", "Lowered", "Part", "Span"]
 
 @dataclass(eq=False)
 class Buffer:
-    """Words of an on-chip memory. bank : the activation bank it should lie in, if there is room."""
+    """Words of an on-chip memory. bank : the activation bank it should lie in, if there is room; what
+    is not in bank 0 should lie where words have rested, in the residual memory, too."""
 
     name: str
     memory: Memory

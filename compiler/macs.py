@@ -4,7 +4,7 @@ import math
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import is_canonical, shape
+from moeware.compiler.canonical import ROUTED, is_canonical, shape
 
 __all__ = ["macs"]
 
@@ -18,9 +18,13 @@ def macs(node: ir.Node) -> int:
             return math.prod(outputs[0]) * shapes[1][1]
         if node.op_type == "Route":
             return math.prod(shapes[0]) * shapes[1][0]
-        if node.op_type in ("Experts", "GatedExperts"):
+        if node.op_type in ROUTED:
             layers = 2 if node.op_type == "Experts" else 3
             return math.prod(shapes[1]) * layers * math.prod(shapes[3][1:])
+        if node.op_type == "SoftExperts":
+            slots, features = shapes[1]
+            # Logits, tokens to slots and slots to tokens; two layers.
+            return slots * features * (3 * shapes[0][1] + 2 * shapes[2][1])
         if node.op_type == "Attention":
             return 2 * math.prod(shapes[0]) * shapes[1][-2]
         return 0
@@ -32,6 +36,8 @@ def macs(node: ir.Node) -> int:
         return math.prod(outputs[0]) * math.prod(shapes[1][1:])
     if node.op_type == "Einsum" and "..." not in node.attributes["equation"].value:
         return _einsum_macs(node, shapes)
+    if node.op_type in ("MoE", "QMoE") and shapes[0] and shapes[2]:
+        return _contrib_macs(node, shapes)
     return 0
 
 
@@ -43,3 +49,11 @@ def _einsum_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
     terms = node.attributes["equation"].value.replace(" ", "").split("->")[0].split(",")
     sizes = {label: size for term, dims in zip(terms, shapes) for label, size in zip(term, dims)}
     return math.prod(sizes.values())
+
+
+def _contrib_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
+    """Of a mixture of experts in ONNX Runtime's domain; packed weights tell only their rows."""
+    hidden = shapes[2][1]
+    columns = hidden // 2 if "swiglu_fusion" in node.attributes else hidden
+    k = node.attributes["k"].value if "k" in node.attributes else 1
+    return math.prod(shapes[0]) * k * (hidden + columns)

@@ -71,7 +71,7 @@ def _attention(inputs, attrs, name, record) -> Outputs:
     )
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = (q * attrs["scale"]) @ k.transpose(-1, -2)
-    record(f"{name}/scores", scores.numpy())
+    record(f"{name}/scores", scores.detach().numpy())
     if attrs["causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -math.inf)
@@ -89,7 +89,7 @@ def _multiply(inputs, attrs, name, record) -> Outputs:
 def _route(inputs, attrs, name, record) -> Outputs:
     *layer, correction = inputs
     logits = torch.nn.functional.linear(*layer)
-    record(f"{name}/logits", logits.numpy())
+    record(f"{name}/logits", logits.detach().numpy())
     return route(logits, correction, attrs)
 
 
@@ -137,8 +137,24 @@ def _experts(inputs, attrs, name, record) -> Outputs:
         output = torch.nn.functional.linear(activation, w2[expert], b2[expert])
         result.index_add_(0, chosen, output * weights.flatten(0, 1)[chosen, slots][:, None])
         for part, array in (*parts, ("output", output)):
-            record(f"{name}/expert{expert}/{part}", array.numpy())
+            record(f"{name}/expert{expert}/{part}", array.detach().numpy())
     return (result.reshape(x.shape),)
+
+
+def _soft_experts(inputs, attrs, name, record) -> Outputs:
+    x, slots, w1, b1, w2, b2 = inputs
+    logits = x @ slots.T
+    filled = torch.softmax(logits, 1).transpose(1, 2) @ x
+    rows = filled.unflatten(1, (len(w1), -1)).transpose(1, 2)  # [B, slots of an expert, E, D]
+    hidden = torch.einsum("bsed,ehd->bseh", rows, w1) + b1
+    activation = FUNCTIONS[attrs["function"]](hidden)
+    output = torch.einsum("bseh,edh->bsed", activation, w2) + b2
+    results = output.transpose(1, 2).flatten(1, 2)
+    record(f"{name}/filled", filled.detach().numpy())
+    record(f"{name}/hidden", hidden.transpose(1, 2).flatten(1, 2).detach().numpy())
+    record(f"{name}/activation", activation.transpose(1, 2).flatten(1, 2).detach().numpy())
+    record(f"{name}/results", results.detach().numpy())
+    return (torch.softmax(logits, -1) @ results,)
 
 
 def _take_token(inputs, attrs, name, record) -> Outputs:
@@ -164,6 +180,7 @@ OPERATORS: dict[str, Callable[..., Outputs]] = {
     "Route": _route,
     "Experts": _experts,
     "GatedExperts": _experts,
+    "SoftExperts": _soft_experts,
     "TakeToken": _take_token,
     "MeanTokens": _mean_tokens,
 }

@@ -1,6 +1,7 @@
 """Float evaluation of the canonical graph on PyTorch: the reference for calibration and tests."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -34,6 +35,9 @@ def evaluate(
     ``{node}/expert{e}/factor``      GatedExperts: what it is multiplied by, ``[rows, H]``
     ``{node}/expert{e}/product``     GatedExperts: and their product, ``[rows, H]``
     ``{node}/expert{e}/output``      output before the weight, ``[rows, D]``
+    ``{node}/filled``           SoftExperts: the slots, ``[B, S, D]``; ``{node}/hidden``,
+                                ``{node}/activation`` (``[B, S, H]``) and ``{node}/results``
+                                (``[B, S, D]``) are what the experts make of them
     ==========================  ============================================================
 
     An expert that no row reaches records nothing. A plain ONNX node runs in ONNX Runtime, one
@@ -99,7 +103,8 @@ def _plain(
                 length = len(array) // frames
                 array = array[frame * length : (frame + 1) * length]
             feed[str(value.name)] = np.ascontiguousarray(array)
-        results.append(session.run(None, feed))
+        with _running(node):
+            results.append(session.run(None, feed))
     used = [index for index, value in enumerate(node.outputs) if value.name]
     joined = dict.fromkeys(range(len(node.outputs)), torch.empty(0))
     for position, index in enumerate(used):
@@ -111,6 +116,11 @@ def _plain(
                     f"evaluate it with one frame"
                 )
             joined[index] = torch.from_numpy(np.array(arrays[0]))
+        elif len({array.shape[1:] for array in arrays}) > 1:
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must give the same shape for every frame, not "
+                f"{sorted({array.shape for array in arrays})}; export without data-dependent shapes"
+            )
         else:
             joined[index] = torch.from_numpy(np.concatenate(arrays))
     return list(joined.values())
@@ -133,8 +143,15 @@ def _session(
     proto = onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
+    with _running(node):
         return onnxruntime.InferenceSession(proto.SerializeToString(), options)
+
+
+@contextlib.contextmanager
+def _running(node: ir.Node) -> Iterator[None]:
+    """What ONNX Runtime raises, of many types, as an error that names the node."""
+    try:
+        yield
     except Exception as error:
         raise CompileError(
             f"Node {node.name!r} ({node.op_type}) must run in ONNX Runtime, not fail with: "

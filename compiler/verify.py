@@ -30,7 +30,7 @@ def verify_quantised(step: QuantisedStep) -> None:
                 _require(tensor in defined, what, f"{role} {tensor!r} is defined before")
         _require(op.output not in defined, what, f"{op.output!r} is defined once")
         defined.add(op.output)
-        for name in ("affine", "up_affine", "down_affine"):
+        for name in ("affine", "up_affine", "down_affine", "gate_affine"):
             affine = getattr(op, name, None)
             if affine is not None:
                 _require(bool(((affine.shift >= 1) & (affine.shift <= 47)).all()), what,
@@ -38,6 +38,19 @@ def verify_quantised(step: QuantisedStep) -> None:
         if getattr(op, "correction", None) is not None:
             _require(int(op.correction.max()) < 1 << numerics.CORRECTION_BITS, what,
                      f"a correction has {numerics.CORRECTION_BITS} bits")
+        gate = getattr(op, "gate", None)
+        if gate is not None:
+            layer = op.weight if isinstance(op, q.Linear) else op.up
+            _require(gate.shape == layer.shape and op.gate_affine is not None, what,
+                     "the gate has the shape of its layer, and scales")
+        if isinstance(op, q.Norm):
+            _require(op.groups >= 1 and len(op.affine.bias) % op.groups == 0, what,
+                     "its groups are equal")
+            _require(0 <= op.epsilon < 1 << 48, what, "epsilon has 48 bits")
+            if op.rotation is not None:
+                rows, width = op.rotation.shape
+                _require(rows == op.rows and width % 2 == 0 and len(op.affine.bias) % width == 0,
+                         what, "there are factors for each pair of a head in each row")
         for weight, bias in _products(op):
             reach = 128 * np.abs(weight.astype(np.int64)).sum(-1) + np.abs(bias.astype(np.int64))
             _require(int(reach.max(initial=0)) < 1 << 31, what, "no accumulator passes 32 bits")
@@ -53,6 +66,8 @@ def _products(op: q.Operation):
     elif isinstance(op, q.Experts):
         yield op.up, op.up_affine.bias
         yield op.down, op.down_affine.bias
+    if getattr(op, "gate", None) is not None:
+        yield op.gate, op.gate_affine.bias
 
 
 def verify_order(lowered: Lowered) -> None:

@@ -109,7 +109,8 @@ class Accelerator(wiring.Component):
                  load.activation_write]),
             "residual": (
                 {"cell_bits": 16, "cells": config.lanes, "words": config.residual_words},
-                [linear.residual_read, norm.residual_read, store.residual_read],
+                [linear.residual_read, norm.residual_read, store.residual_read,
+                 *([norm.factor_read] if config.rotary else [])],
                 [linear.residual_write, load.residual_write]),
             "weight": (
                 {"cell_bits": 8 * config.outputs * config.depth, "cells": 1,

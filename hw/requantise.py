@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from .multiply import Multipliers
 
-__all__ = ["Requantise"]
+__all__ = ["Requantise", "halved"]
 
 _INT32, _INT8 = signed(32), signed(8)
 
@@ -63,13 +63,14 @@ class Requantise(wiring.Component):
                    for i in range(Multipliers.LATENCY + 2)]
         coarse = Signal(product.shape(), reset_less=True)
         fine = Signal(product.shape(), reset_less=True)
+        shape = self.result.shape() if self.saturated else None
         with m.If(self.advance):
             m.d.sync += amounts[0].eq(self.shift - 1)
             m.d.sync += [after.eq(before) for before, after in pairwise(amounts)]
             m.d.sync += [
                 coarse.eq(product >> (amounts[-2][3:] << 3)),
                 fine.eq(coarse >> amounts[-1][:3]),
-                self.result.eq(self._round(m, fine)),
+                self.result.eq(halved(m, fine, shape)),
             ]
         return m
 
@@ -95,24 +96,25 @@ class Requantise(wiring.Component):
             m.d.sync += product.eq(whole)
         return product
 
-    def _round(self, m, doubled):
-        """``(doubled + 1) >> 1``, saturated; the range check runs beside the short addition."""
-        if not self.saturated:
-            return (doubled + 1) >> 1
-        shape = self.result.shape()
-        kept = shape.width + 1
-        if kept >= len(doubled):
-            doubled = Cat(doubled, doubled[-1].replicate(kept + 1 - len(doubled))).as_signed()
-        low = doubled[:kept]
-        if shape.signed:
-            # In range: all bits from the sign of `low` upwards agree, and the addition does not
-            # carry into that sign.
-            upper = doubled[kept - 1:]
-            fits = (upper.all() | ~upper.any()) & (low != (1 << (kept - 1)) - 1)
-            limit = Mux(doubled[-1], -(1 << (shape.width - 1)), (1 << (shape.width - 1)) - 1)
-        else:
-            fits = ~doubled[kept:].any() & ~low.all()
-            limit = (1 << shape.width) - 1
-        rounded = Signal(kept)
-        m.d.comb += rounded.eq(low + 1)
-        return Mux(fits, rounded[1:], limit)
+
+def halved(m, doubled, shape=None):
+    """``(doubled + 1) >> 1``, saturated to `shape` if one is given; the range check runs beside the
+    short addition."""
+    if shape is None:
+        return (doubled + 1) >> 1
+    kept = shape.width + 1
+    if kept >= len(doubled):
+        doubled = Cat(doubled, doubled[-1].replicate(kept + 1 - len(doubled))).as_signed()
+    low = doubled[:kept]
+    if shape.signed:
+        # In range: all bits from the sign of `low` upwards agree, and the addition does not
+        # carry into that sign.
+        upper = doubled[kept - 1:]
+        fits = (upper.all() | ~upper.any()) & (low != (1 << (kept - 1)) - 1)
+        limit = Mux(doubled[-1], -(1 << (shape.width - 1)), (1 << (shape.width - 1)) - 1)
+    else:
+        fits = ~doubled[kept:].any() & ~low.all()
+        limit = (1 << shape.width) - 1
+    rounded = Signal(kept)
+    m.d.comb += rounded.eq(low + 1)
+    return Mux(fits, rounded[1:], limit)

@@ -33,6 +33,11 @@ def _session(step: HostStep):
     key = id(step)
     if key not in _sessions:
         import onnxruntime  # programs without host steps run without it
-        session = onnxruntime.InferenceSession(step.model, providers=["CPUExecutionProvider"])
+        # Beyond the basic level, operators are fused whatever their axis: Add and
+        # LayerNormalization become a normalisation over the last one.
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        session = onnxruntime.InferenceSession(step.model, options,
+                                               providers=["CPUExecutionProvider"])
         _sessions[key] = weakref.ref(step, lambda _: _sessions.pop(key, None)), session
     return _sessions[key][1]

@@ -14,7 +14,7 @@ import torch
 from moeware.hw.arch import numerics
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["Product", "Scale", "gate_weight_table", "in_best_groups", "inverse",
+__all__ = ["Product", "Scale", "gate_weight_table", "in_best_groups", "inverse", "paired",
            "probability_table", "score_table", "top_experts"]
 
 FLOAT32_DEPTH = 1 << (24 - 14)  # int8 products, each at most 2**14, whose sum float32 holds
@@ -139,6 +139,13 @@ def look_up(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         flat = torch.cat([flat, flat[:1]])
     entries = pairs.index_select(0, flat.view(torch.uint16).to(torch.int32))
     return entries.view(torch.int8)[:index.numel()].view(index.shape)
+
+
+def paired(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`numerics.product` of int8 values of any type and int16 factors in a float type, in `factor`;
+    2**7 * 2**15 + 2**9 is below 2**24."""
+    half, unit = 1 << (numerics.PRODUCT_BITS - 1), 2.0 ** -numerics.PRODUCT_BITS
+    return factor.mul_(value).add_(half).mul_(unit).floor_().clamp_(-128, 127)
 
 
 def probability_table(multiplier: int, shift: int, largest: int) -> torch.Tensor:

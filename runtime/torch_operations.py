@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeware.hw.arch import quantised
+from moeware.hw.arch import numerics, quantised
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.quantised import Affine
 
@@ -23,6 +23,7 @@ from .torch_arithmetic import (
     gate_weight_table,
     in_best_groups,
     inverse,
+    paired,
     score_table,
     top_experts,
 )
@@ -60,8 +61,18 @@ def _(op: quantised.Constant, attended: bool):
 @prepare.register
 def _(op: quantised.Linear, attended: bool):
     product = Product(op.weight)
-    scale = Scale(op.affine, table=op.table, reach=product.reach)
     dtype = torch.float32 if attended else torch.int8
+    if op.gate is not None:
+        gate = Product(op.gate)
+        value = Scale(op.gate_affine, table=op.table, reach=gate.reach)
+        factor = Scale(op.affine, wide=True, reach=product.reach)
+
+        def gated(values: Values, frames: int) -> torch.Tensor:
+            source = values[op.source].flatten(0, 1)
+            result = paired(value(gate.sums(source)), factor(product.sums(source)))
+            return by_row(result.to(dtype), frames)
+        return gated
+    scale = Scale(op.affine, table=op.table, reach=product.reach)
 
     def linear(values: Values, frames: int) -> torch.Tensor:
         return by_row(scale(product.sums(values[op.source].flatten(0, 1))).to(dtype), frames)
@@ -88,18 +99,19 @@ def _(op: quantised.AddLinear, attended: bool):
 
 @prepare.register
 def _(op: quantised.Norm, attended: bool):
-    scale = Scale(op.affine, reach=32768)
+    scale = Scale(op.affine, wide=op.rotation is not None, reach=32768)
     dtype = torch.float32 if attended else torch.int8
+    turn = _rotate(op.rotation)
     half = (np.arange(54) + 1) >> 1  # by the number of bits of the variance
     align = torch.from_numpy(np.ldexp(1.0, 32 - 2 * half))
     drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
 
     def norm(values: Values, frames: int) -> torch.Tensor:
         source = values[op.source][op.first_row:op.first_row + op.rows]
-        row = source.flatten(0, 1).double()
-        channels = row.shape[1]
         if op.mode is NormMode.SCALE:
-            return by_row(scale(row).to(dtype), frames)
+            return turn(by_row(scale(source.flatten(0, 1).double()), frames)).to(dtype)
+        row = source.unflatten(-1, (op.groups, -1)).flatten(0, 2).double()
+        channels = row.shape[1]
         # A float64 of 1 + 2**-53 times the norm has a square of 1 + 2**-51 times at most: the root
         # of a sum of squares, an integer below 2**42, leads back to it.
         squares = torch.linalg.vector_norm(row, dim=-1).square_().round_()
@@ -118,8 +130,24 @@ def _(op: quantised.Norm, attended: bool):
             row.add_(0.5).floor_()
         if channels > UNSATURATED_CHANNELS:
             row.clamp_(-32768, 32767)
-        return by_row(scale(row).to(dtype), frames)
+        return turn(by_row(scale(row.view(-1, source.shape[-1])), frames)).to(dtype)
     return norm
+
+
+def _rotate(rotation: np.ndarray | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`numerics.rotate` of [rows, frames, channels], each head by the factors of its row."""
+    if rotation is None:
+        return lambda values: values
+    # A product has 31 bits at most, so float64 holds it and its fraction.
+    factors = np.ldexp(np.asarray(rotation, np.float64), -numerics.FACTOR_BITS - numerics.PAIR_BITS)
+    cos, sin = torch.from_numpy(factors)[:, None, None].unflatten(-1, (-1, 2)).unbind(-1)
+
+    def turn(values: torch.Tensor) -> torch.Tensor:
+        pairs = values.double().unflatten(-1, (-1, rotation.shape[1] // 2, 2))
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+        return turned.add_(0.5).floor_().clamp_(-128, 127).flatten(2)
+    return turn
 
 
 @prepare.register
@@ -181,27 +209,15 @@ def _grouped(op: quantised.Route, compared: torch.Tensor) -> torch.Tensor:
 
 @prepare.register
 def _(op: quantised.Experts, attended: bool):
-    up = [(product, Scale(_of_expert(op.up_affine, expert), table=op.table, reach=product.reach))
-          for expert, product in enumerate(map(Product, op.up))]
-    down = [(product, Scale(_of_expert(op.down_affine, expert), wide=True, reach=product.reach))
-            for expert, product in enumerate(map(Product, op.down))]
+    if op.gate is None:
+        hidden_of = _per_expert(op.up, op.up_affine, table=op.table)
+    else:
+        value = _per_expert(op.gate, op.gate_affine, table=op.table)
+        factor = _per_expert(op.up, op.up_affine, wide=True)
 
-    finish_up, finish_down = (max((scale for _, scale in layers),
-                                  key=lambda scale: scale.saturates).finish
-                              for layers in (up, down))
-
-    def each(layers: list[tuple[Product, Scale]], source: torch.Tensor,
-             counts: list[int]) -> torch.Tensor:
-        """What the scales round, for the experts' rows, which follow one another."""
-        dtype = torch.float32
-        if any(scale.dtype == torch.float64 for _, scale in layers):
-            dtype = torch.float64
-        result = torch.empty(len(source), len(layers[0][1].factor), dtype=dtype)
-        parts = zip(layers, source.split(counts), result.split(counts), strict=True)
-        for (product, scale), part, own in parts:
-            if len(part):
-                scale.linear(product.sums(part), own)
-        return result
+        def hidden_of(source: torch.Tensor, counts: list[int]) -> torch.Tensor:
+            return paired(value(source, counts), factor(source, counts))
+    update_of = _per_expert(op.down, op.down_affine, wide=True)
 
     def experts(values: Values, frames: int) -> torch.Tensor:
         source, residual = values[op.source], values[op.residual]
@@ -209,10 +225,10 @@ def _(op: quantised.Experts, attended: bool):
         # Entry i of the queues of all experts, one behind the other, is slot queue[i] of the rows.
         flat = chosen.view(-1).numpy().astype(np.uint8)
         queue = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat, minlength=len(up)).tolist()
+        counts = np.bincount(flat, minlength=len(op.up)).tolist()
         rows = source.flatten(0, 1).index_select(0, torch.from_numpy(queue // chosen.shape[1]))
-        hidden = finish_up(each(up, rows, counts)).to(torch.int8)
-        update = finish_down(each(down, hidden, counts)).to(torch.int32)
+        hidden = hidden_of(rows, counts).to(torch.int8)
+        update = update_of(hidden, counts).to(torch.int32)
         # (2**15 - 1) * 65535 + 2**15 and -2**15 * 65535 fit.
         gate = gates.to(torch.int32).view(-1).index_select(0, torch.from_numpy(queue))
         update.mul_(gate.unsqueeze(1)).add_(32768).bitwise_right_shift_(16)
@@ -228,6 +244,22 @@ def _(op: quantised.Experts, attended: bool):
     return experts
 
 
-def _of_expert(affine: Affine, expert: int) -> Affine:
-    return Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                  shift=affine.shift[expert])
+def _per_expert(weight: np.ndarray, affine: Affine,
+                **options) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """The scaled products of (rows, counts), where the experts' rows, so many of each, follow one
+    another. options : of the scales."""
+    layers = [(product, Scale(affine.part(expert), reach=product.reach, **options))
+              for expert, product in enumerate(map(Product, weight))]
+    scales = [scale for _, scale in layers]
+    finish = max(scales, key=lambda scale: scale.saturates).finish
+    wide = any(scale.dtype == torch.float64 for scale in scales)
+    dtype = torch.float64 if wide else torch.float32
+
+    def scaled(source: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        result = torch.empty(len(source), weight.shape[1], dtype=dtype)
+        parts = zip(layers, source.split(counts), result.split(counts), strict=True)
+        for (product, scale), part, own in parts:
+            if len(part):
+                scale.linear(product.sums(part), own)
+        return finish(result)
+    return scaled

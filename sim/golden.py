@@ -160,8 +160,10 @@ class Machine:
                             i.source_words)
         if i.source_words > c.row_words:
             raise ValueError(f"LINEAR.source_words must be at most {c.row_words}, not {i.source_words}")
-        if i.narrow and not c.narrow:
-            raise ValueError("LINEAR.narrow must be 0 where Config.narrow is 0, not 1")
+        for field, have in (("narrow", c.narrow), ("product", c.products)):
+            if getattr(i, field) and not have:
+                raise ValueError(f"LINEAR.{field} must be 0 on this configuration, which has no "
+                                 "gateware for it, not 1")
         weight = self._weights(i)
         param = self._params(i.param, i.channels)
         value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
@@ -173,6 +175,8 @@ class Machine:
             result = numerics.requantise(value, param["multiplier"], param["shift"])
             if i.tabled:
                 result = self.table[256 * i.table + (result & 255), 0]
+            if i.product:
+                result = self._product(i, result, value, param)
             self._write(self.activation, i.destination, target, i.destination_stride, result)
             return
         update = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
@@ -183,6 +187,17 @@ class Machine:
             word = i.destination + target[:, None] * i.destination_stride + channel // c.lanes
             update = numerics.accumulate_residual(self.residual[word, channel % c.lanes], update)
         self._write(self.residual, i.destination, target, i.destination_stride, update)
+
+    def _product(self, i: Instruction, result: np.ndarray, value: np.ndarray,
+                 param: np.ndarray) -> np.ndarray:
+        """Products [rows, products] of the channels' results in pairs of words."""
+        lanes = self.config.lanes
+        if -(-i.channels // lanes) % 2:
+            raise ValueError("LINEAR.channels must fill an even number of words with product, not be "
+                             f"{i.channels} with Config.lanes = {lanes}")
+        second = np.flatnonzero(np.arange(i.channels) // lanes % 2)
+        factor = numerics.requantise(value, param["multiplier"], param["shift"], bits=16)
+        return numerics.product(result[:, second - lanes], factor[:, second])
 
     def _weights(self, i: Instruction) -> np.ndarray:
         """Weights int64 [channels, source_words * depth]."""
@@ -252,12 +267,24 @@ class Machine:
             raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
         value = self.residual[index].reshape(len(rows), words * c.lanes)[:, :i.channels]
         value = value.astype(np.int64)
+        if (i.counted or i.factor_words) and not c.rotary:
+            raise ValueError("NORM.counted and NORM.factor_words must be 0 where Config.rotary is 0, "
+                             f"not {i.counted} and {i.factor_words}")
+        if i.factor_words and i.channels % 2:
+            raise ValueError(f"NORM.channels must be even where pairs are turned, not {i.channels}")
         if i.mode != NormMode.SCALE:
-            value = numerics.normalise(value, i.channels, i.epsilon,
+            value = numerics.normalise(value, i.counted or i.channels, i.epsilon,
                                        centred=i.mode == NormMode.LAYER)
         param = self._params(i.param, i.channels)
         value = (value + param["bias"]).astype(np.int32)
-        result = numerics.requantise(value, param["multiplier"], param["shift"])
+        bits = 16 if i.factor_words else 8
+        result = numerics.requantise(value, param["multiplier"], param["shift"], bits)
+        if i.factor_words:
+            index = i.factors + rows[:, None] * i.factor_stride + np.arange(words) % i.factor_words
+            if index.size and index.max() >= len(self.residual):
+                raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
+            factors = self.residual[index].reshape(len(rows), words * c.lanes)
+            result = numerics.rotate(result, factors[:, :i.channels])
         padded = np.zeros((len(rows), -(-i.channels // c.depth) * c.depth), np.int64)
         padded[:, :i.channels] = result  # later products read whole words
         self._write(self.activation, i.destination, rows, i.destination_stride, padded)

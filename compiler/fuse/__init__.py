@@ -11,12 +11,27 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
-from moeware.compiler.fuse.embed import fuse_constants, fuse_patch_embed, fuse_tokens
-from moeware.compiler.fuse.linear import fold_output_scale, fuse_linear
+from moeware.compiler.fuse.contrib_moe import fuse_contrib_moe
+from moeware.compiler.fuse.einsum import rewrite_einsum
+from moeware.compiler.fuse.embed import (
+    explain_lookups,
+    fuse_constants,
+    fuse_patch_embed,
+    fuse_tokens,
+)
+from moeware.compiler.fuse.linear import (
+    fold_output_scale,
+    fuse_linear,
+    fuse_multiply,
+    split_linear,
+)
 from moeware.compiler.fuse.moe import fuse_moe
-from moeware.compiler.fuse.norm import fuse_norm
+from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
+from moeware.compiler.fuse.rotary import fuse_rotary
+from moeware.compiler.fuse.shared import fuse_shared_expert
+from moeware.compiler.fuse.soft_moe import fuse_soft_moe
 from moeware.compiler.fuse.tokens import (
     fuse_add,
     fuse_mean,
@@ -24,15 +39,25 @@ from moeware.compiler.fuse.tokens import (
     join_branches,
 )
 
-# Mixtures, norms and functions are proved on plain nodes, so they come before Linear.
+# Mixtures, norms and functions are proved on plain nodes, so they come before Linear. Norms of heads
+# stand before or behind rotations; packed Linears are cut when rotations have found their pairs.
 RULES = (
     fuse_moe,
+    fuse_contrib_moe,
+    fuse_soft_moe,
+    rewrite_einsum,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,
     lift_pointwise,
     fold_output_scale,
     fuse_patch_embed,
+    fuse_head_norm,
+    fuse_rotary,
+    fuse_head_norm,
+    split_linear,
+    fuse_multiply,
+    fuse_shared_expert,
     fuse_attention,
     straighten,
     fuse_tokens,
@@ -42,6 +67,7 @@ RULES = (
     fuse_add,
     straighten,
     join_branches,
+    explain_lookups,
 )
 
 

@@ -1,38 +1,28 @@
 """Attention: the fused operator and every MatMul-Softmax-MatMul, packed projections included."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.heads import Heads, gather_rows, select_heads
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.region import region, run
-from moeware.compiler.fuse.trace import (
-    attribute,
-    constant,
-    forward,
-    is_op,
-    operand,
-    size,
-    static_shape,
-    traces,
-)
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Rows of heads selected from a value of rows: head h is columns ``columns[h]`` of ``root``."""
-
-    root: ir.Value
-    columns: np.ndarray  # [heads, dim]
-    tokens: int
-    scale: float
-    nodes: tuple[ir.Node, ...]
+from moeware.compiler.fuse.trace import attribute, constant, forward, is_op, operand, static_shape
 
 
 def fuse_attention(model: ir.Model) -> None:
-    """Replace each softmax attention without a data-dependent mask by ``Attention``."""
+    """Replace each softmax attention without a data-dependent mask by ``Attention``.
+
+    Forms
+    -----
+    Attention
+        - ``Attention`` of the standard (opset 23 on), 3 or 4 axes; without mask, past or softcap
+        - ``MatMul``, ``Softmax``, ``MatMul``, the scale on queries, keys, both or the scores, a
+          constant causal mask or none
+        - queries, keys and values from one packed Linear or from three, split in any way; keys and
+          values shared by heads that are repeated
+    """
     for node in list(model.graph):
         if node.graph is None:
             continue
@@ -43,33 +33,55 @@ def fuse_attention(model: ir.Model) -> None:
 
 
 def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
-    extra = [value for value in node.inputs[3:] if value is not None]
-    if extra or len([output for output in node.outputs if output.uses()]) > 1:
+    output, *others = node.outputs
+    if any(value.uses() or value.is_graph_output() for value in others):
         return
-    if attribute(node, "softcap", 0.0):
+    if any(value is not None for value in node.inputs[4:]) or attribute(node, "softcap", 0.0):
         return
     found = []
     for index, name in enumerate(("q_num_heads", "kv_num_heads", "kv_num_heads")):
         value = operand(node, index)
         heads = attribute(node, name, 0)
-        found.append(_select(value, heads) if value is not None else None)
+        found.append(select_heads(value, heads) if value is not None else None)
     q, k, v = found
-    if q is None or k is None or v is None:
-        return
-    q_scale = q.scale * k.scale
-    output = node.outputs[0]
     shape = static_shape(output)
-    if shape is None:
+    if q is None or k is None or v is None or shape is None:
+        return
+    causal = _causal(node, (q.tokens, k.tokens))
+    if causal is None:
         return
     dim = q.columns.shape[1]
-    scale = _snap((attribute(node, "scale", 0.0) or dim**-0.5) * q_scale, dim)
-    causal = attribute(node, "is_causal", 0)
+    scale = _snap((attribute(node, "scale", 0.0) or dim**-0.5) * q.scale * k.scale, dim)
     if len(shape) == 3:
         _replace(model, q, k, v, output, scale, causal, (node,))
         return
     merged = _merged(output, len(q.columns), q.tokens, dim)
     if merged is not None:
         _replace(model, q, k, v, merged[0], scale, causal, (node, *merged[1]))
+
+
+def _causal(node: ir.Node, shape: tuple[int, int]) -> int | None:
+    """1 where the operator's mask hides later keys, 0 where it hides none, else None."""
+    mask, seen = operand(node, 3), np.ones(shape, bool)
+    if mask is not None:
+        array = constant(mask)
+        if array is None or array.ndim < 2 or array.shape[-1] != shape[1]:
+            return None
+        if array.dtype != bool:
+            hidden = array <= _HIDDEN
+            if not (hidden | (array == 0)).all():
+                return None
+            array = ~hidden
+        rows = np.broadcast_to(array, (*array.shape[:-2], *shape)).reshape(-1, *shape)
+        if (rows != rows[:1]).any():
+            return None
+        seen = rows[0]
+    if attribute(node, "is_causal", 0):
+        seen = seen & np.tri(*shape, dtype=bool)
+    for causal, wanted in enumerate((np.ones(shape, bool), np.tri(*shape, dtype=bool))):
+        if (seen == wanted).all():
+            return causal
+    return None
 
 
 def _fuse_products(model: ir.Model, softmax: ir.Node) -> None:
@@ -82,7 +94,11 @@ def _fuse_products(model: ir.Model, softmax: ir.Node) -> None:
     weights, values = weighing.inputs
     left, right = product.inputs
     assert weights is not None and values is not None and left is not None and right is not None
-    q, k, v = _select(left), _select(right, transposed=True), _select(values)
+    shape, out_shape = static_shape(scores), static_shape(weighing.outputs[0])
+    if shape is None or out_shape is None:
+        return
+    q, k = select_heads(left, lead=shape[:-2]), select_heads(right, lead=shape[:-2], transposed=True)
+    v = select_heads(values, lead=out_shape[:-2])
     if q is None or k is None or v is None:
         return
     if not (q.columns.shape[1] == k.columns.shape[1] == v.columns.shape[1]):
@@ -127,8 +143,11 @@ def _after(softmax: ir.Node) -> ir.Node | None:
     return None
 
 
+# Softmax gives no weight to a score that a mask lowers by so much, whatever the model.
+_HIDDEN = -1e4
+
 _BETWEEN = (
-    "Mul", "Div", "Add", "Where", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "IsNaN",
+    "Mul", "Div", "Add", "Sub", "Where", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "IsNaN",
     "Dropout", "Expand",
 )  # fmt: skip
 
@@ -172,30 +191,6 @@ def _snap(scale: float, dim: int) -> float:
     return scale
 
 
-def _select(value: ir.Value, heads: int = 0, transposed: bool = False) -> _Heads | None:
-    """``value`` ([.., heads, tokens, dim], or packed rows where ``heads`` is given) as columns.
-
-    ``transposed``: the last two axes are exchanged (the key side of the score product).
-    """
-    for trace in reversed(traces(value, scaled=True)):
-        numbers = trace.numbers
-        if heads and numbers.ndim == 3:
-            numbers = numbers.reshape(numbers.shape[1], heads, -1).transpose(1, 0, 2)
-        if transposed:
-            numbers = numbers.swapaxes(-1, -2)
-        tokens, dim = numbers.shape[-2:]
-        numbers = numbers.reshape(-1, tokens, dim)
-        columns = numbers[:, 0]
-        total = size(trace.root)
-        if total % tokens:
-            continue
-        width = total // tokens
-        rows = np.arange(tokens)[None, :, None] * width
-        if columns.max() < width and (numbers == rows + columns[:, None]).all():
-            return _Heads(trace.root, columns, tokens, trace.scale, trace.nodes)
-    return None
-
-
 def _merged(
     output: ir.Value, heads: int, tokens: int, dim: int
 ) -> tuple[ir.Value, list[ir.Node]] | None:
@@ -210,9 +205,9 @@ def _merged(
 
 def _replace(
     model: ir.Model,
-    q: _Heads,
-    k: _Heads,
-    v: _Heads,
+    q: Heads,
+    k: Heads,
+    v: Heads,
     output: ir.Value,
     scale: float,
     causal: int,
@@ -221,12 +216,19 @@ def _replace(
     k, v = _share(k, v)
     heads, kv_heads = len(q.columns), len(k.columns)
     last = output.producer()
-    parts = (q, k, v)
     if last is None or heads % kv_heads or k.columns.shape != v.columns.shape:
         return
-    if k.tokens != v.tokens or not all(_is_whole(part) or _linear(part) for part in parts):
+    if k.tokens != v.tokens or q.columns.shape[1] != k.columns.shape[1]:
         return
-    inputs = [_rows(model, last, part, part.scale if part is v else 1.0) for part in parts]
+    # Scores do not depend on an order of channels that queries and keys share.
+    order = np.argsort(k.columns[0])
+    q, k = (replace(part, columns=part.columns[:, order]) for part in (q, k))
+    parts = (q, k, v)
+    inputs = [
+        gather_rows(model, last, part, part.scale if part is v else 1.0) for part in parts
+    ]
+    if None in inputs:
+        return
     replaced = [node for part in parts for node in part.nodes]
     build = Builder(model, last, dict.fromkeys([*replaced, *nodes]))
     attributes = {"heads": heads, "kv_heads": kv_heads, "scale": float(scale), "causal": causal}
@@ -234,7 +236,7 @@ def _replace(
     build.replace(output, result)
 
 
-def _share(k: _Heads, v: _Heads) -> tuple[_Heads, _Heads]:
+def _share(k: Heads, v: Heads) -> tuple[Heads, Heads]:
     """``k`` and ``v`` without the repetition that grouped queries were exported with."""
     heads = len(k.columns)
     for repeat in range(heads, 1, -1):
@@ -246,39 +248,3 @@ def _share(k: _Heads, v: _Heads) -> tuple[_Heads, _Heads]:
             ):
                 return replace(k, columns=kept[0]), replace(v, columns=kept[1])
     return k, v
-
-
-def _is_whole(part: _Heads) -> bool:
-    """Whether ``part`` is all columns of its root, in order."""
-    width = size(part.root) // part.tokens
-    columns = part.columns.reshape(-1)
-    return len(columns) == width and bool((columns == np.arange(width)).all())
-
-
-def _linear(part: _Heads) -> ir.Node | None:
-    """The Linear that makes the rows of ``part``."""
-    node = part.root.producer()
-    if node is not None and node.domain == DOMAIN and node.op_type == "Linear":
-        return node
-    return None
-
-
-def _rows(model: ir.Model, at: ir.Node, part: _Heads, factor: float) -> ir.Value:
-    """``part`` as [1, tokens, heads * dim]: its root, or a Linear of the columns it selects."""
-    columns = part.columns.reshape(-1)
-    shape = (1, part.tokens, len(columns))
-    node = _linear(part)
-    if node is None or (_is_whole(part) and factor == 1.0):
-        return Builder(model, at, []).resolve(part.root, shape)
-    build = Builder(model, at, [node])
-    x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
-    assert x is not None and weight is not None and bias is not None
-    inputs = [
-        x,
-        build.weight(weight[columns] * factor),
-        build.weight(bias[columns] * factor, "bias"),
-    ]
-    features = static_shape(x)
-    assert features is not None
-    (result,) = build.node("Linear", inputs, [(*features[:-1], len(columns))])
-    return build.reshape(result, shape)

@@ -1,9 +1,9 @@
-"""PatchEmbed, ClassToken and AddConstant: from the image to the residual stream."""
+"""PatchEmbed, ClassToken, AddConstant and look-ups: from the inputs to the residual stream."""
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.canonical import DOMAIN, REASON
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.region import region
 from moeware.compiler.fuse.trace import (
@@ -19,7 +19,15 @@ from moeware.compiler.fuse.trace import (
 
 
 def fuse_patch_embed(model: ir.Model) -> None:
-    """Replace a strided convolution, or a Linear on rearranged patches, by ``PatchEmbed``."""
+    """Replace a strided convolution, or a Linear on rearranged patches, by ``PatchEmbed``.
+
+    Forms
+    -----
+    PatchEmbed
+        - ``Conv`` whose stride is its kernel, without padding, dilation or groups, flattened to rows
+        - the image cut by ``Reshape`` and ``Transpose`` into rows of patches in any order of the
+          features, then a linear form
+    """
     for node in list(model.graph):
         if node.graph is None:
             continue
@@ -38,6 +46,8 @@ def _from_convolution(model: ir.Model, node: ir.Node) -> None:
     if weight.ndim != 4 or (bias is None and operand(node, 2) is not None):
         return
     ph, pw = weight.shape[2:]
+    if weight.shape[1] != image_shape[1] or bias is not None and bias.shape != weight.shape[:1]:
+        return
     if list(attribute(node, "strides", [1, 1])) != [ph, pw] or attribute(node, "group", 1) != 1:
         return
     if any(attribute(node, "pads", [0])) or set(attribute(node, "dilations", [1])) != {1}:
@@ -114,7 +124,13 @@ def _patch_embed(
 
 
 def fuse_tokens(model: ir.Model) -> None:
-    """Replace constant rows put before the tokens by ``ClassToken``, one for each row."""
+    """Replace constant rows put before the tokens by ``ClassToken``, one for each row.
+
+    Forms
+    -----
+    ClassToken
+        - ``Concat`` of constant rows and the tokens, also of several (registers)
+    """
     for node in list(model.graph):
         if not is_op(node, "Concat") or len(node.inputs) < 2:
             continue
@@ -136,8 +152,27 @@ def fuse_tokens(model: ir.Model) -> None:
         build.replace(node.outputs[0], x)
 
 
+def explain_lookups(model: ir.Model) -> None:
+    """Say of the look-up of tokens' embeddings, which has no products, that the host makes it."""
+    for node in model.graph:
+        table, ids = operand(node, 0), operand(node, 1)
+        if not is_op(node, "Gather") or constant(table) is None or constant(ids) is not None:
+            continue
+        if attribute(node, "axis", 0) == 0 and len(static_shape(table) or ()) == 2:
+            node.metadata_props[REASON] = (
+                "the embedding of tokens is a look-up without products, which the host makes; its "
+                "rows enter the accelerator as the residual stream"
+            )
+
+
 def fuse_constants(model: ir.Model) -> None:
-    """Replace the addition of a constant to the tokens by ``AddConstant``."""
+    """Replace the addition of a constant to the tokens by ``AddConstant``.
+
+    Forms
+    -----
+    AddConstant
+        - ``Add`` of a constant that broadcasts to the tokens (position embedding)
+    """
     for node in list(model.graph):
         pair = other_operand(node) if is_op(node, "Add") else None
         array = constant(pair[1]) if pair else None
@@ -150,6 +185,9 @@ def fuse_constants(model: ir.Model) -> None:
             continue
         build = Builder(model, node, [node])
         x = build.resolve(pair[0], shape)
+        if not array.any() and not node.outputs[0].is_graph_output():
+            build.replace(node.outputs[0], x)
+            continue
         rows = np.broadcast_to(array, given).reshape(shape[1:])
         (result,) = build.node("AddConstant", [x, build.weight(rows, "constant")], [shape])
         build.replace(node.outputs[0], result)

@@ -1,13 +1,23 @@
-"""Linear: MatMul, Gemm or Einsum with a constant matrix, its bias, and a scale per output."""
+"""Linear: MatMul, Gemm or Einsum with a constant matrix, its bias, and a scale per output; the
+product of two for a gated feed-forward network."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
-from moeware.compiler.fuse.rebuild import Builder, token_shape
-from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, other_operand
+from moeware.compiler.fuse.heads import gather_rows, scatter_rows, select_rows
+from moeware.compiler.fuse.rebuild import Builder, made_by, token_shape
+from moeware.compiler.fuse.trace import (
+    attribute,
+    constant,
+    is_op,
+    operand,
+    other_operand,
+    same_elements,
+    static_shape,
+    traces,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,15 @@ class LinearMatch:
 
 
 def fuse_linear(model: ir.Model) -> None:
-    """Replace each product with a constant matrix, and the bias added to it, by ``Linear``."""
+    """Replace each product with a constant matrix, and the bias added to it, by ``Linear``.
+
+    Forms
+    -----
+    Linear
+        - ``MatMul`` with a constant matrix on the right, and a constant added per output
+        - ``Gemm`` with a constant matrix, alpha, beta and transB; not transA
+        - ``Einsum`` over the last axis with a constant matrix
+    """
     for node in list(model.graph):
         if node.graph is None or match_product(node) is None:
             continue
@@ -121,24 +139,90 @@ def _per_feature(array: np.ndarray, features: int) -> bool:
 
 
 def fold_output_scale(model: ir.Model) -> None:
-    """Fold a constant factor per feature (layer scale) into the Linear or Experts before it."""
+    """Fold a constant factor, one or for each feature (layer scale), into the Linear or the experts
+    before it.
+
+    Forms
+    -----
+    Linear
+        - with a ``Mul`` or ``Div`` by a constant, one or for each output, after it
+    Experts, GatedExperts
+        - with a ``Mul`` or ``Div`` by a constant, one or for each feature, after them
+    """
     for node in list(model.graph):
-        pair = other_operand(node) if is_op(node, "Mul") else None
+        pair = other_operand(node) if is_op(node, "Mul", "Div") else None
         factor = constant(pair[1]) if pair else None
-        source = pair[0].producer() if pair else None
-        if pair is None or factor is None or source is None or source.domain != DOMAIN:
+        source = made_by(pair[0], *_SCALED) if pair else None
+        if pair is None or factor is None or source is None:
             continue
-        if source.op_type not in ("Linear", "Experts") or len(pair[0].uses()) != 1:
+        if is_op(node, "Div") and pair[0] is not node.inputs[0] or not _only_read(pair[0]):
             continue
-        shape = tuple(pair[0].shape)  # type: ignore[arg-type]
-        if factor.size != shape[-1] or not _per_feature(factor, shape[-1]):
+        shape, given = static_shape(source.outputs[0]), static_shape(pair[0])
+        if shape is None or given != static_shape(node.outputs[0]) or given[-1] != shape[-1]:
             continue
-        factor = factor.reshape(-1).astype(np.float32)
+        if not _per_feature(factor, shape[-1]):
+            continue
+        factor = np.broadcast_to(factor.reshape(-1).astype(np.float32), shape[-1])
+        factor = 1 / factor if is_op(node, "Div") else factor
         build = Builder(model, node, [source, node])
-        inputs = list(source.inputs)
-        weight, bias = constant(inputs[-2]), constant(inputs[-1])
+        inputs, place = list(source.inputs), _SCALED[source.op_type]
+        weight, bias = constant(inputs[place]), constant(inputs[place + 1])
         assert weight is not None and bias is not None
-        inputs[-2:] = [build.weight(weight * factor[:, None]), build.weight(bias * factor, "bias")]
+        inputs[place] = build.weight(weight * factor[:, None])
+        inputs[place + 1] = build.weight(bias * factor, "bias")
         attributes = {name: entry.value for name, entry in source.attributes.items()}
         (result,) = build.node(source.op_type, inputs, [shape], attributes)  # type: ignore
+        build.replace(node.outputs[0], result)
+
+
+# Canonical operators that a factor can be folded into: where their last weight is.
+_SCALED = {"Linear": 1, "Experts": 5, "GatedExperts": 5}
+
+
+def _only_read(value: ir.Value) -> bool:
+    """Whether ``value`` and what it is a reshaped form of have one reader each."""
+    for trace in traces(value):
+        if not same_elements(trace):
+            break
+        if len(trace.root.uses()) != 1 or trace.root.is_graph_output():
+            return False
+    return True
+
+
+def split_linear(model: ir.Model) -> None:
+    """Give each selection of columns of a Linear (a packed projection) a Linear of its own."""
+    for node in list(model.graph):
+        if not is_op(node, "Split", "Slice", "Gather"):
+            continue
+        for output in node.outputs:
+            part = select_rows(output) if output.uses() or output.is_graph_output() else None
+            if part is None or part.is_whole or made_by(part.root, "Linear") is None:
+                continue
+            shape, rows = static_shape(output), gather_rows(model, node, part)
+            assert shape is not None and rows is not None
+            build = Builder(model, node, part.nodes)
+            build.replace(output, scatter_rows(build, rows, part, shape))
+
+
+def fuse_multiply(model: ir.Model) -> None:
+    """Replace the product of two values that Linears or functions make by ``Multiply``.
+
+    Forms
+    -----
+    Multiply
+        - ``Mul`` of a Linear and a function of another one, in either order (GLU, SwiGLU, GEGLU), the
+          two packed in one Linear or apart
+    """
+    for node in list(model.graph):
+        factors = [made_by(value, "Linear", "Pointwise") for value in node.inputs]
+        if not is_op(node, "Mul") or None in factors:
+            continue
+        a, b = node.inputs
+        assert a is not None and b is not None
+        shape = token_shape(a)
+        if shape is None or static_shape(a) != static_shape(b):
+            continue
+        build = Builder(model, node, [node])
+        operands = [build.resolve(value, shape) for value in (a, b)]
+        (result,) = build.node("Multiply", operands, [shape])
         build.replace(node.outputs[0], result)

@@ -2,36 +2,51 @@
 
 Seed: a TopK on router logits. Region: everything between (x, logits) and the first value of x's
 size through which every result of the routing passes. The products with constants inside the
-region name the expert weights (`moe_weights`); running the region on random x and logits and
-comparing with the canonical form proves or rejects the proposal, so the loop over experts, the
-one-hot combination and the gather of stacked weights need no pattern each.
+region name the expert weights (`moe_weights`); running the region and comparing with the canonical
+form proves or rejects the proposal (`moe_proof`), so the loop over experts, the one-hot combination
+and the gather of stacked weights need no pattern each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
-from moeware.compiler.canonical import PLAIN_ROUTE
+from moeware.compiler.canonical import REASON
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
-from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
+from moeware.compiler.fuse.moe_proof import Proof, prove
 from moeware.compiler.fuse.rebuild import Builder, flat_root
-from moeware.compiler.fuse.region import inputs_of, region, run
+from moeware.compiler.fuse.region import inputs_of, region
+from moeware.compiler.fuse.routers import RouterForm, match_router, plain_forms
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
-from moeware.compiler.operators import FUNCTIONS
-
-_NORMALISATIONS = ("chosen", "all")
-# Relative difference that separates the rounding of float32 from another function.
-_TOLERANCE = 2e-4
 
 
 def fuse_moe(model: ir.Model) -> None:
-    """Replace each proven mixture of experts by ``Route`` and ``Experts``."""
+    """Replace each proven mixture of experts by ``Route`` and ``Experts`` or ``GatedExperts``.
+
+    Forms
+    -----
+    Route
+        - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
+          weights divided by their sum or not
+        - ``TopK`` of their ``Sigmoid``, with a constant added for the choice or not
+        - ``TopK`` among the experts of the best groups, a group's score being its largest, or the sum
+          of its two largest (DeepSeek-V2, -V3)
+    Experts, GatedExperts
+        - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
+        - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
+        - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
+        - a ``Gather`` of each token's stacked weights, then ``MatMul`` or ``Einsum``
+        - all experts on all tokens, and a ``GatherElements`` of the chosen results
+    """
     for node in list(model.graph):
-        if node.graph is not None and is_op(node, "TopK"):
-            _fuse(model, node)
+        if node.graph is not None and is_op(node, "TopK") and not _fuse(model, node):
+            node.metadata_props[REASON] = _reason(node)
+        elif is_op(node, "ArgMax") and _before(node, "MatMul", "Gemm"):
+            node.metadata_props[REASON] = (
+                "a router that takes one largest score at a time (sparse mixer) is no softmax over "
+                "its choice, which is the one that the accelerator makes; route by softmax and top-k"
+            )
 
 
 def refuse_baked_counts(model: ir.Model) -> None:
@@ -40,27 +55,30 @@ def refuse_baked_counts(model: ir.Model) -> None:
     Tracing ``x.split(counts.tolist())`` records the counts of the example input; the graph is
     silently wrong for every other input.
     """
-    for router in model.graph:
-        if not is_op(router, "TopK") or len(router.outputs) < 2:
+    after_routers = {
+        node
+        for router in model.graph
+        if is_op(router, "TopK") and len(router.outputs) > 1
+        for node in _descendants(router.outputs[1])
+    }
+    for sort in model.graph:
+        shape = sort.outputs[0].shape
+        # One list of all choices is sorted; the next block's router looks at each token by itself.
+        if not is_op(sort, "TopK") or sort not in after_routers or shape is None or len(shape) != 1:
             continue
-        after_router = _descendants(router.outputs[1])
-        for sort in after_router:
-            if not is_op(sort, "TopK") or sort is router or _shape_of_k(sort) < 2:
+        for node in _descendants(sort.outputs[1]):
+            sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
+            if sizes is None or attribute(node, "axis", 0) != 0:
                 continue
-            for node in _descendants(sort.outputs[1]):
-                sizes = constant(operand(node, 1)) if is_op(node, "Split") else None
-                if sizes is not None and attribute(node, "axis", 0) == 0:
-                    raise CompileError(
-                        f"Node {node.name!r} must not split sorted tokens into the constant sizes "
-                        f"{sizes.tolist()}: they are the expert counts of the example input and "
-                        f"wrong for any other; export the experts as a loop with a mask weight, "
-                        f"as an einsum over stacked weights or as a gather of them"
-                    )
-
-
-def _shape_of_k(node: ir.Node) -> int:
-    shape = static_shape(node.outputs[0])
-    return shape[-1] if shape else 2
+            # They are the rows of all frames of the example.
+            if isinstance(shape[0], int) and sizes.sum() % shape[0]:
+                continue
+            raise CompileError(
+                f"Node {node.name!r} must not split sorted tokens into the constant sizes "
+                f"{sizes.tolist()}: they are the expert counts of the example input and "
+                f"wrong for any other; export the experts as a loop with a mask weight, "
+                f"as an einsum over stacked weights or as a gather of them"
+            )
 
 
 def _descendants(value: ir.Value) -> list[ir.Node]:
@@ -74,28 +92,65 @@ def _descendants(value: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _fuse(model: ir.Model, top_k: ir.Node) -> None:
-    found = _router(top_k)
-    if found is None:
-        return
-    logits, router = found
+def _reason(top_k: ir.Node) -> str:
+    """Why the choice of ``top_k`` is that of no recognised mixture."""
+    if _router(top_k) is None:
+        return (
+            "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected "
+            "by constants or limited to the best groups, is not supported; route by softmax and top-k"
+        )
+    return (
+        "what follows this choice computes no weighted sum of two-layer or gated experts; write "
+        "them with one known function, weighted by the softmax"
+    )
+
+
+def _before(node: ir.Node, *operators: str) -> bool:
+    """Whether one of ``operators`` is among the few nodes that make what ``node`` reads first."""
+    value = node.inputs[0]
+    for _ in range(8):
+        node = value.producer() if value is not None else None  # type: ignore[assignment]
+        if node is None or is_op(node, *operators):
+            return node is not None
+        variable = [read for read in node.inputs if read is not None and read.const_value is None]
+        value = variable[-1] if variable else None
+    return False
+
+
+def _fuse(model: ir.Model, top_k: ir.Node) -> bool:
+    """Replace the mixture behind ``top_k``; whether it was proven to be one."""
+    found, k = _router(top_k), constant(operand(top_k, 1))
+    if k is None or k.size != 1 or attribute(top_k, "largest", 1) != 1:
+        return False
+    if found is not None:
+        logits, layer = found
+        forms = plain_forms(len(layer.weight), int(k.reshape(())))
+        if _fuse_routed(model, logits, layer, forms):
+            return True
+    match = match_router(model, top_k)
+    return match is not None and _fuse_routed(model, match.logits, match.layer, [match.form])
+
+
+def _fuse_routed(
+    model: ir.Model, logits: ir.Value, router: LinearMatch, forms: Sequence[RouterForm]
+) -> bool:
+    """Replace the mixture that ``logits`` decide by one of ``forms``; whether one was proven."""
     features = router.weight.shape[1]
-    k = constant(operand(top_k, 1))
-    shape = static_shape(flat_root(router.x))
-    if k is None or k.size != 1 or shape is None or attribute(top_k, "largest", 1) != 1:
-        return
+    if static_shape(router.x) is None:
+        return False
     x_size = size(router.x)
     if x_size <= 0 or x_size % features:
-        return
+        return False
     tokens = x_size // features
-    for y in _cuts(model, logits):
+    for y in cuts(model, logits):
         if size(y) not in (x_size, -1) or y is logits:
             continue
         for x in _expert_inputs(router.x, y, logits, x_size):
-            proof = _prove(model, x, logits, y, router, int(k.reshape(())), tokens)
+            proof = prove(model, x, logits, y, features, forms)
             if proof is not None:
-                _replace(model, x, y, router, int(k.reshape(())), tokens, proof)
-                return
+                replace_moe(model, x, y, router, tokens, proof)
+                return True
+    return False
 
 
 def _router(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
@@ -115,7 +170,7 @@ def _router(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
     return None
 
 
-def _cuts(model: ir.Model, start: ir.Value) -> Iterator[ir.Value]:
+def cuts(model: ir.Model, start: ir.Value) -> Iterator[ir.Value]:
     """Values through which every path from ``start`` passes, nearest first."""
     order = {node: number for number, node in enumerate(model.graph)}
     open_uses = {start: len(start.uses())}
@@ -151,83 +206,19 @@ def _expert_inputs(
             return
 
 
-class _Proof:
-    """What a proposal that computes the region's values consists of."""
-
-    def __init__(self, weights: ExpertWeights, function: str, normalise: str, nodes: list):
-        self.weights, self.function, self.normalise = weights, function, normalise
-        self.nodes = nodes
-
-
-def _prove(
-    model: ir.Model,
-    x: ir.Value,
-    logits: ir.Value,
-    y: ir.Value,
-    router: LinearMatch,
-    k: int,
-    tokens: int,
-) -> _Proof | None:
-    inside = set(region([y], [x, logits])[0])
-    nodes = [node for node in model.graph if node in inside]
-    experts, features = router.weight.shape
-    generator = np.random.default_rng(7)
-    sample = generator.normal(size=static_shape(x)).astype(np.float32)
-    scores = generator.normal(size=static_shape(logits)).astype(np.float32) * 2
-    proposals = list(propose_weights(nodes, x, experts, features))
-    if not proposals:
-        return None
-    results = run(model, {x: sample, logits: scores}, [y])
-    if results is None or results[0].size != sample.size:
-        return None
-    expected = results[0].reshape(tokens, features)
-    scale = np.abs(expected).max() + 1e-30
-    rows = sample.reshape(tokens, features)
-    combine = {name: _combine(scores.reshape(tokens, experts), k, name) for name in _NORMALISATIONS}
-    for weights in proposals:
-        for function in FUNCTIONS:
-            each = _run_experts(rows, weights, function)
-            for normalise, factors in combine.items():
-                value = np.einsum("te,etd->td", factors, each)
-                if np.abs(value - expected).max() < _TOLERANCE * scale:
-                    return _Proof(weights, function, normalise, nodes)
-    return None
-
-
-def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
-    """Weight of each expert for each token, ``[tokens, experts]``; 0 where it is not chosen."""
-    scores = scores.astype(np.float64)
-    exponents = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = exponents / exponents.sum(-1, keepdims=True)
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    np.put_along_axis(weights, order[:, k:], 0.0, axis=-1)
-    return weights / weights.sum(-1, keepdims=True) if normalise == "chosen" else weights
-
-
-def _run_experts(rows: np.ndarray, weights: ExpertWeights, function: str) -> np.ndarray:
-    """Every expert on every row, ``[experts, tokens, features]``."""
-    w1, b1, w2, b2 = (
-        torch.from_numpy(np.array(array))
-        for array in (weights.w1, weights.b1, weights.w2, weights.b2)
-    )
-    hidden = torch.einsum("td,ehd->eth", torch.from_numpy(rows), w1) + b1[:, None]
-    output = torch.einsum("eth,edh->etd", FUNCTIONS[function](hidden), w2) + b2[:, None]
-    return output.numpy().astype(np.float64)
-
-
-def _replace(
+def replace_moe(
     model: ir.Model,
     x: ir.Value,
     y: ir.Value,
     router: LinearMatch,
-    k: int,
     tokens: int,
-    proof: _Proof,
+    proof: Proof,
 ) -> None:
+    """Put Route and Experts in the place of the region that ends in ``y``."""
     last = y.producer()
     assert last is not None
     features = router.weight.shape[1]
-    shape, chosen = (1, tokens, features), (1, tokens, k)
+    shape, chosen = (1, tokens, features), (1, tokens, proof.router.attributes["k"])
     weights = proof.weights
     after_route = _descendants(router.nodes[-1].outputs[0])
     routing = [node for node in proof.nodes if node in after_route and _is_routing(node)]
@@ -236,19 +227,21 @@ def _replace(
         build.resolve(router.x, shape),
         build.weight(router.weight),
         build.weight(router.bias, "bias"),
-        build.weight(np.zeros_like(router.bias), "correction"),
+        build.weight(proof.router.correction, "correction"),
     ]
     indices, factors = build.node(
         "Route",
         inputs,
         [chosen, chosen],
-        {"k": k, "normalise": proof.normalise, **PLAIN_ROUTE},
+        proof.router.attributes,
         [ir.DataType.INT64, ir.DataType.FLOAT],
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])
     inputs = [build.resolve(x, shape), indices, factors]
-    inputs += [build.weight(getattr(weights, name), name) for name in ("w1", "b1", "w2", "b2")]
-    (result,) = build.node("Experts", inputs, [shape], {"function": proof.function})
+    names = ("w1", "b1", "w2", "b2") if weights.w3 is None else ("w1", "b1", "w2", "b2", "w3", "b3")
+    inputs += [build.weight(getattr(weights, name), name) for name in names]
+    operator = "Experts" if weights.w3 is None else "GatedExperts"
+    (result,) = build.node(operator, inputs, [shape], {"function": proof.function})
     build.replace(y, result)
 
 

@@ -1,7 +1,7 @@
 """Find the weights of experts among the products with constants in a region."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -13,15 +13,28 @@ _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Cast", "Identity", "
 _SELECT = ("Gather", "GatherND", "GatherElements", "Slice", "Split")
 _PRODUCTS = ("MatMul", "Gemm", "Einsum")
 
+# Where the two layers of gated experts lie in one, by the size of either.
+_HALVES = (lambda hidden: slice(hidden)), (lambda hidden: slice(hidden, None))
+_TURNS = (lambda hidden: slice(0, None, 2)), (lambda hidden: slice(1, None, 2))
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Stacked two-layer experts, float32: w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]."""
+    """Stacked experts, float32: w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]; of gated ones
+    also w3 and b3, as w1 and b1."""
 
     w1: np.ndarray
     b1: np.ndarray
     w2: np.ndarray
     b2: np.ndarray
+    w3: np.ndarray | None = None
+    b3: np.ndarray | None = None
+
+    def scaled(self, factor: float) -> "ExpertWeights":
+        """Experts whose results are ``factor`` times those of these."""
+        if factor == 1.0:
+            return self
+        return replace(self, w2=self.w2 * np.float32(factor), b2=self.b2 * np.float32(factor))
 
 
 @dataclass(eq=False)  # compared by identity: arrays have no single truth value
@@ -37,40 +50,63 @@ class _Layer:
 def propose_weights(
     nodes: list[ir.Node], x: ir.Value, experts: int, features: int
 ) -> Iterator[ExpertWeights]:
-    """Readings of the constants in ``nodes`` as two-layer experts; the caller proves one.
+    """Readings of the constants in ``nodes`` as experts; the caller proves one.
 
-    A matrix whose orientation its shape does not tell gives two readings.
+    A matrix whose orientation its shape does not tell gives two readings, and so do the two
+    factors of gated experts.
     """
     layers = _layers(nodes, experts * features)
-    first = [layer for layer in layers if not layer.before]
-    second = [layer for layer in layers if layer.before]
-    if not first or len(first) != len(second):
+    first = {number for number, layer in enumerate(layers) if not layer.before}
+    last = [number for number, layer in enumerate(layers) if layer.before]
+    read = [sorted(layers[number].before & first) for number in last]
+    widths = {len(each) for each in read}
+    once = sorted(number for each in read for number in each) == sorted(first)
+    if len(last) not in (1, experts) or len(widths) != 1 or not once:
         return
-    if len(first) == 1:
-        stacks = [(layer.weight, layer.bias) for layer in (first[0], second[0])]
-    elif len(first) == experts:
-        number = {layers.index(layer): row for row, layer in enumerate(first)}
-        if any(len(layer.before & set(number)) != 1 for layer in second):
-            return
-        # Pair each second layer with the first layer that it reads.
-        second.sort(key=lambda layer: number[min(layer.before & set(number))])
-        stacks = [_stack(first), _stack(second)]
-    else:
+    # Of separate experts, number e is the one whose first layer is the e-th.
+    order = sorted(range(len(last)), key=lambda place: read[place])
+    w2, b2 = _stack([layers[last[place]] for place in order])
+    ups = [_stack([layers[read[place][turn]] for place in order]) for turn in range(widths.pop())]
+    if w2.size % (experts * features):
         return
-    (w1, b1), (w2, b2) = stacks
-    if w1.size != w2.size or w1.size % (experts * features):
+    hidden, bias2 = w2.size // (experts * features), _bias(b2, experts, features)
+    if bias2 is None or any(layers[number].before - first for number in last):
         return
-    hidden = w1.size // (experts * features)
-    bias1, bias2 = _bias(b1, experts, hidden), _bias(b2, experts, features)
-    if bias1 is None or bias2 is None:
+    for down in _orientations(w2, experts, features, hidden):
+        for (one, bias1), *gate in _first_layers(ups, experts, hidden, features):
+            yield ExpertWeights(one, bias1, down, bias2, *(gate[0] if gate else ()))
+
+
+def _first_layers(
+    stacks: list[tuple[np.ndarray, np.ndarray | None]], experts: int, hidden: int, features: int
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Readings of the layers that x enters: one, or of gated experts the layer of the function
+    and the one beside it (two stacks, or one that holds the halves or alternates)."""
+    size = experts * hidden * features
+    sizes = [weight.size for weight, _ in stacks]
+    rows = hidden if sizes in ([size], [size, size]) else 2 * hidden
+    biases = [_bias(bias, experts, rows) for _, bias in stacks]
+    if sizes not in ([size], [size, size], [2 * size]) or any(bias is None for bias in biases):
         return
-    for one, two in product(
-        _orientations(w1, experts, hidden, features), _orientations(w2, experts, features, hidden)
-    ):
-        yield ExpertWeights(one, bias1, two, bias2)
+    readings = (_orientations(weight, experts, rows, features) for weight, _ in stacks)
+    for weights in product(*readings):
+        layers = list(zip(weights, biases))
+        if sizes == [size]:
+            yield layers
+        elif len(layers) == 2:
+            yield from (layers, layers[::-1])
+        else:
+            for one, other in (_HALVES, _TURNS):
+                parts = [
+                    tuple(np.ascontiguousarray(array[:, part(hidden)]) for array in layers[0])
+                    for part in (one, other)
+                ]
+                yield from (parts, parts[::-1])
 
 
 def _stack(layers: list[_Layer]) -> tuple[np.ndarray, np.ndarray | None]:
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
     weights = np.stack([layer.weight for layer in layers])
     if all(layer.bias is None for layer in layers):
         return weights, None

@@ -1,8 +1,12 @@
-"""LayerNorm: the fused operator and its primitive forms."""
+"""LayerNorm and RMSNorm: the fused operators and their primitive forms, over rows and per head."""
+
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.fuse.heads import Heads, gather_rows, scatter_rows, select_rows
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import (
@@ -19,52 +23,126 @@ from moeware.compiler.fuse.trace import (
 _LARGEST_REGION = 16
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """``y`` is the normalised last axis of ``x``, times gamma, plus beta (None: root mean square)."""
+
+    x: ir.Value
+    y: ir.Value
+    nodes: list[ir.Node]
+    gamma: np.ndarray
+    beta: np.ndarray | None
+    epsilon: float
+
+
 def fuse_norm(model: ir.Model) -> None:
-    """Replace LayerNormalization and its primitive forms over the last axis by ``LayerNorm``."""
+    """Replace norms over rows, fused or written out, by ``LayerNorm`` and ``RMSNorm``.
+
+    Forms
+    -----
+    LayerNorm
+        - ``LayerNormalization`` over the last axis
+        - mean, variance, ``Sqrt`` of variance + epsilon, division, gamma and beta in primitive
+          operators
+    RMSNorm
+        - ``RMSNormalization`` over the last axis, ``SimplifiedLayerNormalization``
+        - mean square, ``Sqrt`` or ``Pow`` of it + epsilon, division or product, and gamma in
+          primitive operators
+    """
     for node in list(model.graph):
-        if node.graph is None:
-            continue
-        if is_op(node, "LayerNormalization"):
-            _fuse_operator(model, node)
-        elif is_op(node, "Sqrt"):
-            _fuse_primitives(model, node)
+        norm = _match(model, node) if node.graph is not None else None
+        if norm is not None and (norm.beta is not None or not _has_heads(norm.x)):
+            _replace_rows(model, norm)
 
 
-def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
+def fuse_head_norm(model: ir.Model) -> None:
+    """Replace root-mean-square norms of each head by ``RMSNorm`` of rows in groups.
+
+    Forms
+    -----
+    RMSNorm
+        - either form over the last axis of heads (query and key norms)
+    """
+    for node in list(model.graph):
+        norm = _match(model, node) if node.graph is not None else None
+        part = select_rows(norm.x) if norm is not None and norm.beta is None else None
+        if norm is not None and part is not None:
+            _replace_heads(model, norm, part)
+
+
+def _replace_heads(model: ir.Model, norm: _Norm, part: Heads) -> None:
+    at, shape = norm.nodes[-1], static_shape(norm.y)
+    heads, dim = part.columns.shape
+    # A norm does not depend on the order of its channels (in which a rotation may have left them).
+    order = np.argsort(part.columns[0])
+    x = gather_rows(model, at, replace(part, columns=part.columns[:, order]))
+    if x is None or shape is None or norm.gamma.size not in (1, dim):
+        return
+    gamma = np.broadcast_to(norm.gamma.reshape(-1), dim)[order]
+    build = Builder(model, at, norm.nodes)
+    inputs = [x, build.weight(np.tile(gamma, heads), "gamma")]
+    attributes = {"epsilon": float(norm.epsilon), "groups": heads}
+    (rows,) = build.node("RMSNorm", inputs, [(1, part.tokens, heads * dim)], attributes)
+    if (order != np.arange(dim)).any():
+        columns = np.arange(heads)[:, None] * dim + np.argsort(order)
+        rows = build.take(rows, columns.reshape(-1))
+    build.replace(norm.y, scatter_rows(build, rows, part, shape))
+
+
+def _has_heads(x: ir.Value) -> bool:
+    """Whether the rows of ``x`` are heads of tokens, as far as it can be told."""
+    shape, part = static_shape(x), select_rows(x)
+    return shape is not None and len(shape) > 3 or part is not None and len(part.columns) > 1
+
+
+def _match(model: ir.Model, node: ir.Node) -> _Norm | None:
+    norm = None
+    if is_op(node, "LayerNormalization", "RMSNormalization"):
+        norm = _match_operator(node)
+    elif is_op(node, "Sqrt") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
+        norm = _match_primitives(model, node)
+    return norm if norm is not None and 0 < norm.epsilon < math.inf else None
+
+
+def _match_operator(node: ir.Node) -> _Norm | None:
     x = node.inputs[0]
     shape = static_shape(x)
     if x is None or shape is None or attribute(node, "axis", -1) not in (-1, len(shape) - 1):
-        return
+        return None
     gamma, beta = constant(operand(node, 1)), constant(operand(node, 2))
     if gamma is None or (beta is None and operand(node, 2) is not None):
-        return
-    features = shape[-1]
-    beta = np.zeros(features) if beta is None else beta
-    epsilon = attribute(node, "epsilon", 1e-5)
-    _replace(model, [node], x, node.outputs[0], gamma, beta, epsilon)
+        return None
+    if is_op(node, "LayerNormalization") and beta is None:
+        beta = np.zeros(shape[-1])
+    vectors = [gamma] if beta is None else [gamma, beta]
+    if any(vector.shape[-1:] != shape[-1:] for vector in vectors):
+        return None
+    return _Norm(x, node.outputs[0], [node], gamma, beta, attribute(node, "epsilon", 1e-5))
 
 
-def _fuse_primitives(model: ir.Model, root: ir.Node) -> None:
+def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
     """Find x behind the square root and the normalised value after it, and prove them by running.
 
-    The region before the root holds the centred value ``x - mean(x)``; the region after it ends
-    with gamma and beta where they exist.
+    Of a LayerNorm the region before the root holds the centred value ``x - mean(x)``; the region
+    after the root ends with gamma and beta where they exist.
     """
     epsilon = _epsilon(root)
     if epsilon is None:
-        return
-    for x in _inputs_of_variance(root):
+        return None
+    candidates = [(x, True) for x in _inputs_of_variance(root)]
+    candidates += [(x, False) for x in _inputs_of_square(root)]
+    for x, centred in candidates:
         shape = static_shape(x)
         if shape is None or len(shape) < 2:
             continue
         for y in reversed(_affine_results(root, shape)):
-            nodes, _ = region([y], [x])
-            if root not in nodes or len(nodes) > _LARGEST_REGION:
+            nodes, leaves = region([y], [x])
+            if leaves or root not in nodes or len(nodes) > _LARGEST_REGION:
                 continue
-            affine = _measure(model, x, y, shape, epsilon)
+            affine = _measure(model, x, y, nodes, centred, epsilon)
             if affine is not None:
-                _replace(model, nodes, x, y, *affine, epsilon)
-                return
+                return _Norm(x, y, nodes, affine[0], affine[1] if centred else None, epsilon)
+    return None
 
 
 def _epsilon(root: ir.Node) -> float | None:
@@ -91,52 +169,92 @@ def _inputs_of_variance(root: ir.Node) -> list[ir.Value]:
     return found
 
 
+def _inputs_of_square(root: ir.Node) -> list[ir.Value]:
+    """What the root's mean is a mean of squares of."""
+    value = root.inputs[0]
+    for _ in range(5):
+        node = value.producer() if value is not None else None
+        if node is None:
+            break
+        reads = {read for read in node.inputs if read is not None and read.const_value is None}
+        if len(reads) != 1:
+            break
+        (value,) = reads
+        squares = is_op(node, "Mul") and node.inputs[0] is node.inputs[1]
+        squares = squares or is_op(node, "Pow") and scalar(operand(node, 1)) == 2
+        if squares or is_op(node, "ReduceSumSquare"):
+            return [_before_casts(value)]
+        if not is_op(node, "Add", "Mul", "Div", "ReduceMean", "ReduceSum", "Cast"):
+            break
+    return []
+
+
+def _before_casts(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    while is_op(node, "Cast") and node is not None and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
 def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
     """Values of x's shape that follow the root through Div, Mul, Add, Reciprocal, nearest first."""
-    found, current = [], root.outputs[0]
+    found, frontier = [], [root.outputs[0]]
     for _ in range(5):
-        users = [node for node in current.consumers() if is_op(node, *_AFFINE)]
-        if not users:
-            break
-        current = users[0].outputs[0]
-        if static_shape(current) == shape:
-            found.append(current)
-        if len(current.uses()) > 1:
-            break
+        frontier = [
+            user.outputs[0]
+            for value in frontier
+            if value is root.outputs[0] or len(value.uses()) == 1
+            for user in value.consumers()
+            if is_op(user, *_AFFINE)
+        ]
+        found += [value for value in frontier if static_shape(value) == shape]
     return found
 
 
-_AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast")
+_AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand")
 
 
 def _measure(
-    model: ir.Model, x: ir.Value, y: ir.Value, shape: tuple[int, ...], epsilon: float
+    model: ir.Model, x: ir.Value, y: ir.Value, nodes: list[ir.Node], centred: bool, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """gamma and beta with ``y = layernorm(x) * gamma + beta``, read from the constants, or None."""
-    nodes, _ = region([y], [x])
-    vectors = [np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)]
+    """gamma and beta with ``y = norm(x) * gamma + beta``, read from the constants, or None."""
+    shape = static_shape(x)
+    assert shape is not None
+    gamma, beta = np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)
     for node in nodes:
         pair = other_operand(node) if is_op(node, "Mul", "Add") else None
         array = constant(pair[1]) if pair else None
-        if array is not None and array.size == shape[-1] > 1:
-            vectors[node.op_type == "Add"] = array.reshape(-1)
+        if array is None or not array.size == shape[-1] > 1:
+            continue
+        if node.op_type == "Mul":
+            gamma = gamma * array.reshape(-1)
+        else:
+            beta = array.reshape(-1)
+    if not centred and beta.any():
+        return None  # RMSNorm has none: the value before it is the norm
     sample = np.random.default_rng(1).normal(size=shape).astype(np.float32) * 2 + 1
     results = run(model, {x: sample}, [y])
     if results is None:
         return None
-    centred = sample - sample.mean(-1, keepdims=True)
-    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    expected = normal * vectors[0] + vectors[1]
+    normal = sample - sample.mean(-1, keepdims=True) if centred else sample
+    normal = normal / np.sqrt((normal**2).mean(-1, keepdims=True) + epsilon)
+    expected = normal * gamma + beta
     close = np.allclose(results[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    return (vectors[0], vectors[1]) if close else None
+    return (gamma, beta) if close else None
 
 
-def _replace(model, nodes, x, y, gamma, beta, epsilon) -> None:
-    shape = token_shape(x)
-    if shape is None or gamma.size != shape[-1] or beta.size != shape[-1]:
+def _replace_rows(model: ir.Model, norm: _Norm) -> None:
+    shape = token_shape(norm.x)
+    vectors = {"gamma": norm.gamma} if norm.beta is None else {"gamma": norm.gamma, "beta": norm.beta}
+    if shape is None or any(vector.size != shape[-1] for vector in vectors.values()):
         return
-    build = Builder(model, nodes[-1], nodes)
-    inputs = [build.resolve(x, shape), build.weight(gamma.reshape(-1), "gamma")]
-    inputs.append(build.weight(beta.reshape(-1), "beta"))
-    (result,) = build.node("LayerNorm", inputs, [shape], {"epsilon": float(epsilon)})
-    build.replace(y, result)
+    build = Builder(model, norm.nodes[-1], norm.nodes)
+    inputs = [build.resolve(norm.x, shape)]
+    inputs += [build.weight(vector.reshape(-1), name) for name, vector in vectors.items()]
+    attributes: dict[str, int | float | str] = {"epsilon": float(norm.epsilon)}
+    if norm.beta is None:
+        attributes["groups"] = 1
+    operator = "RMSNorm" if norm.beta is None else "LayerNorm"
+    (result,) = build.node(operator, inputs, [shape], attributes)
+    build.replace(norm.y, result)

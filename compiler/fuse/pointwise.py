@@ -36,7 +36,15 @@ KNOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def fuse_pointwise(model: ir.Model) -> None:
-    """Replace each elementwise region that computes a known function by ``Pointwise``."""
+    """Replace each elementwise region that computes a known function by ``Pointwise``.
+
+    Forms
+    -----
+    Pointwise
+        - ``Gelu``, ``Relu``, ``Sigmoid``, ``Tanh``, ``Swish``
+        - elementwise operators around ``Erf``, ``Tanh``, ``Sigmoid`` or ``Exp`` with the values of
+          a known function
+    """
     for node in list(model.graph):
         if node.graph is None or not is_op(node, *_CORES):
             continue

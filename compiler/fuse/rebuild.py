@@ -21,7 +21,7 @@ class Builder:
         self._at = at
         names: dict[str, None] = {}
         for node in replaced:
-            if node.domain == DOMAIN:
+            if "sources" in node.metadata_props:
                 names.update(dict.fromkeys(json.loads(node.metadata_props["sources"])))
             elif node.name:
                 names[node.name] = None
@@ -58,10 +58,36 @@ class Builder:
         target = self.weight(np.array(shape, np.int64), "shape")
         return self._insert("Reshape", [value, target], [shape], {}, "", [value.dtype])[0]
 
+    def transpose(self, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
+        """``value`` with its axes in another order (itself where that is its own)."""
+        shape = static_shape(value)
+        assert shape is not None
+        if order == tuple(range(len(shape))):
+            return value
+        shapes, attributes = [tuple(shape[axis] for axis in order)], {"perm": order}
+        return self._insert("Transpose", [value], shapes, attributes, "", [value.dtype])[0]
+
+    def product(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The matrix product of two values of one rank and batch."""
+        (*batch, rows, _), columns = static_shape(a) or (), (static_shape(b) or ())[-1]
+        return self._insert("MatMul", [a, b], [(*batch, rows, columns)], {}, "", [a.dtype])[0]
+
+    def take(self, value: ir.Value, columns: np.ndarray) -> ir.Value:
+        """Columns of the last axis of ``value``."""
+        shape, indices = static_shape(value), self.weight(columns.astype(np.int64), "columns")
+        assert shape is not None
+        shapes, attributes = [(*shape[:-1], len(columns))], {"axis": -1}
+        return self._insert("Gather", [value, indices], shapes, attributes, "", [value.dtype])[0]
+
+    def scale(self, value: ir.Value, factor: float) -> ir.Value:
+        """``value`` times one number."""
+        shape, number = static_shape(value), self.weight(np.array(factor, np.float32), "factor")
+        assert shape is not None
+        return self._insert("Mul", [value, number], [shape], {}, "", [value.dtype])[0]
+
     def _insert(self, operator, inputs, shapes, attributes, domain, types) -> list[ir.Value]:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
-        if domain:
-            node.metadata_props["sources"] = self._sources
+        node.metadata_props["sources"] = self._sources
         for output, shape, kind in zip(node.outputs, shapes, types):
             output.shape, output.dtype = ir.Shape(shape), kind
         self._graph.insert_before(self._at, node)
@@ -84,8 +110,18 @@ class Builder:
 
 
 def flat_root(value: ir.Value) -> ir.Value:
-    """The earliest value that holds the elements of ``value`` in the same order."""
-    return [trace.root for trace in traces(value) if same_elements(trace)][-1]
+    """The earliest value that holds the elements of ``value`` in the same order; itself where its
+    shape is not known."""
+    return [value, *(trace.root for trace in traces(value) if same_elements(trace))][-1]
+
+
+def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The canonical node, one of ``operators``, that ``value`` comes from, whatever its shape."""
+    if value is None or value.const_value is not None:
+        return None
+    node = flat_root(value).producer()
+    found = node is not None and node.domain == DOMAIN and node.op_type in operators
+    return node if found else None
 
 
 def token_shape(value: ir.Value) -> tuple[int, ...] | None:

@@ -15,13 +15,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from moeware.compiler.canonical import PLAIN_ROUTE
 from moeware.compiler.canonical_rules import GROUP_SCORES, NORMALISATIONS, SCORES
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.region import inputs_of, region, runner
 from moeware.compiler.fuse.trace import constant, is_op, operand, static_shape
 from moeware.compiler.operators import route
 
-__all__ = ["RouterForm", "RouterMatch", "match_router", "propose_forms", "sample_logits"]
+__all__ = ["RouterForm", "RouterMatch", "match_router", "plain_forms", "propose_forms",
+           "sample_logits"]
 
 ROWS = 256  # of logits on which a form is proved, at least
 # Relative difference that separates the rounding of float32 from another function.
@@ -41,9 +43,10 @@ class RouterForm:
     factor: float = 1.0
 
     def dense(self, logits: np.ndarray) -> np.ndarray:
-        """Weight of each expert, float64 [rows, E], of logits float32; 0 where it is not chosen."""
-        indices, weights = route(torch.from_numpy(logits), torch.from_numpy(self.correction),
-                                 self.attributes)
+        """Weight of each expert, float64 [rows, E], computed in the type of the logits; 0 where it is
+        not chosen."""
+        correction = torch.from_numpy(self.correction.astype(logits.dtype))
+        indices, weights = route(torch.from_numpy(logits), correction, self.attributes)
         return _spread(indices.numpy(), weights.numpy(), logits.shape) * self.factor
 
 
@@ -56,6 +59,12 @@ class RouterMatch:
     indices: ir.Value
     weights: ir.Value
     form: RouterForm
+
+
+def plain_forms(experts: int, k: int) -> list[RouterForm]:
+    """Softmax of all logits alone, of the chosen or of all."""
+    return [RouterForm({"k": k, "normalise": name, **PLAIN_ROUTE}, np.zeros(experts, np.float32))
+            for name in NORMALISATIONS]
 
 
 def match_router(model: ir.Model, top_k: ir.Node) -> RouterMatch | None:

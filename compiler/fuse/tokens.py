@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.canonical import DOMAIN, ROUTED
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.trace import (
     Trace,
@@ -18,7 +18,13 @@ from moeware.compiler.fuse.trace import (
 
 
 def fuse_take_token(model: ir.Model) -> None:
-    """Replace the selection of one row of ``[1, N, D]`` by ``TakeToken``."""
+    """Replace the selection of one row of ``[1, N, D]`` by ``TakeToken``.
+
+    Forms
+    -----
+    TakeToken
+        - ``Gather``, ``Slice`` or ``Split`` that selects one token
+    """
     for node in list(model.graph):
         if not is_op(node, "Gather", "Slice", "Split"):
             continue
@@ -50,7 +56,13 @@ def _rows_of_tokens(value: ir.Value) -> Trace | None:
 
 
 def fuse_mean(model: ir.Model) -> None:
-    """Replace a mean over all tokens by ``MeanTokens``."""
+    """Replace a mean over all tokens by ``MeanTokens``.
+
+    Forms
+    -----
+    MeanTokens
+        - ``ReduceMean`` over the tokens, or ``GlobalAveragePool`` of them as an image
+    """
     for node in list(model.graph):
         if not is_op(node, "ReduceMean", "GlobalAveragePool") or node.inputs[0] is None:
             continue
@@ -62,9 +74,10 @@ def fuse_mean(model: ir.Model) -> None:
             continue
         if is_op(node, "GlobalAveragePool"):
             axes = range(2, len(given))
-        if axes is None:
+        # No axes at all are all of them, or none, as another attribute says.
+        if axes is None or np.ndim(axes) != 1 or len(axes) == 0:
             continue
-        axes = sorted(int(axis) % len(given) for axis in axes)
+        axes = sorted({int(axis) % len(given) for axis in axes})
         for trace in reversed(traces(node.inputs[0])):
             shape = static_shape(trace.root)
             if shape is None or len(shape) != 3 or shape[0] != 1:
@@ -81,7 +94,13 @@ def fuse_mean(model: ir.Model) -> None:
 
 
 def fuse_add(model: ir.Model) -> None:
-    """Replace the sum of two values of rows by the residual ``Add``."""
+    """Replace the sum of two values of rows by the residual ``Add``.
+
+    Forms
+    -----
+    Add
+        - ``Add`` of two computed values of one shape
+    """
     for node in list(model.graph):
         if not is_op(node, "Add") or any(
             value is None or value.const_value is not None for value in node.inputs
@@ -102,6 +121,11 @@ def join_branches(model: ir.Model) -> None:
     """Rewrite ``x + (a + b)``, with branches a and b (a shared expert), as ``(x + a) + b``.
 
     Then each branch joins the residual stream by itself. Only the rounding of the sum differs.
+
+    Forms
+    -----
+    Add
+        - ``Add`` of the stream and of the sum of two branches (a shared expert)
     """
     for node in list(model.graph):
         if not _is(node, "Add"):
@@ -114,7 +138,7 @@ def join_branches(model: ir.Model) -> None:
             branches = [branch for branch in inner.inputs if branch is not None]
             whole = len(value.uses()) == 1 and not value.is_graph_output()
             if not whole or not all(
-                _is(branch.producer(), "Linear", "Experts") for branch in branches
+                _is(branch.producer(), "Linear", *ROUTED) for branch in branches
             ):
                 continue
             shape = static_shape(stream)

@@ -153,6 +153,7 @@ _MOVES = {
     "Split": _split,
     "Slice": _slice,
 }
+LAYOUT = tuple(_MOVES)  # operators that only move elements (a reduction, where its axes have one)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Float canonical nodes to the quantised graph.
 
 Weights are int8, or narrower where `Precision` says so, per output channel (experts: per expert and
-channel), activations int8 per tensor, the residual stream int16 on one grid. Three exact identities
-are used before anything is rounded:
+channel), activations int8 per tensor, the residual stream int16 on one grid. Exact identities are used
+before anything is rounded:
 
-- a key's bias adds one number to all scores of a row, which softmax does not see: it is dropped;
+- a key's bias adds one number to all scores of a row, which softmax does not see: it is dropped, where
+  nothing normalises or turns the key behind it;
 - a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
   what follows;
-- LayerNorm's scale and shift move into the weights that follow. In exchange each channel of the
+- scale and shift of LayerNorm and RMSNorm of the stream move into the weights that follow. In exchange each channel of the
   normalised tensor is scaled so that tensor and weights share the rounding error (SmoothQuant,
-  Xiao et al. 2023, section 4, with alpha = 1/2).
+  Xiao et al. 2023, section 4, with alpha = 1/2);
+- scores do not depend on an order of channels that queries and keys share: where they are turned, the
+  two of a pair are neighbours.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,9 @@ from moeware.compiler.canonical import attributes
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise.attention import Attention
 from moeware.compiler.quantise.experts import Experts
+from moeware.compiler.quantise.projections import Projections
 from moeware.compiler.quantise.rows import Rows
+from moeware.compiler.quantise.soft import SoftExperts
 from moeware.compiler.quantise.state import QuantisedStep
 from moeware.compiler.quantise.stream import Stream
 
@@ -46,7 +51,7 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
                       variants or [nodes]).run()
 
 
-class _Quantiser(Stream, Rows, Attention, Experts):
+class _Quantiser(Stream, Rows, Projections, Attention, Experts, SoftExperts):
     """Node after node by the rule of its operator."""
 
     def run(self) -> QuantisedStep:
@@ -56,4 +61,5 @@ class _Quantiser(Stream, Rows, Attention, Experts):
             getattr(self, f"_{node.op_type}")(node, **attributes(node))
         for value in self.outputs:
             self._output(value)
+        self.result.grids = self._grids()
         return self.result

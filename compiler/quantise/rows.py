@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import attributes
+from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.quantise.hidden import GATED_STAGES, gated_hidden
+from moeware.compiler.quantise.projections import head_channels
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
     FUNCTION,
@@ -23,31 +25,44 @@ from moeware.hw.arch.isa import NormMode
 
 __all__ = ["Rows"]
 
+# Places of the weights that an operator's first input meets.
+_WEIGHTS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 7)}
+
 
 class Rows(State):
-    """Rules for LayerNorm, Linear and Pointwise."""
+    """Rules for LayerNorm and RMSNorm of the stream, Linear, Pointwise and Multiply."""
 
     def _LayerNorm(self, node, epsilon):
-        value, source = node.outputs[0], self._tensor(node.inputs[0])
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
+        self._stream_norm(node, NormMode.LAYER, epsilon, gamma, beta)
+
+    def _RMSNorm(self, node, epsilon, groups):
+        if node.inputs[0].name in self.pending:
+            self._projected_norm(node)
+        else:
+            gamma = self._constants(node)[0].astype(np.float64)
+            self._stream_norm(node, NormMode.RMS, epsilon, gamma, None)
+
+    def _stream_norm(self, node, mode, epsilon, gamma, beta) -> None:
+        value, source = node.outputs[0], self._tensor(node.inputs[0])
         channels = len(gamma)
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
         demand = self._demand(value, channels) * np.abs(gamma)
-        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand)
+        smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand,
+                                     centred=mode is NormMode.LAYER)
         scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
         multiplier, shift = encode_scales(scale)
-        integer_epsilon = round(epsilon * (channels / source.step) ** 2)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
         self.norms[value.name] = (
             q.Norm(name=node.name, output=value.name, source=source.tensor,
-                   first_row=source.first_row, rows=source.rows, mode=NormMode.LAYER,
-                   epsilon=integer_epsilon, affine=affine),
+                   first_row=source.first_row, rows=source.rows, mode=mode,
+                   epsilon=self._epsilon(channels, epsilon, source.step), affine=affine),
             Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta, rows=source.rows))
-        if any(user.op_type != "TakeToken" for user in self._consumers(value)):
+        if any(user.op_type not in ("TakeToken", "SoftExperts") for user in self._consumers(value)):
             self.values[value.name] = self._norm(value.name, value.name, 0, source.rows)
 
     def _norm(self, norm: str, output: str, first_row: int, rows: int) -> Tensor:
-        """Emit some rows of a LayerNorm as the tensor `output`."""
+        """Emit some rows of a normalised stream as the tensor `output`."""
         operation, tensor = self.norms[norm]
         self._add(dataclasses.replace(operation, output=output, rows=rows,
                                       first_row=operation.first_row + first_row))
@@ -58,18 +73,19 @@ class Rows(State):
         variants."""
         largest = np.zeros(channels)
         for node in self._consumers(value):
-            if node.op_type in ("Linear", "Route", "Experts"):
+            if node.op_type in _WEIGHTS:
                 for variant in self.variants:
-                    inputs = variant[node.name].inputs
-                    weight = inputs[3 if node.op_type == "Experts" else 1].const_value.numpy()
-                    largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
+                    for place in _WEIGHTS[node.op_type]:
+                        weight = variant[node.name].inputs[place].const_value.numpy()
+                        largest = np.maximum(largest, np.abs(weight.reshape(-1, channels)).max(0))
             elif node.op_type in ("TakeToken", "MeanTokens"):
                 largest = np.maximum(largest, self._demand(node.outputs[0], channels))
         return largest
 
     def _Linear(self, node):
         value, consumers = node.outputs[0], self._consumers(node.outputs[0])
-        if value in self.outputs or consumers[0].op_type in ("Add", "Pointwise"):
+        later = ("Add", "Pointwise", "Multiply", "RMSNorm", "Rotary")
+        if value in self.outputs or consumers[0].op_type in later:
             self.pending[value.name] = node
             return
         weight, bias = self._constants(node)
@@ -77,7 +93,7 @@ class Rows(State):
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
         if roles and roles <= {1, 2}:
-            samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
+            samples, shift = without(samples, bias), bias.astype(np.float64)
             bias = np.zeros_like(bias)
             if roles == {1, 2}:
                 raise CompileError(f"Node {node.name!r} must be key or value of attention, not both")
@@ -86,15 +102,11 @@ class Rows(State):
             if source.shift is not None:
                 lifted = weight.astype(np.float64) @ source.shift
                 samples = without(samples, lifted)
-                shift = None if shift is None else shift + lifted
+                shift = shift + lifted
                 bias = -lifted
-            # The attention unit has one stride for query, key and value: shared heads are repeated.
-            a = attributes(users[0])
-            if a["heads"] != a["kv_heads"]:
-                heads = np.arange(len(weight)).reshape(a["kv_heads"], -1)
-                order = np.repeat(heads, a["heads"] // a["kv_heads"], 0).ravel()
-                weight, bias, samples = weight[order], bias[order], samples[..., order]
-                shift = None if shift is None else shift[order]
+            order = head_channels(users[0], value).ravel()
+            weight, bias, samples = weight[order], bias[order], samples[..., order]
+            self.columns[value.name], shift = order, shift[order]
         gain = None
         if len(users) == len(consumers) == 1 and roles == {2}:
             gain = self._value_gain(users[0], samples, shift)
@@ -103,8 +115,8 @@ class Rows(State):
 
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
                      shift=None, gain=None, mean=0.0) -> None:
-        source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))
@@ -113,6 +125,9 @@ class Rows(State):
                                          mean=mean, rows=source.rows)
 
     def _Pointwise(self, node, function):
+        if self._consumers(node.outputs[0])[0].op_type == "Multiply":
+            self.pending[node.outputs[0].name] = node
+            return
         linear = self.pending.pop(node.inputs[0].name, None)
         if linear is None:
             raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
@@ -125,3 +140,29 @@ class Rows(State):
         self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
                           table=function_table(function, before, after), after=after,
                           mean=samples.mean(0))
+
+    def _Multiply(self, node):
+        """A Linear, or a function of one, times another Linear of the same source."""
+        value = node.outputs[0]
+        operands = sorted((self.pending.pop(v.name) for v in node.inputs),
+                          key=lambda operand: operand.op_type != "Pointwise")
+        gate, function = operands[0], None
+        if gate.op_type == "Pointwise":
+            function = attributes(gate)["function"]
+            gate = self.pending.pop(gate.inputs[0].name)
+        up = operands[1]
+        stages = (gate.outputs[0], operands[0].outputs[0], up.outputs[0], value)
+        samples = {stage: [self.calibration.rows(each.name)]
+                   for stage, each in zip(GATED_STAGES, stages)}
+        demand = self._demand(value, shape(value)[-1])
+        hidden, = gated_hidden(function, samples, demand[None])
+        bits = self.precision.of(up.name, gate.name, "linear")
+        source, limit = self._linear_source(up, bits), WEIGHT_BITS[bits]
+        weight, bias = self._constants(gate)
+        step, offset = hidden.before
+        gate_weight, gate_affine = scaled_weights(weight, bias - offset, source, step, limit=limit)
+        weight, affine = scaled_weights(*self._constants(up), source, hidden.factor, 16, limit=limit)
+        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=weight,
+                           affine=affine, table=hidden.table, bits=bits, gate=gate_weight,
+                           gate_affine=gate_affine))
+        self.values[value.name] = dataclasses.replace(hidden.made, tensor=value.name, rows=source.rows)

@@ -1,35 +1,63 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.calibrate import Calibration
-from moeware.compiler.canonical import attributes, shape
+from moeware.compiler.canonical import attributes, projection, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.precision import WEIGHT_BITS, Precision
-from moeware.compiler.weights import Tensor, scaled_weights
+from moeware.compiler.quantise.expert_layer import ExpertLayer
+from moeware.compiler.weights import Tensor, informed, scaled_weights
 from moeware.hw.arch import quantised as q
+from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import Port, Region
 
 __all__ = ["Embedding", "QuantisedStep", "State", "without"]
 
 HEADROOM = 1.5  # of the residual grid over the largest calibrated value
+EPSILON_BITS = 48  # that the normalisation unit holds epsilon in
 
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0). choice : as of
-    `DeviceStep`."""
+    """A device step before it has addresses (those of its ports' regions are 0).
+
+    choice, grids : as of `DeviceStep`; layers : its experts while their bits are open, none after.
+    """
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     choice: dict[str, int] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    layers: list[ExpertLayer] = field(default_factory=list)
+
+    def settle(self, bits: Mapping[str, Sequence[int]]) -> None:
+        """Give experts these bits, by the name of their layer, or leave them those they have."""
+        self._exchange([layer.operation(bits[layer.name]) for layer in self.layers
+                        if layer.name in bits])
+        self.layers = []
+
+    def settle_nested(self) -> "QuantisedStep":
+        """Give experts nested weights of 8 bits; returns the step with the upper 4 of them."""
+        pairs = [layer.nested() for layer in self.layers]
+        self.layers = []
+        upper = dataclasses.replace(self, operations=list(self.operations))
+        self._exchange([whole for whole, _ in pairs])
+        upper._exchange([half for _, half in pairs])
+        return upper
+
+    def _exchange(self, operations: Sequence[q.Experts]) -> None:
+        """These operations in place of those that have their outputs."""
+        known = {operation.output: operation for operation in operations}
+        self.operations = [known.get(each.output, each) for each in self.operations]
 
 
 @dataclass(frozen=True)
@@ -50,8 +78,9 @@ def without(samples: np.ndarray, shift: np.ndarray) -> np.ndarray:
 class State:
     """What the rules for the canonical operators share: consumers, grids, the step so far.
 
-    pending : Linear or Experts by the value that its consumer will emit; norms : all rows of a
-    LayerNorm's value.
+    pending : nodes by the value that its consumer will emit; norms : all rows of a normalised
+    stream; columns : of a value, the channel that each of its tensor's is, where they differ; added :
+    the tensors of the stream after and before a value was added to it.
     """
 
     def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
@@ -63,8 +92,10 @@ class State:
         self.calibration, self.precision = calibration, precision
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
-        self.pending: dict[str, ir.Node] = {}  # Linear or Experts that its consumer will emit
-        self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # LayerNorm value -> all its rows
+        self.pending: dict[str, ir.Node] = {}  # what its consumer will emit
+        self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # value of a norm -> all its rows
+        self.columns: dict[str, np.ndarray] = {}
+        self.added: dict[str, tuple[str, str]] = {}
         self.stream_step = self._stream_step()
 
     # Consumers, grids, weights
@@ -79,11 +110,21 @@ class State:
         stream += [value for value in self.inputs if len(shape(value)) == 3]
         largest = max((np.abs(self.calibration.rows(value.name)).max() for value in stream),
                       default=0.0)
-        # The normalisation unit holds epsilon in 48 bits; a finer grid would resolve only what
-        # epsilon drowns.
-        finest = max((shape(node.outputs[0])[-1] * math.sqrt(attributes(node)["epsilon"])
-                      for node in self.nodes if node.op_type == "LayerNorm"), default=0.0)
-        return max(float(HEADROOM * largest / 32767), finest / (1 << 23)) if largest else 1.0
+        finest = max((self._finest(shape(node.outputs[0])[-1], attributes(node)["epsilon"])
+                      for node in self.nodes if node.op_type in ("LayerNorm", "RMSNorm")
+                      and projection(node.outputs[0])[0] is None), default=0.0)
+        return max(float(HEADROOM * largest / 32767), finest) if largest else 1.0
+
+    @staticmethod
+    def _finest(channels: int, epsilon: float) -> float:
+        """The finest grid on which so many channels are normalised: a finer one would resolve only
+        what epsilon drowns."""
+        return channels * math.sqrt(epsilon) / (1 << EPSILON_BITS // 2 - 1)
+
+    @staticmethod
+    def _epsilon(channels: int, epsilon: float, step: float) -> int:
+        """Epsilon as `numerics.normalise` takes it, of rows on the grid `step`."""
+        return round(epsilon * (channels / step) ** 2)
 
     def _tensor(self, value: ir.Value) -> Tensor:
         found = self.values[value.name]
@@ -136,18 +177,40 @@ class State:
             name=value.name, tensor=tensor.tensor, shape=dims[1:], scale=tensor.step,
             split=(rows, dims[-1]), order=(0, 1), region=region))
 
+    def _grids(self) -> dict[str, Grid]:
+        """What became of each canonical value that the step computes and keeps as a tensor."""
+        tensors = {name: found for name, found in self.values.items() if isinstance(found, Tensor)}
+        grids = {name: Grid(tensor=found.tensor, step=found.step, offset=found.offset,
+                            gain=found.gain, shift=found.shift, columns=self.columns.get(name),
+                            first_row=found.first_row, rows=found.rows)
+                 for name, found in tensors.items()
+                 if name not in {value.name for value in self.inputs}}
+        return grids | {name: Grid(tensor=after, base=before, step=self.stream_step,
+                                   rows=tensors[after].rows)
+                        for name, (after, before) in self.added.items()}
+
     def _head(self, value: ir.Value) -> None:
         """A Linear that leaves the step: wide, on a grid of its own."""
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        self._add_linear(node, value.name, source, step, residual=None)
+        self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
-    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
-                    residual: str | None, first_row: int = 0) -> None:
+    def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
+        """What a Linear reads, as its weights want to know it."""
+        source, value = self._tensor(node.inputs[0]), node.inputs[0]
+        if bits == 8 or node.op_type == "PatchEmbed":  # samples of images are not of patches
+            return source
+        return informed(source, self.calibration.rows(value.name))
+
+    def _add_linear(self, node: ir.Node, output: str, step: float, *,
+                    residual: str | None, first_row: int = 0,
+                    constants: Sequence[np.ndarray] | None = None) -> None:
+        """constants : weight and bias in place of the node's own."""
         bits = self.precision.of(node.name, "linear")
-        weight, affine = scaled_weights(*self._constants(node), source, step, 16,
+        source = self._linear_source(node, bits)
+        weight, affine = scaled_weights(*(constants or self._constants(node)), source, step, 16,
                                         limit=WEIGHT_BITS[bits])
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
                               residual=residual, first_row=first_row, weight=weight, affine=affine,

@@ -1,5 +1,7 @@
 """The residual stream: embedding, additions, single tokens."""
 
+import dataclasses
+
 import numpy as np
 
 from moeware.compiler.canonical import shape
@@ -36,11 +38,10 @@ class Stream(State):
 
     def _emit_embedding(self, name: str, start: Embedding) -> Tensor:
         node = start.patches
-        image = self._tensor(node.inputs[0])
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        self._add_linear(node, name, image, self.stream_step, residual=f"{name}/constant",
+        self._add_linear(node, name, self.stream_step, residual=f"{name}/constant",
                          first_row=start.first_row)
         tensor = Tensor(name, self.stream_step, rows=len(start.constant))
         self.values[name] = tensor
@@ -54,11 +55,13 @@ class Stream(State):
         stream, name = self._tensor(other), node.outputs[0].name
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
-            source = self._tensor(source_node.inputs[0])
-            self._add_linear(source_node, name, source, self.stream_step, residual=stream.tensor)
+            self._add_linear(source_node, name, self.stream_step, residual=stream.tensor)
+        elif source_node.op_type == "SoftExperts":
+            self._soft_experts(source_node, stream, name)
         else:
             self._experts(source_node, stream, name)
         self.values[name] = Tensor(name, self.stream_step, rows=stream.rows)
+        self.added[branch.name] = name, stream.tensor
 
     def _TakeToken(self, node, index):
         value, name = node.inputs[0], node.outputs[0].name
@@ -67,5 +70,4 @@ class Stream(State):
             self.values[name] = self._norm(value.name, name, index, 1)
             return
         source = self._tensor(value)
-        self.values[name] = Tensor(source.tensor, source.step, source.gain, source.shift,
-                                   source.first_row + index, 1)
+        self.values[name] = dataclasses.replace(source, first_row=source.first_row + index, rows=1)

@@ -14,15 +14,12 @@ from moeware.compiler.tile.attention import lower_attention
 from moeware.compiler.tile.chain import Chain, chains, lower_chain
 from moeware.compiler.tile.experts import lower_experts, lower_route
 from moeware.compiler.tile.lowering import Lowering, Plan
-from moeware.compiler.tile.rows import (
-    lower_add_linear,
-    lower_constant,
-    lower_linear,
-    lower_norm,
-)
+from moeware.compiler.tile.norm import load_rotation, lower_norm
+from moeware.compiler.tile.rows import lower_add_linear, lower_constant, lower_linear
 from moeware.compiler.tile.spill import spill
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
+from moeware.hw.arch.isa import Memory
 
 __all__ = ["PLANS", "Plan", "tile"]
 
@@ -54,7 +51,7 @@ def tile(step: QuantisedStep, config: Config, *, trace: bool = False, frames: in
         return spill(lowering)
     for port in step.inputs:
         lowering.input(port)
-    for part in chains(lowering):
+    for number, part in enumerate(chains(lowering)):
         if isinstance(part, Chain):
             lower_chain(lowering, part)
             operation = part.operations[-1]
@@ -67,5 +64,16 @@ def tile(step: QuantisedStep, config: Config, *, trace: bool = False, frames: in
         for port in step.outputs:
             if port.tensor == operation.output:
                 lowering.output(port)
+        if number == 0:
+            _load_rotations(lowering)
     return Lowered(lowering.assembly.instructions, lowering.inputs, lowering.outputs,
                    lowering.probes, step.operations, lowering.macs, frames)
+
+
+def _load_rotations(lowering: Lowering) -> None:
+    """Behind the inputs and before all weights: in the midst they would hold these back, and take the
+    residual memory from products."""
+    for op in lowering.step.operations:
+        if isinstance(op, q.Norm) and op.rotation is not None:
+            load_rotation(lowering, op, lowering.shape(op.source, Memory.RESIDUAL, op.rows,
+                                                       len(op.affine.bias)))

@@ -125,8 +125,9 @@ class Assembly:
         """
         c, expert, narrow = self.config, fields.get("expert"), self.narrow(bits)
         depth_words, to_activation = weight.shape[1] // c.depth, fields["target"] == Target.ACTIVATION
-        unit = unit or channel_unit(c, narrow, whole_words=to_activation)
-        per_word = c.depth if to_activation else c.lanes
+        # Channels that fill a word of the target.
+        per_word = c.depth << fields.get("product", 0) if to_activation else c.lanes
+        unit = unit or channel_unit(c, narrow, per_word)
 
         def load(start: int, stop: int) -> tuple[int, int, Span, Span]:
             tile = f"{name or layer}/{start}"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.attention import attend_blocks
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.rows import add_rows, linear_rows, norm_rows
+from moeware.compiler.tile.norm import norm_rows
+from moeware.compiler.tile.rows import add_rows, linear_rows
 from moeware.compiler.tile.tensors import Tensor, chunks
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
@@ -30,7 +31,8 @@ MOST_BLOCKS = 3  # of one frame
 @dataclass(frozen=True)
 class Chain:
     """Consecutive operations: `attention`, the projection `project` that only reads it, and `norm`; a
-    feed-forward network, `up` and `down`; or all of them. What is missing is None."""
+    feed-forward network, `up` and `down`; or all of them; or queries or keys that are made as a whole,
+    `project`, and normalised, `norm`. What is missing is None."""
 
     attention: q.Attention | None = None
     project: q.AddLinear | None = None
@@ -68,8 +70,15 @@ def _chain(lowering: Lowering, operations: list[q.Operation]) -> Chain | None:
                                        and down.residual == project.output):
                 up = down = None
             return Chain(attention, project, norm, up, down)
+    if lowering.plan.blocks == 1:
+        return None
+    match operations:
+        case [q.AddLinear() as project, q.Norm() as norm, *_] if (
+                lowering.wide.get(norm.output) is project and norm.output not in lowering.split
+                and _reads(lowering, norm, project, alone=True)):
+            return Chain(project=project, norm=norm)
     up, down = _feed_forward(lowering, operations)
-    return Chain(up=up, down=down) if up is not None and lowering.plan.blocks > 1 else None
+    return Chain(up=up, down=down) if up is not None else None
 
 
 def _feed_forward(lowering: Lowering, operations: list[q.Operation]):
@@ -99,13 +108,16 @@ def lower_chain(lowering: Lowering, chain: Chain) -> None:
     next one in its middle, so that nothing waits for what another engine has just begun."""
     blocks = _blocks(lowering, chain)
     rows = lowering.rows[chain.operations[-1].output]
-    if chain.attention is None:
+    if chain.attention is None and chain.norm is not None:
+        for block in blocks:
+            _normalised(lowering, chain, block)
+    elif chain.attention is None:
         for block in blocks:
             hidden = _up(lowering, chain, lowering.tensors[chain.up.source], block, block[0])
             _down(lowering, chain, hidden, block)
     else:
         _follow(lowering, chain, blocks)
-    lowering.macs += sum(rows * op.weight.size for op in (chain.project, chain.up, chain.down)
+    lowering.macs += sum(rows * op.row_macs for op in (chain.project, chain.up, chain.down)
                          if op is not None)
 
 
@@ -132,7 +144,7 @@ def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -
     """Heads that a block passes before the next block does. Before a feed-forward network, so many
     that the first rows have passed all heads when the last head is made."""
     op, c = chain.attention, lowering.config
-    parts = [lowering.deferred.get(tensor) for tensor in (op.query, op.key, op.value)]
+    parts = [lowering.deferred_product(tensor) for tensor in (op.query, op.key, op.value)]
     if chain.up is None or None in parts:
         return 1
     rows, channels = lowering.rows[op.output], len(parts[0].weight)
@@ -152,11 +164,12 @@ def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -
 
 def _blocks(lowering: Lowering, chain: Chain) -> list[tuple[int, int]]:
     """Rows [first, last) of each block, counted through all frames; behind attention, which takes one
-    frame after the other, a block is of one frame."""
+    frame after the other, and of queries and keys, which depend on the row, a block is of one frame."""
     c, frames, rows = lowering.config, lowering.frames, lowering.rows[chain.operations[-1].output]
-    if chain.attention is None:
+    if chain.norm is None:
         return _split(c, 0, frames * rows, lowering.plan.blocks)
-    count = _frame_blocks(lowering, chain.project)
+    count = (lowering.plan.blocks if chain.attention is None
+             else _frame_blocks(lowering, chain.project))
     return [block for frame in range(frames)
             for block in _split(c, frame * rows, (frame + 1) * rows, count)]
 
@@ -189,7 +202,7 @@ def _project(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> tuple[
     if op.output not in lowering.tensors:
         lowering.inherit(op.output, op.residual)
     stream = lowering.tensors[op.output]
-    add_rows(lowering, op, source, [Run(source.span(first, last), stream.span(first, last))])
+    add_rows(lowering, op, source, stream, [Run(source.span(first, last), stream.span(first, last))])
     lowering.probe_rows(op, stream.span(first, last), first, stream.channels)
     if chain.up is not None:  # which alone reads it
         normed, base = _block_tensor(lowering, norm.output, block, stream.channels), first
@@ -200,6 +213,21 @@ def _project(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> tuple[
                                                for a, b in chunks(lowering.config, first, last)])
     lowering.probe_rows(norm, normed.span(first - base, last - base), first, stream.channels)
     return normed, base
+
+
+def _normalised(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> None:
+    """A block of queries or keys, whose product stays no longer than its norm needs it."""
+    op, norm, (first, last) = chain.project, chain.norm, block
+    source, channels = lowering.tensors[op.source], len(op.weight)
+    wide = Tensor(lowering.config, f"{op.output}/{first}", Memory.RESIDUAL, 1, last - first, channels,
+                  groups=lowering.groups[op.output], bank=1)
+    add_rows(lowering, op, source, wide, [Run(source.span(first, last), wide.span())])
+    lowering.probe_rows(op, wide.span(), first, channels)
+    target = lowering.tensors.get(norm.output) or lowering.tensor(
+        norm.output, Memory.ACTIVATION, norm.rows, channels, lowering.attended[norm.output])
+    norm_rows(lowering, norm, wide, target, [(a, b, a - first)
+                                             for a, b in chunks(lowering.config, first, last)])
+    lowering.probe_rows(norm, target.span(first, last), first, channels)
 
 
 def _up(lowering: Lowering, chain: Chain, source: Tensor, block: tuple[int, int],
@@ -216,8 +244,9 @@ def _down(lowering: Lowering, chain: Chain, hidden: Tensor, block: tuple[int, in
     op = chain.down
     if op.output not in lowering.tensors:
         lowering.inherit(op.output, op.residual)
-    target = lowering.tensors[op.output].span(*block)
-    add_rows(lowering, op, hidden, [Run(hidden.span(), target)])
+    stream = lowering.tensors[op.output]
+    target = stream.span(*block)
+    add_rows(lowering, op, hidden, stream, [Run(hidden.span(), target)])
     lowering.probe_rows(op, target, block[0], len(op.weight))
 
 

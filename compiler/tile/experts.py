@@ -7,7 +7,7 @@ import numpy as np
 
 from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.products import filled, require, spread
+from moeware.compiler.tile.products import activation_layers, require, spread
 from moeware.compiler.tile.tensors import Tensor, chunks
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
@@ -48,15 +48,16 @@ def lower_experts(lowering: Lowering, op: q.Experts) -> None:
 
     def first(e: int, middle: Tensor) -> Iterator[None]:
         """Hidden values of the expert's tokens."""
-        weight, affine = filled(spread(op.up[e], source), _take(op.up_affine, e), middle.columns(),
-                                middle.stride * config.depth)
+        gate = None if op.gate is None else (op.gate[e], op.gate_affine.part(e))
+        weight, affine, product = activation_layers((op.up[e], op.up_affine.part(e)), gate, source,
+                                                    middle.columns(), middle.stride)
         return _expert_product(lowering, op, e, "up", weight, affine,
                                Run(source.span(), middle.span()), reads=table_span, gather=1,
-                               target=Target.ACTIVATION, **table)
+                               target=Target.ACTIVATION, **product, **table)
 
     def second(e: int, middle: Tensor) -> Iterator[None]:
         return _expert_product(lowering, op, e, "down", spread(op.down[e], middle),
-                               _take(op.down_affine, e), Run(middle.span(), stream.span()), scatter=1,
+                               op.down_affine.part(e), Run(middle.span(), stream.span()), scatter=1,
                                gated=1, accumulate=1, target=Target.RESIDUAL)
 
     for start in range(0, experts, size):
@@ -66,7 +67,7 @@ def lower_experts(lowering: Lowering, op: q.Experts) -> None:
             for _ in zip_longest(*[product(e, middle) for e, middle in group.items()]):
                 pass
     chosen = next(o.chosen for o in lowering.step.operations if o.output == op.route)
-    lowering.macs += source.rows * chosen * (op.up[0].size + op.down[0].size)
+    lowering.macs += source.rows * chosen * op.row_macs
 
 
 def _expert_product(lowering: Lowering, op: q.Experts, expert: int, which: str, weight: np.ndarray,
@@ -75,8 +76,3 @@ def _expert_product(lowering: Lowering, op: q.Experts, expert: int, which: str, 
     return lowering.assembly.product_tiles(
         layer, weight, affine, [run], bits=bits, name=f"{layer}/{which}", first=False, last=False,
         queued=1, expert=expert, queue_read=True, conditional=1, **fields)
-
-
-def _take(affine: q.Affine, expert: int) -> q.Affine:
-    return q.Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                    shift=affine.shift[expert])

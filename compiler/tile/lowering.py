@@ -11,7 +11,7 @@ from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.isa import Memory, NormMode
 from moeware.hw.arch.program import Port, Probe
 
 __all__ = ["Lowering", "Plan"]
@@ -44,7 +44,8 @@ class Lowering:
     """Instructions, tensors, ports and probes of a step of `frames` frames in the making.
 
     split : tensors whose heads are made one by one, by the attention that reads them; deferred : the
-    operations that make these; apart : inputs with a tensor for each frame, as the room for all at
+    operations that make these; rotations : factors of `q.Norm.rotation` on chip, by their words;
+    apart : inputs with a tensor for each frame, as the room for all at
     once would be for a single product.
     """
 
@@ -54,7 +55,8 @@ class Lowering:
         self.assembly = Assembly(config)
         self.tensors: dict[str, Tensor] = {}
         self.groups, self.split = self._heads()
-        self.deferred: dict[str, q.Linear] = {}
+        self.deferred: dict[str, q.Linear | q.AddLinear | q.Norm] = {}
+        self.rotations: dict[bytes, Span] = {}
         self.apart: dict[str, list[Tensor]] = {}
         self.inputs: list[tuple[Port, Block]] = []
         self.outputs: list[tuple[Port, Block]] = []
@@ -66,23 +68,47 @@ class Lowering:
         writes; and the tensors that are made head by head."""
         groups: dict[str, int] = {}
         split: set[str] = set()
-        made = {op.output: op for op in self.step.operations}
         for op in self.step.operations:
             if not isinstance(op, q.Attention) or op.query is None:
                 continue
             sources = {op.query: op.heads, op.key: op.key_heads, op.value: op.key_heads}
+            sources |= {self.wide[tensor].output: count for tensor, count in sources.items()
+                        if tensor in self.wide}
             for tensor, count in (*sources.items(), (op.output, op.heads)):
                 if groups.setdefault(tensor, count) != count:
                     raise CompileError(f"Tensor {tensor!r} must have one number of heads, not "
                                        f"{groups[tensor]} and {count}")
-            if all(isinstance(made.get(tensor), q.Linear) and self._only_user(tensor, op)
-                   and self._head_fills_groups(made[tensor], count)
-                   for tensor, count in sources.items()):
+            if all(self._made_by_heads(tensor, count) for tensor, count in sources.items()):
                 split |= set(sources)
         return groups, split
 
-    def _head_fills_groups(self, op: q.Operation, heads: int) -> bool:
-        """Whether heads apart from each other leave no output of the array without work."""
+    @cached_property
+    def wide(self) -> dict[str, q.AddLinear]:
+        """The products whose results are normalised or turned on their way to attention, by the tensor
+        that they become."""
+        made = {op.output: op for op in self.step.operations}
+        norms = [made[tensor] for op in made.values() if isinstance(op, q.Attention)
+                 for tensor in (op.query, op.key, op.value) if isinstance(made.get(tensor), q.Norm)]
+        return {op.output: made[op.source] for op in norms
+                if isinstance(made.get(op.source), q.AddLinear) and made[op.source].residual is None}
+
+    @cached_property
+    def attended(self) -> dict[str, int]:
+        """Activation banks of what attention reads, so that its engine finds keys beside values."""
+        return {tensor: bank for op in self.step.operations if isinstance(op, q.Attention)
+                for bank, tensor in ((2, op.query), (1, op.key), (2, op.value))}
+
+    def _made_by_heads(self, tensor: str, heads: int) -> bool:
+        """Whether each head can be made by itself, for one reader, and leaves no output of the array
+        without work."""
+        op = next((op for op in self.step.operations if op.output == tensor), None)
+        kept = [port.tensor for port in self.step.outputs]
+        if op is None or len(self.users(tensor)) != 1 or tensor in kept:
+            return False
+        if isinstance(op, q.Norm):
+            return tensor in self.wide and (op.mode is NormMode.SCALE or op.groups == heads)
+        if not isinstance(op, (q.Linear, q.AddLinear)):
+            return False
         c = self.config
         words = -(-(len(op.weight) // heads) // c.depth)
         return words * c.depth % (c.outputs << self.assembly.narrow(op.bits)) == 0
@@ -109,15 +135,19 @@ class Lowering:
                 if any(isinstance(getattr(op, role, None), str) and getattr(op, role) == tensor
                        for role in roles)]
 
-    def _only_user(self, tensor: str, op: q.Operation) -> bool:
-        return ([user is op for user in self.users(tensor)] == [True]
-                and tensor not in [port.tensor for port in self.step.outputs])
+    def deferred_product(self, name: str) -> q.Linear | q.AddLinear | None:
+        """The product of a tensor that is made head by head, or None."""
+        op = self.deferred.get(name)
+        return self.deferred[op.source] if isinstance(op, q.Norm) else op
 
     def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
-        self.tensors[name] = Tensor(self.config, name, memory, self.frames, rows, channels,
-                                    groups=self.groups.get(name, 1), split=name in self.split,
-                                    bank=bank)
+        self.tensors[name] = self.shape(name, memory, rows, channels, bank)
         return self.tensors[name]
+
+    def shape(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
+        """How a tensor lies, or will lie."""
+        return Tensor(self.config, name, memory, self.frames, rows, channels,
+                      groups=self.groups.get(name, 1), split=name in self.split, bank=bank)
 
     def block(self, name: str, tensor: Tensor) -> Block:
         """Room for a tensor of all frames in DRAM."""

@@ -4,6 +4,7 @@ A tile is a run of output channels with the whole depth, so that a result needs 
 the integers do not depend on the configuration.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,7 +14,9 @@ from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 
-__all__ = ["channel_unit", "filled", "fits_pair", "require", "spread", "tiles", "weight_words"]
+__all__ = ["activation_layers", "channel_unit", "filled", "filled_affine", "fits_pair", "require",
+           "spread", "tiles",
+           "weight_words"]
 
 SHARE = 4  # tiles that the weight memory holds: one at work, the others on their way
 
@@ -25,11 +28,10 @@ def require(value: int, limit: int, what: str, field: str) -> None:
                            f"{limit}; use a configuration with more")
 
 
-def channel_unit(config: Config, narrow: bool, *, whole_words: bool) -> int:
-    """Tiles start at multiples of it: at an output group, and at a word of activations where the
-    results are such."""
-    group = config.outputs << narrow
-    return math.lcm(group, config.depth) if whole_words else group
+def channel_unit(config: Config, narrow: bool, per_word: int) -> int:
+    """Tiles start at multiples of it: at an output group, and at a word of the target, which so many
+    channels fill."""
+    return math.lcm(config.outputs << narrow, per_word)
 
 
 def tiles(config: Config, layer: str, channels: int, depth_words: int, unit: int,
@@ -95,15 +97,44 @@ def spread(weight: np.ndarray, source: Tensor) -> np.ndarray:
     return columns
 
 
+def activation_layers(layer: tuple[np.ndarray, q.Affine], gate: tuple[np.ndarray, q.Affine] | None,
+                      source: Tensor, columns: np.ndarray, words: int
+                      ) -> tuple[np.ndarray, q.Affine, dict[str, int]]:
+    """Weight and scale of a LINEAR that makes activations, and the field that says whether they are
+    products: then words of the gate and of the layer take turns.
+
+    layer, gate : int8 [channels, depth] and scale; columns : places of the channels in a row of so
+    many words; results elsewhere are zero, as later products read whole words.
+    """
+    lanes, width = source.config.lanes, words * source.config.depth
+    layers = [filled(spread(weight, source), affine, columns, width)
+              for weight, affine in ([layer] if gate is None else [gate, layer])]
+    if gate is None:
+        return *layers[0], {}
+
+    def in_turns(arrays: list[np.ndarray]) -> np.ndarray:
+        apart = np.stack([array.reshape(width // lanes, lanes, -1) for array in arrays], 1)
+        return apart.reshape(2 * width, *arrays[0].shape[1:])
+
+    weight = in_turns([weight for weight, _ in layers])
+    affine = q.Affine(**{field.name: in_turns([getattr(affine, field.name) for _, affine in layers])
+                         for field in dataclasses.fields(q.Affine)})
+    return weight, affine, {"product": 1}
+
+
 def filled(weight: np.ndarray, affine: q.Affine, columns: np.ndarray,
-           width: int) -> tuple[np.ndarray, q.Affine]:
-    """Rows and parameters moved to `columns` of `width`; zero results elsewhere, as later products
-    read whole words."""
+            width: int) -> tuple[np.ndarray, q.Affine]:
+    """Rows and parameters moved to `columns` of `width`; zero results elsewhere."""
     rows = np.zeros((width, weight.shape[1]), np.int8)
     rows[columns] = weight
+    return rows, filled_affine(affine, columns, width)
+
+
+def filled_affine(affine: q.Affine, columns: np.ndarray, width: int) -> q.Affine:
+    """Parameters moved to `columns` of `width`; results are zero elsewhere."""
     parts = {}
     for name, default in (("bias", 0), ("multiplier", 0), ("shift", 1)):
         array = getattr(affine, name)
         parts[name] = np.full(width, default, array.dtype)
         parts[name][columns] = array
-    return rows, q.Affine(**parts)
+    return q.Affine(**parts)

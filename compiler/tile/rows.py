@@ -1,21 +1,18 @@
-"""Linear, AddLinear, Constant and Norm: what works row by row."""
-
-import dataclasses
+"""Linear, AddLinear and Constant: what works row by row; and heads of what attention reads."""
 
 import numpy as np
 
-from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Block
 from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.lowering import Lowering
-from moeware.compiler.tile.products import filled, require, spread
-from moeware.compiler.tile.tensors import Tensor, chunks
-from moeware.hw.arch import layout
+from moeware.compiler.tile.norm import head_of, norm_head
+from moeware.compiler.tile.products import activation_layers, filled, spread
+from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import quantised as q
-from moeware.hw.arch.isa import NORM_CHANNELS, Memory, Opcode, Target
+from moeware.hw.arch.isa import Memory, Target
 
-__all__ = ["add_rows", "head_rows", "linear_rows", "lower_add_linear", "lower_constant", "lower_head",
-           "lower_linear", "lower_norm", "norm_rows"]
+__all__ = ["add_rows", "linear_rows", "lower_add_linear", "lower_constant", "lower_head",
+           "lower_linear"]
 
 
 def lower_constant(lowering: Lowering, op: q.Constant) -> None:
@@ -32,21 +29,27 @@ def lower_linear(lowering: Lowering, op: q.Linear) -> None:
         lowering.deferred[op.output] = op
         return
     source = lowering.tensors[op.source]
-    roles = {tensor: bank for o in lowering.step.operations if isinstance(o, q.Attention)
-             for bank, tensor in ((2, o.query), (1, o.key), (2, o.value))}
     target = lowering.tensor(op.output, Memory.ACTIVATION, source.rows, len(op.weight),
-                             roles.get(op.output, 1))
+                             lowering.attended.get(op.output, 1))
     linear_rows(lowering, op, source, target, Run(source.span(), target.span()))
-    lowering.macs += source.rows * op.weight.size
+    lowering.macs += source.rows * op.row_macs
 
 
 def linear_rows(lowering: Lowering, op: q.Linear, source: Tensor, target: Tensor, run: Run) -> None:
     """Some rows of `source` to some of `target`."""
-    weight, affine = filled(spread(op.weight, source), op.affine, target.columns(),
-                            target.stride * lowering.config.depth)
+    _activate(lowering, op, op, source, run, target.columns(), target.stride)
+
+
+def _activate(lowering: Lowering, op: q.Linear, part: q.Linear, source: Tensor, run: Run,
+              columns: np.ndarray, words: int, **options) -> None:
+    """A part of an operation's channels, to `columns` of rows of so many words; options : of
+    `Assembly.product`."""
+    gate = None if part.gate is None else (part.gate, part.gate_affine)
+    weight, affine, product = activation_layers((part.weight, part.affine), gate, source, columns,
+                                                words)
     table, span = lowering.assembly.table(op.table, op.name)
-    lowering.assembly.product(op.name, weight, affine, [run], reads=span, bits=op.bits,
-                              target=Target.ACTIVATION, **table)
+    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span,
+                              bits=op.bits, target=Target.ACTIVATION, **product, **table, **options)
 
 
 def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int, *,
@@ -56,36 +59,47 @@ def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int,
 
     Other frames load its weights again: their heads would take more room than that is worth.
     """
-    op = lowering.deferred[name]
-    source, depth = lowering.tensors[op.source], lowering.config.depth
-    if name not in lowering.tensors:
-        lowering.tensor(name, Memory.ACTIVATION, source.rows, len(op.weight), bank)
-    target, (start, stop) = lowering.tensors[name], rows or (0, source.rows)
-    part = head_rows(op, group, target.groups)
-    weight, affine = filled(spread(part.weight, source), part.affine,
-                            np.arange(len(part.weight)), target.width * depth)
-    table, span = lowering.assembly.table(op.table, op.name)
-    at = frame * source.rows
+    op, product = lowering.deferred[name], lowering.deferred_product(name)
+    source = lowering.tensors[product.source]
+    block = rows or (0, source.rows)
+    if product is op:
+        _product_head(lowering, op, frame, group, block, bank, first=first, last=last)
+    else:
+        _product_head(lowering, product, frame, group, block, bank, first=first, last=True)
+        norm_head(lowering, op, frame, group, block, bank)
+    if lowering.trace and block[1] == source.rows:
+        for each in dict.fromkeys((product.output, op.output)):
+            lowering.probe(lowering.deferred[each], frame, group)
+
+
+def _product_head(lowering: Lowering, op: q.Linear | q.AddLinear, frame: int, group: int,
+                  rows: tuple[int, int], bank: int, *, first: bool, last: bool) -> None:
+    """The product alone, to the activation memory or, for what is to be normalised or turned, to the
+    residual memory."""
+    source, (start, stop) = lowering.tensors[op.source], rows
+    plain = isinstance(op, q.Linear)
+    if op.output not in lowering.tensors:
+        lowering.tensor(op.output, Memory.ACTIVATION if plain else Memory.RESIDUAL, source.rows,
+                        len(op.weight), bank)
+    target = lowering.tensors[op.output]
+    part = head_of(op, group, target.groups)
+    at, columns = frame * source.rows, np.arange(len(part.weight))
     run = Run(source.span(at + start, at + stop), target.head(frame, group, start, stop))
-    lowering.assembly.product(op.name, weight, affine, [run], name=part.name, reads=span, first=first,
-                              last=last, bits=op.bits, target=Target.ACTIVATION, **table)
+    if plain:
+        _activate(lowering, op, part, source, run, columns, target.width, first=first, last=last)
+    else:
+        weight, affine = filled(spread(part.weight, source), part.affine, columns,
+                                target.width * target.per_word)
+        lowering.assembly.product(op.name, weight, affine, [run], name=part.name, first=first,
+                                  last=last, bits=op.bits, target=Target.RESIDUAL)
     if frame == 0:
-        lowering.macs += (stop - start) * part.weight.size
-    if lowering.trace and stop == source.rows:
-        lowering.probe(op, frame, group)
-
-
-def head_rows(op: q.Linear, head: int, heads: int) -> q.Linear:
-    """The product that makes one of `heads` heads of an operation's output."""
-    size = len(op.weight) // heads
-    rows = slice(head * size, (head + 1) * size)
-    affine = q.Affine(bias=op.affine.bias[rows], multiplier=op.affine.multiplier[rows],
-                      shift=op.affine.shift[rows])
-    return dataclasses.replace(op, name=f"{op.name}/head{head}", weight=op.weight[rows],
-                               affine=affine)
+        lowering.macs += (stop - start) * part.row_macs
 
 
 def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
+    if op.output in lowering.split:
+        lowering.deferred[op.output] = op
+        return
     source = lowering.tensors[op.source]
     if op.residual is None:
         target = lowering.tensor(op.output, Memory.RESIDUAL, source.rows, len(op.weight))
@@ -102,43 +116,15 @@ def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
             at = frame * target.rows + op.first_row
             runs.append(Run(rows, target.span(at, at + source.rows)))
     for part in [[run] for run in runs] if op.source in lowering.apart else [runs]:
-        add_rows(lowering, op, source, part)
-    lowering.macs += source.rows * op.weight.size
+        add_rows(lowering, op, source, target, part)
+    lowering.macs += source.rows * op.row_macs
 
 
-def add_rows(lowering: Lowering, op: q.AddLinear, source: Tensor, runs: list[Run]) -> None:
-    """Some rows of `source`, or of what lies like it, to some of the stream."""
-    lowering.assembly.product(op.name, spread(op.weight, source), op.affine, runs, bits=op.bits,
-                              target=Target.RESIDUAL, accumulate=int(op.residual is not None))
-
-
-def lower_norm(lowering: Lowering, op: q.Norm) -> None:
-    c, source = lowering.config, lowering.tensors[op.source]
-    target = lowering.tensor(op.output, Memory.ACTIVATION, op.rows, source.channels)
-    if op.rows == source.rows:
-        pieces = [(a, b, a) for a, b in chunks(c, 0, lowering.frames * op.rows)]
-    else:
-        pieces = [(a, b, frame * source.rows + op.first_row + a - frame * op.rows)
-                  for frame in range(lowering.frames)
-                  for a, b in chunks(c, frame * op.rows, (frame + 1) * op.rows)]
-    norm_rows(lowering, op, source, target, pieces)
-
-
-def norm_rows(lowering: Lowering, op: q.Norm, source: Tensor, target: Tensor,
-              pieces: list[tuple[int, int, int]]) -> None:
-    """Rows [first, last) of `target` from those of `source` that begin at `row`, for each piece
-    (first, last, row)."""
-    c, channels = lowering.config, source.channels
-    require(-(-channels // c.depth), c.row_words, f"A row of {op.name}", "row_words")
-    if channels > NORM_CHANNELS:
-        raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
-                           f"{channels}")
-    words = layout.pack_params(c, op.affine.bias, op.affine.multiplier, op.affine.shift)
-    require(len(words), c.param_words, f"The parameters of {op.name}, in words,", "param_words")
-    params = lowering.assembly.constant(f"{op.name}/param", Memory.PARAM, words, op.name)
-    for first, last, row in pieces:
-        read, write = source.span(row, row + last - first), target.span(first, last)
-        lowering.assembly.emit(Opcode.NORM, op.name, [read, params], [write], rows=last - first,
-                               mode=op.mode, channels=channels, source=read, source_stride=source.stride,
-                               destination=write, destination_stride=target.stride, param=params,
-                               epsilon=op.epsilon)
+def add_rows(lowering: Lowering, op: q.AddLinear, source: Tensor, target: Tensor,
+             runs: list[Run]) -> None:
+    """Some rows of `source`, or of what lies like it, to some of `target`."""
+    weight, affine = spread(op.weight, source), op.affine
+    if target.groups > 1:
+        weight, affine = filled(weight, affine, target.columns(), target.stride * target.per_word)
+    lowering.assembly.product(op.name, weight, affine, runs, bits=op.bits, target=Target.RESIDUAL,
+                              accumulate=int(op.residual is not None))

@@ -12,12 +12,13 @@ from moeware.compiler.lowered import Block, Lowered
 from moeware.compiler.tile.attention import attend, lower_attention
 from moeware.compiler.tile.experts import lower_experts, lower_route
 from moeware.compiler.tile.lowering import Lowering
+from moeware.compiler.tile.norm import head_of, lower_norm
 from moeware.compiler.tile.products import require
-from moeware.compiler.tile.rows import head_rows, lower_add_linear, lower_linear, lower_norm
+from moeware.compiler.tile.rows import lower_add_linear, lower_linear
 from moeware.compiler.tile.tensors import Tensor
 from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
-from moeware.hw.arch.isa import HEAD_WORDS, Memory
+from moeware.hw.arch.isa import HEAD_WORDS, Memory, NormMode
 from moeware.hw.arch.program import Probe
 
 __all__ = ["spill"]
@@ -66,11 +67,17 @@ class _Spiller:
 
     def _heads(self) -> dict[str, int]:
         heads: dict[str, int] = {}
+        made = {op.output: op for op in self.whole.step.operations}
         for op in self.whole.step.operations:
             if isinstance(op, q.Attention) and op.query is not None:
                 tensors = {op.query: op.heads, op.key: op.key_heads, op.value: op.key_heads}
-                if all(len(self.whole.users(tensor)) == 1 for tensor in tensors):
-                    heads |= tensors
+                wide = {self.whole.wide[tensor].output: count for tensor, count in tensors.items()
+                        if tensor in self.whole.wide}
+                # What is normalised over all heads is made as a whole.
+                apart = all(made[tensor].mode is NormMode.SCALE or made[tensor].groups == count
+                            for tensor, count in tensors.items() if tensor in self.whole.wide)
+                if apart and all(len(self.whole.users(tensor)) == 1 for tensor in tensors | wide):
+                    heads |= tensors | wide
         return heads
 
     # Tensors in DRAM
@@ -136,7 +143,15 @@ class _Spiller:
         step = dataclasses.replace(self.whole.step, operations=list(operations), inputs=[], outputs=[])
         small = Lowering(step, self.config, 1, False, self.whole.plan)
         small.assembly = self.assembly
+        small.groups |= {op.output: self.shapes[op.output].groups for op in operations
+                         if op.output in self.shapes and not self.shapes[op.output].split}
         return small
+
+    def _parts(self, op, target: Tensor):
+        """What makes each head of a tensor whose heads lie apart, with its number; else the whole."""
+        if not target.split:
+            return [(0, op)]
+        return [(head, head_of(op, head, target.groups)) for head in range(target.groups)]
 
     # Operations
 
@@ -149,45 +164,48 @@ class _Spiller:
     def _Linear(self, op: q.Linear) -> None:
         source = self.shapes[op.source]
         target = self._tensor(op.output, Memory.ACTIVATION, source.rows, len(op.weight))
-        heads = range(target.groups) if target.split else [None]
         for frame, a, b in self._row_blocks(source.rows, source.stride + target.stride):
             rows = self._fetch(op.source, frame, a, b)
-            for head in heads:
-                part = op if head is None else head_rows(op, head, target.groups)
+            for head, part in self._parts(op, target):
                 small = self._small(part)
                 small.tensors[op.source] = rows
                 lower_linear(small, part)
-                self._keep(small.tensors[op.output], op.output, frame, a, head or 0)
-        self.whole.macs += source.rows * op.weight.size
+                self._keep(small.tensors[op.output], op.output, frame, a, head)
+        self.whole.macs += source.rows * op.row_macs
 
     def _AddLinear(self, op: q.AddLinear) -> None:
         source = self.shapes[op.source]
         rows = source.rows if op.residual is None else self.shapes[op.residual].rows
         target = self._tensor(op.output, Memory.RESIDUAL, rows, len(op.weight))
         for frame, a, b in self._row_blocks(rows, source.stride, target.stride):
-            part = dataclasses.replace(op, first_row=max(op.first_row - a, 0))
-            small = self._small(part)
-            if op.residual is not None:
-                small.tensors[op.residual] = self._fetch(op.residual, frame, a, b)
             first, last = max(a - op.first_row, 0), min(b - op.first_row, source.rows)
-            if first < last:
-                small.tensors[op.source] = self._fetch(op.source, frame, first, last)
-                lower_add_linear(small, part)
-            else:
-                small.tensors[op.output] = small.tensors[op.residual]
-            self._keep(small.tensors[op.output], op.output, frame, a)
-        self.whole.macs += source.rows * op.weight.size
+            fetched = self._fetch(op.source, frame, first, last) if first < last else None
+            for head, part in self._parts(op, target):
+                part = dataclasses.replace(part, first_row=max(op.first_row - a, 0))
+                small = self._small(part)
+                if op.residual is not None:
+                    small.tensors[op.residual] = self._fetch(op.residual, frame, a, b)
+                if fetched is not None:
+                    small.tensors[op.source] = fetched
+                    lower_add_linear(small, part)
+                else:
+                    small.tensors[op.output] = small.tensors[op.residual]
+                self._keep(small.tensors[op.output], op.output, frame, a, head)
+        self.whole.macs += source.rows * op.row_macs
 
     def _Norm(self, op: q.Norm) -> None:
         source = self.shapes[op.source]
         target = self._tensor(op.output, Memory.ACTIVATION, op.rows, source.channels)
-        for frame, a, b in self._row_blocks(op.rows, target.stride, source.stride):
-            part = dataclasses.replace(op, first_row=0, rows=b - a)
-            small = self._small(part)
-            small.tensors[op.source] = self._fetch(op.source, frame, op.first_row + a,
-                                                   op.first_row + b)
-            lower_norm(small, part)
-            self._keep(small.tensors[op.output], op.output, frame, a)
+        factors = source.width if op.rotation is not None else 0
+        for frame, a, b in self._row_blocks(op.rows, target.stride, source.stride + factors):
+            for head, part in self._parts(op, target):
+                part = dataclasses.replace(part, first_row=0, rows=b - a, rotation=(
+                    None if op.rotation is None else op.rotation[a:b]))
+                small = self._small(part)
+                small.tensors[op.source] = self._fetch(op.source, frame, op.first_row + a,
+                                                       op.first_row + b, head)
+                lower_norm(small, part)
+                self._keep(small.tensors[op.output], op.output, frame, a, head)
 
     def _Attention(self, op: q.Attention) -> None:
         key, value = self.shapes[op.key], self.shapes[op.value]
@@ -203,9 +221,14 @@ class _Spiller:
         target = self._tensor(op.output, Memory.ACTIVATION, query.rows, query.channels)
         for frame, a, b in self._row_blocks(query.rows, query.stride + target.stride,
                                             fixed=(key.stride + value.stride) * key.rows):
-            def part(name, first, last, group, bank, frame=frame):
-                tensor = self._fetch(name, frame, first, last, group, bank)
-                return tensor.head(0, 0 if self.shapes[name].split else group)
+            whole: dict[str, Tensor] = {}
+
+            def part(name, first, last, group, bank, frame=frame, whole=whole):
+                if self.shapes[name].split:
+                    return self._fetch(name, frame, first, last, group, bank).head(0, 0)
+                if name not in whole:  # one for all heads
+                    whole[name] = self._fetch(name, frame, first, last, 0, bank)
+                return whole[name].head(0, group)
 
             out = Tensor(self.config, op.output, Memory.ACTIVATION, 1, b - a, target.channels,
                          groups=op.heads, bank=3)
@@ -246,5 +269,4 @@ class _Spiller:
             lower_route(small, route)
             lower_experts(small, op)
             self._keep(small.tensors[op.output], op.output, frame, a)
-        self.whole.macs += source.rows * (route.weight.size + route.chosen * (
-            op.up[0].size + op.down[0].size))
+        self.whole.macs += source.rows * (route.weight.size + route.chosen * op.row_macs)

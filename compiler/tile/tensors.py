@@ -33,8 +33,8 @@ def chunks(config: Config, first: int, last: int) -> list[tuple[int, int]]:
 class Tensor:
     """An activation or residual tensor, of all `frames` that a run works on.
 
-    Each of its `rows` has `channels` values in `groups` (the heads of attention, else 1) that start
-    at a word. Either all rows of all frames lie one after another, or, where it is `split`, each
+    Each of its `rows` has `channels` values in `groups` (the heads of attention, else 1) that lie as
+    `Region` says. Either all rows of all frames lie one after another, or, where it is `split`, each
     group of each frame has a buffer to itself, which lives only as long as its head is at work.
     Rows of a tensor that is not split are counted through all frames. lead : rows of its buffer
     before the first one.
@@ -46,10 +46,12 @@ class Tensor:
         self.config, self.name, self.memory = config, name, memory
         self.frames, self.rows, self.channels = frames, rows, channels
         self.groups, self.split, self.lead = groups, split, lead
-        per_word = config.depth if memory is Memory.ACTIVATION else config.lanes
-        self.width = -(-(channels // groups) // per_word)  # words of a group
+        self.per_word = per_word = config.depth if memory is Memory.ACTIVATION else config.lanes
+        filled = per_word if groups == 1 or split else config.depth
+        self.width = -(-(channels // groups) // filled) * filled // per_word  # words of a group
         self.stride = self.width if split else groups * self.width
-        bank %= config.activation_banks
+        if memory is Memory.ACTIVATION:
+            bank %= config.activation_banks
         if split:
             self.buffers = [Buffer(f"{name}/{frame}/{group}", memory, rows * self.width, bank)
                             for frame in range(frames) for group in range(groups)]
@@ -75,8 +77,7 @@ class Tensor:
     def columns(self) -> np.ndarray:
         """Place of each channel in a row, in channels of groups filled up to whole words."""
         size = self.channels // self.groups
-        padded = self.width * (self.config.depth if self.memory is Memory.ACTIVATION
-                               else self.config.lanes)
+        padded = self.width * self.per_word
         return (np.arange(self.groups)[:, None] * padded + np.arange(size)).ravel()
 
     def region(self) -> Region:

@@ -4,7 +4,7 @@ The lowering of a canonical operator is batch-agnostic. Plain nodes hold shapes 
 a graph with any of them is wrapped in a Scan over the frames, which makes it batch-agnostic too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -34,7 +34,7 @@ def lower(
 
     Raises ``CompileError`` where an input or output has no static shape.
     """
-    emitter = Emitter(model.opset_imports.get("", 20))
+    emitter = Emitter(model.opset_imports.get("", 20), _value_names(model))
     for node in nodes:
         if is_canonical(node):
             LOWERINGS[node.op_type](emitter, node, attributes(node))
@@ -64,6 +64,14 @@ def lower(
     return proto
 
 
+def _value_names(model: ir.Model) -> set[str]:
+    """Names of all values, those of subgraphs included."""
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        values += [*node.inputs, *node.outputs]
+    return {value.name for value in values if value is not None and value.name}
+
+
 def _info(value: ir.Value, name: str | None, frame: bool = False) -> onnx.ValueInfoProto:
     """Type of ``value`` with a dynamic first axis, or of one frame without that axis."""
     sizes = shape(value)
@@ -78,17 +86,19 @@ def _scan(
 ) -> onnx.GraphProto:
     """The emitted nodes for one frame, as the body of a Scan over the first axis of all inputs."""
     axis = emitter.constant(np.array([0], np.int64))
+    frame = {value: emitter.name(f"{value.name}/frame") for value in (*inputs, *outputs)}
     before = [
-        helper.make_node("Unsqueeze", [f"{value.name}/frame", axis], [value.name])
-        for value in inputs
+        helper.make_node("Unsqueeze", [frame[value], axis], [value.name]) for value in inputs
     ]
     after, outside, scanned = [], [], []
     for value in outputs:
         sizes = shape(value)
         single = sizes[:1] == (1,)
         operator = ("Squeeze", [value.name, axis]) if single else ("Identity", [value.name])
-        after.append(helper.make_node(*operator, [f"{value.name}/frame"]))
-        scanned.append(value.name if single or not sizes else f"{value.name}/frames")
+        after.append(helper.make_node(*operator, [frame[value]]))
+        scanned.append(
+            value.name if single or not sizes else emitter.name(f"{value.name}/frames")
+        )
         if sizes and not single:
             # Rows of all frames lie behind each other, as in a graph with a larger batch.
             target = emitter.constant(np.array([-1, *sizes[1:]], np.int64))
@@ -96,12 +106,13 @@ def _scan(
     body = helper.make_graph(
         [*before, *emitter.nodes, *after],
         "frame",
-        [_info(value, f"{value.name}/frame", frame=True) for value in inputs],
-        [_info(value, f"{value.name}/frame", frame=True) for value in outputs],
+        [_info(value, frame[value], frame=True) for value in inputs],
+        [_info(value, frame[value], frame=True) for value in outputs],
     )
     names = [value.name for value in inputs]
     # The body makes values of the names of the outer graph: rename those inside.
-    _rename(body, {*names, *(value.name for value in outputs)})
+    twice = [*names, *(value.name for value in outputs)]
+    _rename(body, {name: emitter.name(f"{name}/inner") for name in twice})
     scan = helper.make_node("Scan", names, scanned, body=body, num_scan_inputs=len(names))
     return helper.make_graph(
         [scan, *outside],
@@ -112,10 +123,10 @@ def _scan(
     )
 
 
-def _rename(graph: onnx.GraphProto, names: set[str]) -> None:
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         for field in (node.input, node.output):
-            field[:] = [f"{name}/inner" if name in names else name for name in field]
+            field[:] = [names.get(name, name) for name in field]
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _rename(attribute.g, names)

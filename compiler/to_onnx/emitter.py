@@ -1,5 +1,6 @@
 """Nodes and initializers of a lowered graph in the making."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +12,20 @@ __all__ = ["Emitter"]
 
 
 class Emitter:
-    """Collects the nodes and initializers of the lowered graph."""
+    """Collects the nodes and initializers of the lowered graph, beside values named ``taken``."""
 
-    def __init__(self, opset: int):
+    def __init__(self, opset: int, taken: set[str]):
         self.opset, self.nodes = opset, []
         self._tensors: dict[str, onnx.TensorProto] = {}
-        self._temporaries = 0
+        self._taken, self._numbers = taken, itertools.count(1)
+
+    def name(self, wanted: str) -> str:
+        """``wanted``, or a name like it where a value has that name."""
+        name = wanted
+        while name in self._taken:
+            name = f"{wanted}/{next(self._numbers)}"
+        self._taken.add(name)
+        return name
 
     def share(self, value: ir.Value) -> None:
         """Carry an initializer over under its name."""
@@ -27,7 +36,7 @@ class Emitter:
 
     def constant(self, array: np.ndarray) -> str:
         """Name of a new initializer that holds ``array``."""
-        name = f"constant/{len(self._tensors)}"
+        name = self.name("constant")
         self._tensors[name] = numpy_helper.from_array(array, name)
         return name
 
@@ -47,8 +56,7 @@ class Emitter:
     def emit(self, operator: str, inputs: Sequence[str], output: str | None = None, **attrs) -> str:
         """Add a standard node and return the name of its output."""
         if output is None:
-            self._temporaries += 1
-            output = f"lowered/{self._temporaries}"
+            output = self.name("lowered")
         self.nodes.append(helper.make_node(operator, inputs, [output], **attrs))
         return output
 

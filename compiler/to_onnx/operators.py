@@ -220,6 +220,24 @@ def _hidden(emitter: Emitter, x: str, weight: str, bias: str) -> str:
     return emitter.emit("Add", [product, bias])
 
 
+def _soft_experts(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
+    x, _, w1, _, w2, _ = _names(node)
+    slots, biases = _array(node.inputs[1]), [_array(node.inputs[index]) for index in (3, 5)]
+    experts = len(biases[0])
+    logits = emitter.emit("MatMul", [x, emitter.constant(np.ascontiguousarray(slots.T))])
+    dispatch = emitter.emit("Softmax", [logits], axis=1)
+    filled = emitter.emit("Einsum", [dispatch, x], equation="bns,bnd->bsd")
+    rows = emitter.emit("Reshape", [filled, emitter.integers(0, experts, -1, slots.shape[1])])
+    one, two = (emitter.constant(bias[:, None]) for bias in biases)
+    hidden = emitter.emit("Einsum", [rows, w1], equation="besd,ehd->besh")
+    hidden = _function(emitter, attrs["function"], emitter.emit("Add", [hidden, one]))
+    output = emitter.emit("Einsum", [hidden, w2], equation="besh,edh->besd")
+    output = emitter.emit("Add", [output, two])
+    results = emitter.emit("Reshape", [output, emitter.integers(0, len(slots), -1)])
+    combine = emitter.emit("Softmax", [logits], axis=-1)
+    emitter.emit("MatMul", [combine, results], node.outputs[0].name)
+
+
 def _take_token(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     index = emitter.constant(np.array(attrs["index"], np.int64))
     emitter.emit("Gather", [_names(node)[0], index], node.outputs[0].name, axis=1)
@@ -250,6 +268,7 @@ LOWERINGS: dict[str, Lowering] = {
     "Route": _route,
     "Experts": _experts,
     "GatedExperts": _experts,
+    "SoftExperts": _soft_experts,
     "TakeToken": _take_token,
     "MeanTokens": _mean_tokens,
 }

@@ -43,6 +43,9 @@ class Config:
     param_words: int = bound(4, 1 << 14, "words of the parameter memory, lanes channels each")
     narrow: int = bound(0, 1, "1: weights of 4 bits, too, two of them to a multiplier",
                         default=0)
+    products: int = bound(0, 1, "1: products of two results, too, as in a gated linear unit",
+                          default=0)
+    rotary: int = bound(0, 1, "1: NORM turns pairs of values, as rotary embeddings do", default=0)
     tables: int = bound(1, 16, "pointwise tables of 256 entries")
     row_words: int = bound(2, 1 << 12, "activation words of the longest row a matrix product takes")
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
@@ -64,6 +67,9 @@ class Config:
             if getattr(self, name) % self.lanes:
                 raise ConfigError(f"Config.lanes must divide Config.{name} = {getattr(self, name)}, "
                                   f"not be {self.lanes}")
+        if self.rotary and self.lanes % 2:
+            raise ConfigError(f"Config.lanes must be even where Config.rotary is 1, as a pair lies in "
+                              f"one word, not {self.lanes}")
         if self.max_chosen > self.max_experts:
             raise ConfigError(f"Config.max_chosen must be at most Config.max_experts = "
                               f"{self.max_experts}, not {self.max_chosen}")
@@ -86,10 +92,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, fields: dict[str, int]) -> "Config":
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise ConfigError(f"Config must have exactly the fields {sorted(known)}, "
-                              f"not {sorted(fields)}")
+        """The inverse of `to_dict`; options that are left out are off."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        needed = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        if not needed <= set(fields) <= set(known):
+            raise ConfigError(f"Config must have exactly the fields {sorted(needed)}, and of "
+                              f"{sorted(set(known) - needed)} what is not off, not {sorted(fields)}")
         return cls(**fields)
 
     @cached_property

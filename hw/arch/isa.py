@@ -117,6 +117,9 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("over_chosen", 1),  # softmax over the chosen experts alone (1) or over all (0)
         ("multiplier", 16),  # logit difference -> 1/256 octaves; sigmoid: logit -> 2**-14 octaves
         ("shift", 6),
+        ("product", 1),  # ACTIVATION: words of `lanes` results come in pairs, an even number of them.
+        #                  The first of a pair is as without `product`, the second of 16 bits;
+        #                  their product, see `numerics.product`, is the one word that is written
         # With Config.router_forms, else 0:
         ("sigmoid", 1),  # scores are sigmoids of the logits, not softmax
         ("by_score", 1),  # sigmoid: choose by score plus correction, not by logit. The correction
@@ -140,6 +143,12 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("destination", 20), ("destination_stride", 13),  # activation words
         ("param", 14),
         ("epsilon", 48),  # epsilon * channels**2 in squared units of the residual stream
+        # With Config.rotary only:
+        ("counted", 11),  # channels that statistics count, where others are zeros; 0: all of them
+        ("factors", 20),  # residual word of the factors of row 0, as `numerics.rotate` takes them
+        ("factor_stride", 13),
+        ("factor_words", 13),  # words after which a row's factors begin again; 0: nothing is turned,
+        #                        else `channels` are even
     ),
     Opcode.END: (),
 }

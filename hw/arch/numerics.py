@@ -7,16 +7,20 @@ no intermediate value needs more than 64 bits within the stated ranges.
 
 import numpy as np
 
-__all__ = ["CORRECTION_BITS", "EXP2", "GATE_BITS", "HIDDEN", "NORM_FRACTION_BITS", "OCTAVE_BITS",
-           "PROBABILITY_BITS", "SIGMOID", "SIGMOID_BITS", "SIGMOID_SEGMENTS", "accumulate_residual", "bit_length",
-           "chosen_experts", "exp2_weight", "gate_weights", "gated", "in_best_groups", "normalise",
-           "octaves", "probability", "reciprocal", "requantise", "route", "row_scale", "saturate",
-           "scale", "score_weights", "sigmoid_scores"]
+__all__ = ["CORRECTION_BITS", "EXP2", "FACTOR_BITS", "GATE_BITS", "HIDDEN", "NORM_FRACTION_BITS",
+           "OCTAVE_BITS", "PAIR_BITS", "PROBABILITY_BITS", "PRODUCT_BITS", "SIGMOID", "SIGMOID_BITS",
+           "SIGMOID_SEGMENTS", "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight",
+           "gate_weights", "gated", "in_best_groups", "normalise", "octaves", "probability", "product",
+           "reciprocal", "requantise", "rotate", "route", "row_scale", "saturate", "scale",
+           "score_weights", "sigmoid_scores"]
 
 OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
 PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
 GATE_BITS = 16  # a gate weight: 65535 stands for one
+PRODUCT_BITS = 10  # fraction bits of the 16-bit factor of a product: +-32
 NORM_FRACTION_BITS = 10  # a normalised value: |x| < 32 in int16
+FACTOR_BITS = 14  # fraction bits of a cosine or sine that turns a pair
+PAIR_BITS = 6  # fraction bits, of a step of the int8 result, that a value has before it is turned
 
 # 2**(-i / 256), scaled to 65472 = 1023 * 64, so that rounding to the 10 bits of a probability
 # cannot overflow.
@@ -61,6 +65,13 @@ def accumulate_residual(residual, update):
 def gated(update, weight):
     """An int16 update under a gate weight (0..65535): ``floor(update * weight / 65536 + 1/2)``."""
     return (np.asarray(update, np.int64) * weight + (1 << (GATE_BITS - 1))) >> GATE_BITS
+
+
+def product(value, factor):
+    """An int8 times an int16 factor, int8: ``floor(value * factor / 2**PRODUCT_BITS + 1/2)``,
+    saturated."""
+    exact = np.asarray(value, np.int64) * factor
+    return saturate((exact + (1 << (PRODUCT_BITS - 1))) >> PRODUCT_BITS, 8)
 
 
 def bit_length(value):
@@ -132,6 +143,20 @@ def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
     inverse = (1 << 32) // np.maximum(root, 1)
     scaled = ((channels * row - total) * inverse + (np.int64(1) << (half + 5))) >> (half + 6)
     return np.where(variance == 0, 0, saturate(scaled, 16))
+
+
+def rotate(values, factors):
+    """Pairs of adjacent values turned by an angle each, int8 (RoFormer: Su et al. 2021, section 3.4).
+
+    values : int16 [..., channels]; factors : int16 of the same shape, or one that broadcasts to it,
+    cosine and sine of each pair with `FACTOR_BITS` fraction bits. With s = FACTOR_BITS + PAIR_BITS,
+    ``(a, b) -> (a cos - b sin, b cos + a sin)``, each ``(x + 2**(s - 1)) >> s``, saturated.
+    """
+    values, factors = np.asarray(values, np.int64), np.asarray(factors, np.int64)
+    (a, b), (cos, sin) = ((array[..., 0::2], array[..., 1::2]) for array in (values, factors))
+    turned = np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(values.shape)
+    drop = FACTOR_BITS + PAIR_BITS
+    return saturate((turned + (1 << (drop - 1))) >> drop, 8)
 
 
 def sigmoid_scores(logits, multiplier, shift):

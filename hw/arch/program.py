@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import layout, quantised
+from . import layout, nested, quantised
 from .config import Config
+from .grid import Grid
 from .isa import Memory
 
 __all__ = ["DeviceStep", "HostStep", "Port", "Probe", "Program", "ProgramError", "Region"]
@@ -31,8 +32,9 @@ class Region:
     """Where rows of integers lie in DRAM: the words of an on-chip memory, row after row.
 
     memory : ACTIVATION (int8) or RESIDUAL (int16); a row has `groups` equal groups of channels (the
-    heads of attention, else 1), and each group starts at a new word. What fills up a group's last
-    word is arbitrary. split : the rows of one group lie together, then those of the next, each from
+    heads of attention, else 1), and each group takes whole words: side by side in the residual
+    memory as many channels as in the activation memory. What fills up a group's last word is
+    arbitrary. split : the rows of one group lie together, then those of the next, each from
     a multiple of `layout.ALIGNMENT` on. address : byte address, such a multiple, too.
     """
 
@@ -48,7 +50,10 @@ class Region:
         return np.dtype(np.int8 if self.memory is Memory.ACTIVATION else "<i2")
 
     def words_per_row(self, config: Config) -> int:
-        group_bytes = self.channels // self.groups * self.dtype.itemsize
+        channels = self.channels // self.groups
+        if self.groups > 1 and not self.split:
+            channels = -(-channels // config.depth) * config.depth
+        group_bytes = channels * self.dtype.itemsize
         return self.groups * -(-group_bytes // layout.word_bytes(config, self.memory))
 
     @property
@@ -162,7 +167,7 @@ class DeviceStep:
     quantised graph; macs : multiply-accumulates of a frame, experts counted as often as they are
     chosen; layers : names, as reports give them; layer_of : uint16 [instructions but END], the
     number of the layer that an instruction is of; choice : the values of the program's choices that
-    the step is for.
+    the step is for; grids : what the integers stand for, by the name of the canonical value.
     """
 
     entry: int
@@ -175,6 +180,7 @@ class DeviceStep:
     layers: list[str] = field(default_factory=list)
     layer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     choice: dict[str, int] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -198,7 +204,8 @@ class Program:
     inputs, outputs : (name, shape without the batch axis, onnx type) of the model; placement : the
     line that says what runs where; metadata : JSON-able facts for reports. choices : inputs of the
     model that are one integer for a whole run, such as its task, and the values that they may have;
-    every combination of values has its own steps.
+    every combination of values has its own steps. upper : the same model with experts of 4 bits, the
+    upper halves of those here, where they are nested.
     """
 
     config: Config
@@ -210,6 +217,21 @@ class Program:
     placement: str
     metadata: dict = field(default_factory=dict)
     choices: dict[str, list[int]] = field(default_factory=dict)
+    upper: "Program | None" = None
+
+    def with_expert_bits(self, bits: int) -> "Program":
+        """The program with all bits of nested experts, 8, or with their upper 4.
+
+        Raises
+        ------
+        ProgramError
+            Experts are not nested, or have no such number of bits.
+        """
+        if self.upper is None or bits not in (8, 4):
+            raise ProgramError(f"Bits of experts must be 8 or 4, of a program that was compiled with "
+                               f"nested experts, not {bits!r}"
+                               + ("" if self.upper else ": compile it so (--nested)"))
+        return self if bits == 8 else self.upper
 
     def steps_of(self, choice: Mapping[str, int] | None = None) -> list[DeviceStep | HostStep]:
         """The steps of a run, in order. choice : a value for each of `choices`; None: the first."""
@@ -219,7 +241,27 @@ class Program:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file; an existing one is replaced only by a complete new one."""
-        arrays: dict[str, np.ndarray] = {"image": np.frombuffer(self.image, np.uint8)}
+        arrays: dict[str, np.ndarray] = {}
+        manifest = self._to_arrays("image", arrays)
+        arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+        payload = io.BytesIO()
+        np.savez_compressed(payload, **arrays)
+        body = payload.getvalue()
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(FORMAT + hashlib.sha256(body).digest() + body)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _to_arrays(self, image: str, arrays: dict[str, np.ndarray],
+                   known: Mapping[str, str] | None = None) -> dict:
+        """The program as JSON-able facts; its image, and its other arrays that are not `known` (see
+        `quantised.to_arrays`), are added to `arrays`."""
+        arrays[image] = np.frombuffer(self.image, np.uint8)
         steps = []
         for step in self.steps:
             if isinstance(step, HostStep):
@@ -235,24 +277,28 @@ class Program:
                     "inputs": [dataclasses.asdict(port) for port in step.inputs],
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
-                    "operations": quantised.to_arrays(step.operations, arrays)})
-        arrays["manifest"] = np.frombuffer(json.dumps({
+                    "grids": {name: _kept(grid, arrays) for name, grid in step.grids.items()},
+                    "operations": quantised.to_arrays(step.operations, arrays, known)})
+        manifest = {
             "config": self.config.to_dict(), "digest": self.config.digest,
             "dram_bytes": self.dram_bytes, "steps": steps, "inputs": self.inputs,
             "outputs": self.outputs, "placement": self.placement, "choices": self.choices,
-            "metadata": self.metadata}).encode(), np.uint8)
-        payload = io.BytesIO()
-        np.savez_compressed(payload, **arrays)
-        body = payload.getvalue()
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(FORMAT + hashlib.sha256(body).digest() + body)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            "metadata": self.metadata}
+        if self.upper is not None:
+            operations = [op for step in self._device_steps for op in step.operations]
+            manifest["upper"] = self.upper._to_arrays("upper_image", arrays,
+                                                      quantised.halves(operations))
+            entries, upper_entries = ([step.entry for step in program._device_steps]
+                                      for program in (self, self.upper))
+            common = nested.common_weights(self.config, self.image, entries, self.upper.image,
+                                           upper_entries)
+            arrays["common_weights"] = common
+            arrays["upper_image"] = nested.left_out(self.config, self.upper.image, common)
+        return manifest
+
+    @property
+    def _device_steps(self) -> list[DeviceStep]:
+        return [step for step in self.steps if isinstance(step, DeviceStep)]
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Program":
@@ -276,14 +322,14 @@ class Program:
         try:
             with np.load(io.BytesIO(body), allow_pickle=False) as archive:
                 arrays = dict(archive)
-            return cls._from_arrays(arrays)
+            manifest = json.loads(arrays["manifest"].tobytes())
+            return cls._from_arrays(manifest, arrays["image"].tobytes(), arrays)
         except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ProgramError(f"{path} was written by another version of moeware ({error}): "
                                "compile the model again") from error
 
     @classmethod
-    def _from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Program":
-        manifest = json.loads(arrays["manifest"].tobytes())
+    def _from_arrays(cls, manifest: dict, image: bytes, arrays: dict[str, np.ndarray]) -> "Program":
         config = Config.from_dict(manifest["config"])
         if config.digest != manifest["digest"]:
             raise ProgramError(f"its configuration has the digest {config.digest:#010x} here and "
@@ -303,12 +349,29 @@ class Program:
                     outputs=[_port(port) for port in entry["outputs"]],
                     probes=[Probe(**probe | {"region": _region(probe["region"])})
                             for probe in entry["probes"]],
+                    grids={name: Grid(**fields | {
+                        part: arrays[fields[part]] for part in _GRID_ARRAYS if fields[part]})
+                        for name, fields in entry["grids"].items()},
                     operations=quantised.from_arrays(entry["operations"], arrays)))
         tensors = {side: [(name, tuple(shape), kind) for name, shape, kind in manifest[side]]
                    for side in ("inputs", "outputs")}
-        return cls(config=config, image=arrays["image"].tobytes(),
-                   dram_bytes=manifest["dram_bytes"], steps=steps, placement=manifest["placement"],
-                   metadata=manifest["metadata"], choices=manifest["choices"], **tensors)
+        upper = None
+        if "upper" in manifest:
+            upper = cls._from_arrays(manifest["upper"], nested.made_again(
+                config, image, arrays["upper_image"].tobytes(), arrays["common_weights"]), arrays)
+        return cls(config=config, image=image, dram_bytes=manifest["dram_bytes"], steps=steps,
+                   placement=manifest["placement"], metadata=manifest["metadata"],
+                   choices=manifest["choices"], upper=upper, **tensors)
+
+
+_GRID_ARRAYS = ("gain", "shift", "columns")
+
+
+def _kept(grid: Grid, arrays: dict[str, np.ndarray]) -> dict:
+    """JSON-able fields of a grid; its arrays are added to `arrays`."""
+    fields = {field.name: getattr(grid, field.name) for field in dataclasses.fields(grid)}
+    return fields | {name: quantised.keep(fields[name], arrays) for name in _GRID_ARRAYS
+                     if fields[name] is not None}
 
 
 def _region(fields: dict) -> Region:

@@ -13,11 +13,13 @@ An operation never changes a tensor; `output` is a new name. Arithmetic is that 
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from .isa import NormMode
+from .nested import upper_half
 
 __all__ = [
     "OPERATIONS",
@@ -30,7 +32,9 @@ __all__ = [
     "Norm",
     "Operation",
     "Route",
+    "array_key",
     "from_arrays",
+    "halves",
     "keep",
     "to_arrays",
 ]
@@ -46,6 +50,11 @@ class Affine:
     bias: np.ndarray
     multiplier: np.ndarray
     shift: np.ndarray
+
+    def part(self, index) -> "Affine":
+        """That of an expert, or of some channels: each array at `index`."""
+        return Affine(bias=self.bias[index], multiplier=self.multiplier[index],
+                      shift=self.shift[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +74,12 @@ class Constant(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Operation):
-    """Activation ``table[source @ weight.T scaled by affine]``.
+    """Activation ``table[source @ weight.T scaled by affine]``; with a gate `numerics.product` of
+    ``table[source @ gate.T scaled by gate_affine]`` and ``source @ weight.T scaled by affine`` (int16).
 
-    weight : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and 7, or
-    2 where all are between -1 and 1; table : int8 [256], indexed by the result as an unsigned byte,
-    or None.
+    weight, gate : int8 [channels, depth]; bits : that hold them, 8, or 4 where all are between -7 and
+    7, or 2 where all are between -1 and 1; table : int8 [256], indexed by the result as an unsigned
+    byte, or None.
     """
 
     source: str
@@ -77,6 +87,13 @@ class Linear(Operation):
     affine: Affine
     table: np.ndarray | None
     bits: int = 8
+    gate: np.ndarray | None = None
+    gate_affine: Affine | None = None
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row."""
+        return self.weight.size * (1 if self.gate is None else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +108,20 @@ class AddLinear(Operation):
     affine: Affine
     bits: int = 8
 
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row."""
+        return self.weight.size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Operation):
     """Activation: rows [first_row, first_row + rows) of a residual tensor, normalised and scaled.
 
-    epsilon : as `numerics.normalise` takes it; mode SCALE takes the value itself.
+    epsilon : as `numerics.normalise` takes it; mode SCALE takes the value itself. groups : equal
+    parts of a row that are normalised each by itself. rotation : int16 [rows, width], or None; the
+    results are then scaled to int16, and those of each head of `width` channels turned by a row of
+    factors, as `numerics.rotate` takes them.
     """
 
     source: str
@@ -105,6 +130,8 @@ class Norm(Operation):
     mode: NormMode
     epsilon: int
     affine: Affine
+    groups: int = 1
+    rotation: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +194,10 @@ class Experts(Operation):
 
     Expert by expert, 0 first: for each row routed to it ``h = table[source @ up[e].T scaled by
     up_affine[e]]`` and ``residual += gated(h @ down[e].T scaled by down_affine[e] to int16, weight)``,
-    saturating at each expert.
+    saturating at each expert. With a gate h is the product that `Linear` has, of `gate` and `up`.
 
-    up : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have the
-    experts as first axis; table : int8 [256] or None; bits : of each expert's weights, uint8
+    up, gate : int8 [experts, hidden, depth]; down : int8 [experts, channels, hidden]; affines have
+    the experts as first axis; table : int8 [256] or None; bits : of each expert's weights, uint8
     [experts], or None where all are 8.
     """
 
@@ -183,26 +210,47 @@ class Experts(Operation):
     down: np.ndarray
     down_affine: Affine
     bits: np.ndarray | None = None
+    gate: np.ndarray | None = None
+    gate_affine: Affine | None = None
+
+    @property
+    def row_macs(self) -> int:
+        """Multiply-accumulates of a row in one expert."""
+        return self.up[0].size * (1 if self.gate is None else 2) + self.down[0].size
 
 
 OPERATIONS = {kind.__name__: kind
               for kind in (Constant, Linear, AddLinear, Norm, Attention, Route, Experts)}
 
 
-def keep(array: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
-    """Add an array to `arrays`, equal ones once; returns its key, which depends on nothing else."""
+def array_key(array: np.ndarray) -> str:
+    """What equal arrays are kept under."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
     digest.update(np.ascontiguousarray(array).ravel())
-    key = f"array-{digest.hexdigest()}"
+    return f"array-{digest.hexdigest()}"
+
+
+def keep(array: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
+    """Add an array to `arrays`, equal ones once; returns its key, which depends on nothing else."""
+    key = array_key(array)
     arrays[key] = array
     return key
 
 
-def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray]) -> list[dict]:
-    """JSON-able description of the operations; their arrays are added to `arrays` (see `keep`)."""
+def halves(operations: list[Operation]) -> dict[str, str]:
+    """Keys of the upper halves of experts' weights, and the keys of the weights."""
+    return {array_key(upper_half(weight)): array_key(weight) for op in operations
+            if isinstance(op, Experts) for weight in (op.gate, op.up, op.down) if weight is not None}
+
+
+def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray],
+              known: Mapping[str, str] | None = None) -> list[dict]:
+    """JSON-able description of the operations; their arrays are added to `arrays` (see `keep`), but for
+    those that are the upper `halves` of others there."""
     def store(value):
         if isinstance(value, np.ndarray):
-            return {"array": keep(value, arrays)}
+            whole = (known or {}).get(array_key(value))
+            return {"upper": whole} if whole else {"array": keep(value, arrays)}
         if isinstance(value, Affine):
             return {"affine": {f.name: store(getattr(value, f.name))
                                for f in dataclasses.fields(value)}}
@@ -218,6 +266,8 @@ def from_arrays(description: list[dict], arrays) -> list[Operation]:
     def load(value):
         if isinstance(value, dict) and "array" in value:
             return arrays[value["array"]]
+        if isinstance(value, dict) and "upper" in value:
+            return upper_half(arrays[value["upper"]])
         if isinstance(value, dict):
             return Affine(**{name: load(part) for name, part in value["affine"].items()})
         return value

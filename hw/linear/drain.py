@@ -13,13 +13,18 @@ from .jobs import job_layout, per_group
 __all__ = ["Drain", "Mode", "Place"]
 
 
-class Mode(data.Struct):
+class Mode(data.StructLayout):
     """What is done to results on their way."""
 
-    target: Target
-    look_up: 1  # in table `table`
-    table: 4
-    gate: 1  # multiply by the gate weight
+    def __init__(self, config: Config):
+        super().__init__({
+            "target": Target,
+            "look_up": 1,  # in table `table`
+            "table": 4,
+            "gate": 1,  # multiply by the gate weight
+            # The first results of a pair are held, the second ones are multiplied by them.
+            **({"hold": 1, "multiply": 1, "row": range(config.tokens)} if config.products else {}),
+        })
 
 
 class Place(data.StructLayout):
@@ -43,7 +48,8 @@ class Drain(wiring.Component):
     it by token group, within it by output group, within it by row, within it by channel, and only
     rows and words that exist.
 
-    A step happens in every cycle in which results are there and `space` is given.
+    A step happens in every cycle in which results are there and `space` is given. Of results in
+    pairs (LINEAR.product) only the second ones have a place.
 
     Members
     -------
@@ -70,12 +76,13 @@ class Drain(wiring.Component):
         Results were picked one cycle ago.
     place : Out(Place(config))
         Where the results picked one cycle ago go.
-    mode : Out(Mode)
+    mode : Out(Mode(config))
     weight : Out(16)
         The gate weight of their row.
     """
 
-    JOB = ("channels", "target", "tabled", "table", "queued", "gated", "accumulate", "narrow")
+    JOB = ("channels", "target", "tabled", "table", "queued", "gated", "accumulate", "narrow",
+           "product")
 
     def __init__(self, config: Config, parameters: int):
         self.config = config
@@ -94,7 +101,7 @@ class Drain(wiring.Component):
             "drained": Out(1),
             "valid": Out(1),
             "place": Out(Place(config)),
-            "mode": Out(Mode),
+            "mode": Out(Mode(config)),
             "weight": Out(16),
         })
 
@@ -126,6 +133,7 @@ class Drain(wiring.Component):
             "final": 1,  # they are at most `lanes`
             "offset": 20,  # words from channel 0
             "part": range(parts),
+            **({"second": 1} if config.products else {}),  # of a pair
         })
         at, after, begin, origin = (Signal(position, name=name)
                                     for name in ("at", "after", "begin", "origin"))
@@ -139,6 +147,13 @@ class Drain(wiring.Component):
             after.offset.eq(at.offset + word_full),
             after.part.eq(Mux(word_full, 0, at.part + 1)),
         ]
+        if config.products:
+            paired = Signal()  # so are the results of the instruction
+            m.d.comb += after.second.eq(~at.second)
+            with m.If(paired & ~at.second):
+                m.d.comb += [after.offset.eq(at.offset), after.part.eq(at.part)]
+            with m.If(self.jobs.valid & self.jobs.ready):
+                m.d.sync += paired.eq(job.product & (job.target == Target.ACTIVATION))
 
         busy, word = Signal(), Signal.like(self.word)
         words = per_group(config, held, config.outputs // lanes)
@@ -187,4 +202,9 @@ class Drain(wiring.Component):
             self.place.row.eq(target.destination),
             self.place.channel.eq(at.channel),
         ]
+        if config.products:
+            m.d.sync += [self.mode.hold.eq(paired & ~at.second),
+                         self.mode.multiply.eq(paired & at.second), self.mode.row.eq(row)]
+            with m.If(paired & at.second):
+                m.d.sync += self.mode.look_up.eq(0)
         return m

@@ -15,11 +15,11 @@ IN_FLIGHT = 8  # instructions in the unit at most
 
 
 def job_layout(config: Config, *names: str) -> data.StructLayout:
-    """Some fields of LINEAR. `rows` is the number of rows, whatever it comes from; `narrow` is left
-    out where the configuration has no narrow weights."""
+    """Some fields of LINEAR. `rows` is the number of rows, whatever it comes from; `narrow` and
+    `product` are left out where the configuration has no gateware for them."""
     fields = fields_layout(Opcode.LINEAR)
-    return data.StructLayout({name: fields[name].shape for name in names
-                              if name != "narrow" or config.narrow})
+    options = {"narrow": config.narrow, "product": config.products}
+    return data.StructLayout({name: fields[name].shape for name in names if options.get(name, 1)})
 
 
 def per_group(config: Config, job, number: int):

@@ -42,13 +42,14 @@ class LinearUnit(wiring.Component):
     For each row and channel: the int32 sum (it wraps) of ``source_words * K`` products, plus the
     bias; then requantised to int8 and perhaps looked up in a table (ACTIVATION), or requantised to
     int16, perhaps weighted, and written or added with saturation (RESIDUAL), or sent as it is
-    (ROUTER). `gather`, `scatter` and `gated` have a meaning only with `queued`. Without rows,
-    channels or source words an instruction does nothing, and no setup is sent to the router.
+    (ROUTER). With `product`, pairs of words of W results become one word (ACTIVATION). `gather`,
+    `scatter` and `gated` have a meaning only with `queued`. Without rows, channels or source words an
+    instruction does nothing, and no setup is sent to the router.
 
     Throughput: a group of T rows takes ``source_words`` cycles for each O channels, or the number
     of its write-back words, ``rows * ceil(channels / W)`` with O and T replaced by what is left in
-    ragged groups, whichever is more. No cycle is lost between output groups, token groups or
-    instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
+    ragged groups (a pair is two words), whichever is more. No cycle is lost between output groups,
+    token groups or instructions, as long as the rows of a group (``source_words`` cycles each, at least 2, and 3
     more for all) are fetched while the group before is at work, and every instruction is taken
     ``RowAddresses.LATENCY + 5`` cycles (READ_LATENCY more if `queued`) before its first row is due.
     A single instruction of one word and group takes 2 cycles, and instructions are taken every 2
@@ -92,12 +93,12 @@ class LinearUnit(wiring.Component):
 
     def __init__(self, config: Config):
         self.config = config
-        self.array = DotArray(config)
+        self.array, self.scale = DotArray(config), Scale(config)
         self.overhead = (RowAddresses.LATENCY + RegisterSlice.LATENCY + READ_LATENCY
-                         + self.array.latency + Scale.LATENCY + 4)
+                         + self.array.latency + self.scale.latency + 4)
         # Enough for results to arrive and be written at full rate while the next output group is
         # already on its way through the array.
-        in_flight = self.array.latency + Scale.LATENCY + 10
+        in_flight = self.array.latency + self.scale.latency + 10
         self.buffer = 1 << (in_flight - 1).bit_length()
         super().__init__({
             "engine": Out(EngineSignature(Opcode.LINEAR)),
@@ -124,7 +125,7 @@ class LinearUnit(wiring.Component):
         m.submodules.issue = issue = Issue(config, self.buffer)
         m.submodules.parameters = parameters = Parameters(config)
         m.submodules.drain = drain = Drain(config, parameters.depth)
-        m.submodules.scale = scale = Scale(config)
+        m.submodules.scale = scale = self.scale
         m.submodules.writeback = writeback = WriteBack(config, self.buffer)
 
         start, fields = Signal(), Signal(fields_layout(Opcode.LINEAR))
@@ -148,6 +149,10 @@ class LinearUnit(wiring.Component):
             connect(m, inner, flipped(outer))
         connect(m, flipped(self.queue.entry), rows.entry)
         connect(m, flipped(self.table_write), scale.table_write)
+        placed = drain.valid
+        if config.products:
+            placed = drain.valid & ~drain.mode.hold
+            m.d.comb += writeback.spare.eq(drain.valid & drain.mode.hold)
         m.d.comb += [
             issue.filled.eq(fill.filled), issue.counts.eq(fill.counts), issue.ends.eq(fill.ends),
             fill.release.eq(issue.release), drain.target.eq(fill.target),
@@ -167,7 +172,7 @@ class LinearUnit(wiring.Component):
 
             scale.valid.eq(drain.valid), scale.mode.eq(drain.mode), scale.values.eq(array.results),
             scale.channels.eq(parameters.word), scale.weight.eq(drain.weight),
-            writeback.place_valid.eq(drain.valid), writeback.place.eq(drain.place),
+            writeback.place_valid.eq(placed), writeback.place.eq(drain.place),
             writeback.results_valid.eq(scale.results_valid), writeback.results.eq(scale.results),
         ]
 

@@ -25,11 +25,13 @@ class WriteBack(wiring.Component):
     -------
     reserve : In(1)
         A result will come: only while `space` is not 0.
+    spare : In(1)
+        One for which a place was reserved will not come. Where the configuration has products.
     space : Out(range(depth + 1))
     has_space : Out(1)
         It is not 0.
     written : Out(2)
-        Results that were written one cycle ago: `space` grows.
+        Results that were written, or places spared, one cycle ago: `space` grows.
     ended : Out(1)
         The last result of an instruction, not for the router, was written one cycle ago.
     place_valid : In(1)
@@ -47,6 +49,7 @@ class WriteBack(wiring.Component):
         self.config, self.depth = config, depth
         super().__init__({
             "reserve": In(1),
+            **({"spare": In(1)} if config.products else {}),
             "space": Out(range(depth + 1), init=depth),
             "has_space": Out(1, init=1),
             "written": Out(2),
@@ -121,9 +124,11 @@ class WriteBack(wiring.Component):
             with m.Case(Target.ROUTER):
                 m.d.comb += [logits.valid.eq(valid), taken.eq(logits.ready)]
         arrives = write.valid & write.ready
+        left = arrives + (residual.valid & residual.ready) + (logits.valid & logits.ready)
+        if config.products:
+            left += self.spare
         m.d.sync += [
-            self.written.eq(arrives + (residual.valid & residual.ready)
-                            + (logits.valid & logits.ready)),
+            self.written.eq(left),
             self.space.eq(self.space - self.reserve + self.written),
             self.has_space.eq((self.written != 0) | (self.space > 1)
                               | (self.has_space & ~self.reserve)),

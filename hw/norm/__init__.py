@@ -1,4 +1,4 @@
-"""The NORM engine: rows of the residual stream to normalised, requantised int8."""
+"""The NORM engine: rows of the residual memory to normalised, perhaps turned, requantised int8."""
 
 from .unit import NormUnit
 

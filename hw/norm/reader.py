@@ -20,14 +20,15 @@ class Rows(data.Struct):
     stride: 13
     rows: 13
     channels: 16
-    measured: 1  # statistics are to be taken; goes with every word
+    flag: 1  # goes with every word
+    period: 13  # of a reader that repeats: words after which a row begins again
 
 
 class Word(data.StructLayout):
     """A memory word of a row: its first `count` lanes belong to the row, and `last` ends it."""
 
     def __init__(self, shape, lanes: int):
-        super().__init__({"data": shape, "count": range(lanes + 1), "last": 1, "measured": 1})
+        super().__init__({"data": shape, "count": range(lanes + 1), "last": 1, "flag": 1})
 
 
 class RowReader(wiring.Component):
@@ -38,6 +39,12 @@ class RowReader(wiring.Component):
     loses none. Rows are taken when all addresses of the rows before are on their way; no rows,
     or rows of no channels, read nothing.
 
+    Parameters
+    ----------
+    shape : of a memory word
+    lanes : values of a word
+    repeats : after `period` words a row begins again, until it has given words for all channels
+
     Members
     -------
     rows : In(stream.Signature(Rows))
@@ -47,8 +54,8 @@ class RowReader(wiring.Component):
 
     DEPTH = 8
 
-    def __init__(self, shape, lanes: int):
-        self.lanes = lanes
+    def __init__(self, shape, lanes: int, *, repeats: bool = False):
+        self.lanes, self.repeats = lanes, repeats
         self.word = Word(shape, lanes)
         super().__init__({
             "rows": In(stream.Signature(Rows)),
@@ -63,10 +70,11 @@ class RowReader(wiring.Component):
         active = Signal()
         address = Signal(20)
         left = Signal(16)  # channels of the row that were not asked for
+        until = Signal(13)  # words until the row begins again
         free = Signal(range(self.DEPTH + 1), init=self.DEPTH)
 
         # What is known of a word travels beside its address and its read.
-        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1, "measured": 1})
+        tag = data.StructLayout({"valid": 1, "count": range(lanes + 1), "last": 1, "flag": 1})
         m.submodules.sent = sent = RegisterSlice(data.StructLayout({"address": 20, "tag": tag}))
         asked = sent.input.valid & sent.input.ready
         last = left <= lanes
@@ -77,7 +85,7 @@ class RowReader(wiring.Component):
             sent.input.p.address.eq(address),
             sent.input.p.tag.valid.eq(1), sent.input.p.tag.last.eq(last),
             sent.input.p.tag.count.eq(Mux(last, left, lanes)),
-            sent.input.p.tag.measured.eq(job.measured),
+            sent.input.p.tag.flag.eq(job.flag),
             self.port.address.payload.eq(sent.output.p.address),
             self.port.address.valid.eq(sent.output.valid),
             sent.output.ready.eq(self.port.address.ready),
@@ -90,6 +98,8 @@ class RowReader(wiring.Component):
                 active.eq(self.rows.valid & (self.rows.p.rows != 0)
                           & (self.rows.p.channels != 0)),
             ]
+            if self.repeats:
+                m.d.sync += until.eq(self.rows.p.period)
         with m.Elif(asked):
             with m.If(last):
                 m.d.sync += [
@@ -98,6 +108,12 @@ class RowReader(wiring.Component):
                 ]
             with m.Else():
                 m.d.sync += [address.eq(address + 1), left.eq(left - lanes)]
+            if self.repeats:
+                m.d.sync += until.eq(until - 1)
+                with m.If(last | (until == 1)):
+                    m.d.sync += until.eq(job.period)
+                with m.If(~last & (until == 1)):
+                    m.d.sync += address.eq(job.base)
 
         tags = [Signal(tag, name=f"tag_{i}") for i in range(READ_LATENCY + 1)]
         m.d.comb += [
@@ -110,7 +126,7 @@ class RowReader(wiring.Component):
         arriving = Signal(self.word)
         m.d.comb += [
             arriving.data.eq(self.port.data.payload), arriving.count.eq(tags[-1].count),
-            arriving.last.eq(tags[-1].last), arriving.measured.eq(tags[-1].measured),
+            arriving.last.eq(tags[-1].last), arriving.flag.eq(tags[-1].flag),
             queue.w_data.eq(arriving), queue.w_en.eq(tags[-1].valid),
             self.words.payload.eq(queue.r_data), self.words.valid.eq(queue.r_rdy),
             queue.r_en.eq(self.words.ready),

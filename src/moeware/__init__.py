@@ -7,8 +7,8 @@
 
 from moeware.runtime.device import Device, register
 
-__all__ = ["Config", "Program", "Session", "__version__", "compile", "estimate", "find_board",
-           "find_config", "profile"]
+__all__ = ["Config", "Program", "Session", "__version__", "compare", "compile", "estimate",
+           "export", "find_board", "find_config", "profile"]
 
 
 def _open_golden(config, **options) -> Device:

@@ -1,4 +1,4 @@
-"""The Python interface above all rooms: compile a model, open a session on a model or a program."""
+"""The Python interface above all rooms: export, compile and compare models, open sessions."""
 
 import json
 import os
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from moeware.accuracy import compare
 from moeware.hw.arch.config import Config, ConfigError
 from moeware.hw.arch.program import DeviceStep, Program
 from moeware.hw.arch.timeline import Timeline
 from moeware.runtime import session
 
-__all__ = ["Config", "Program", "Session", "compile", "estimate", "find_board", "find_config",
-           "profile"]
+__all__ = ["Config", "Program", "Session", "compare", "compile", "estimate", "export",
+           "find_board", "find_config", "profile"]
 
 MODEL_SUFFIXES = (".onnx", ".onnxtxt")
 
@@ -69,7 +70,7 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     config : as `find_config` takes it.
     calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
     options : as `moeware.compiler.pipeline.compile_model` takes them, for example
-        ``choices={"task": [0, 1]}``; None is returned where they
+        ``choices={"task": [0, 1]}``, ``expert_bits=3.0`` or ``nested=True``; None is returned where they
         stop before the last stage.
 
     Raises
@@ -119,6 +120,15 @@ def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, d
     chooser = Chooser()
     session.Session(program, chooser).run(None, feeds)
     return [of_step(program, step, memory, choices) for step, choices in chooser.choices]
+
+
+def export(model, example_inputs, path: str | os.PathLike, **options):
+    """Write a PyTorch module as an ONNX file that compiles, proved against the module.
+
+    Parameters, result and errors as of `moeware.exporting.export`, which needs no transformers.
+    """
+    from moeware.exporting import export as write
+    return write(model, example_inputs, path, **options)
 
 
 def profile(program: Program | str | os.PathLike, feeds: Mapping[str, np.ndarray | int],

@@ -341,25 +341,24 @@ def export(model, path, opset=20, dynamo=True, dynamic=True, task=None):
     inputs = {"image": torch.from_numpy(example(2 if dynamic else 1))}
     if task is not None:
         inputs["task"] = task
-    options = {"opset_version": opset, "input_names": list(inputs), "output_names": ["logits"]}
+    options = {"input_names": list(inputs), "output_names": ["logits"]}
+    if dynamic and dynamo:
+        fixed = (None,) * (len(inputs) - 1)
+        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")}, *fixed)
+    elif dynamic:
+        options["dynamic_axes"] = {"image": {0: "batch"}, "logits": {0: "batch"}}
+    return export_module(model, tuple(inputs.values()), path, opset, dynamo, **options)
+
+
+def export_module(model, inputs, path, opset=20, dynamo=True, **options):
+    """Write ``model`` to ``path``, in eval mode; ``inputs``: an example for each input, a tuple."""
+    options |= {"opset_version": opset, "dynamo": dynamo}
     if dynamo:
-        if dynamic:
-            fixed = (None,) * (len(inputs) - 1)
-            options["dynamic_shapes"] = ({0: torch.export.Dim("batch")}, *fixed)
-        options.update(dynamo=True, external_data=False, verbose=False)
-    else:
-        if dynamic:
-            options["dynamic_axes"] = {"image": {0: "batch"}, "logits": {0: "batch"}}
-        options["dynamo"] = False
-    return write(model, inputs, path, **options)
-
-
-def write(model, inputs, path, **options):
-    """``torch.onnx.export`` of ``model`` at tensors ``inputs``, without a word."""
+        options |= {"external_data": False, "verbose": False}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, tuple(inputs.values()), str(path), **options)
+        torch.onnx.export(model.eval(), inputs, str(path), **options)
     return path
 
 

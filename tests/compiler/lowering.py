@@ -15,15 +15,14 @@ from moeware.hw.arch.program import Port, Program, Region
 
 from ..runtime.reference import Graph
 
-__all__ = ["lower", "program", "transformer"]
+__all__ = ["decoder", "lower", "program", "transformer"]
 
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
                 experts: int, chosen: int, causal: bool = False, gain: float = 1.0, bits: int = 8,
-                mode: NormMode = NormMode.LAYER, form: int = 0) -> Graph:
-    """Patches and a class token, a dense and a routed block, the class token's and the mean head.
-
-    form : number of the router's among `Graph.forms`."""
+                mode: NormMode = NormMode.LAYER, gated: bool = False, form: int = 0) -> Graph:
+    """Patches and a class token, a dense and a routed block, the class token's and the mean head;
+    gated : whether hidden values are products; form : number of the router's among `Graph.forms`."""
     graph = Graph(seed, gain=gain, bits=bits)
     size = heads * width
     patches = graph.input(tokens, depth)
@@ -31,29 +30,54 @@ def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, h
     y = graph.norm(x, mode)
     q, k, v = (graph.linear(y, size) for _ in range(3))
     x = graph.add_linear(graph.attention(q, k, v, heads, heads, causal=causal), x, size)
-    x = graph.add_linear(graph.linear(graph.norm(x, mode), hidden, table=True), x, size)
+    hidden_values = graph.linear(graph.norm(x, mode), hidden, table=True, gated=gated)
+    x = graph.add_linear(hidden_values, x, size)
     y = graph.norm(x, mode)
     router = next(islice(graph.forms(experts, chosen), form, None)) if form else {}
-    x = graph.experts(y, x, graph.route(y, experts, chosen, **router), experts, hidden)
+    x = graph.experts(y, x, graph.route(y, experts, chosen, **router), experts, hidden, gated=gated)
     y = graph.norm(x, mode)
     graph.add_linear(graph.attention(None, y, y, 1, 1), None, 7)
     graph.add_linear(graph.norm(x, NormMode.SCALE, first_row=tokens // 2, rows=1), None, 5)
     return graph
 
 
-def quantised(graph: Graph) -> QuantisedStep:
-    """The graph as a step whose inputs and last two results are ports."""
+def decoder(seed: int, form: str, *, tokens: int, width: int, heads: int, hidden: int,
+            causal: bool = True, gain: float = 1.0, bits: int = 8, turned: bool = True) -> Graph:
+    """A block of a language model and its head, on a stream that enters; queries and keys turned by
+    rotary factors as in the model `form`: llama as they are, olmoe normalised over all heads, qwen3
+    head by head."""
+    graph = Graph(seed, gain=gain, bits=bits)
+    size = heads * width
+    x = graph.input(tokens, size, Memory.RESIDUAL)
+    rotation = graph.rotation(tokens, width) if turned else None
+    mode = NormMode.SCALE if form == "llama" else NormMode.RMS
+    y = graph.norm(x, NormMode.RMS)
+    q, k = (graph.norm(graph.add_linear(y, None, size), mode, rotation=rotation,
+                       groups={"llama": 1, "olmoe": 1, "qwen3": heads}[form]) for _ in range(2))
+    x = graph.add_linear(graph.attention(q, k, graph.linear(y, size), heads, heads, causal=causal),
+                         x, size)
+    x = graph.add_linear(graph.linear(graph.norm(x, NormMode.RMS), hidden, table=True), x, size)
+    graph.add_linear(graph.norm(x, NormMode.RMS, first_row=tokens - 1, rows=1), None, 7)
+    return graph
+
+
+def quantised(graph: Graph | QuantisedStep) -> QuantisedStep:
+    """The graph as a step whose inputs and results that nothing reads are ports."""
+    if isinstance(graph, QuantisedStep):
+        return graph
+
     def port(name: str, memory: Memory) -> Port:
         rows, channels = graph.shapes[name]
         return Port(name=name, tensor=name, shape=(rows, channels), scale=1 / 64,
                     split=(rows, channels), order=(0, 1),
                     region=Region(memory=memory, rows=rows, channels=channels, address=0))
-    heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None]
+    heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None
+             and not any(getattr(other, "source", None) == op.output for other in graph.operations)]
     return QuantisedStep(graph.operations, [port(*item) for item in graph.sources.items()],
                          [port(name, Memory.RESIDUAL) for name in heads])
 
 
-def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **options):
+def lower(graph: Graph | QuantisedStep, config: Config, *, trace: bool = True, plans=PLANS, **options):
     """The graph after `allocate`, verified between the stages."""
     step = quantised(graph)
     verify_quantised(step)
@@ -73,7 +97,8 @@ def lower(graph: Graph, config: Config, *, trace: bool = True, plans=PLANS, **op
     return lowered
 
 
-def program(graph: Graph, config: Config, *, trace: bool = True, **options) -> Program:
+def program(graph: Graph | QuantisedStep, config: Config, *, trace: bool = True,
+            **options) -> Program:
     """The graph as a program; with `trace` it stores every tensor."""
     image, dram_bytes, steps = emit([lower(graph, config, trace=trace, **options)], config)
     ports = {side: [(port.name, port.shape, "tensor(float)") for port in getattr(steps[0], side)]

@@ -336,7 +336,7 @@ MODELS = {
     "no-biases": lambda: Example(timm(bias=False), (3, 8, 8)),
     "layer-scale": lambda: Example(timm(scale=0.3), (3, 8, 8)),
     "layer-scale-tiny": lambda: Example(timm(scale=1e-5), (3, 8, 8)),
-    "one-expert": lambda: Example(timm(mlp=lambda: Moe(24, 40, 1, 1)), (3, 8, 8), host=True),
+    "one-expert": lambda: Example(timm(mlp=lambda: Moe(24, 40, 1, 1)), (3, 8, 8)),
     "top-1": lambda: Example(timm(mlp=lambda: Moe(24, 40, 4, 1, "all")), (3, 8, 8)),
     "sixteen-experts": lambda: Example(timm(mlp=lambda: Moe(24, 30, 16, 4)), (3, 8, 8)),
     "moe-no-biases": lambda: Example(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .exports import write
+from .exports import export_module
 
 TOKENS, FEATURES = 6, 12
 
@@ -108,6 +108,5 @@ class Squared(Gate):
 def export_router(module, path, opset=20, dynamo=True):
     """Write the router to `path`: x [1, tokens, features] to weights and indices."""
     x = torch.randn(1, TOKENS, FEATURES, generator=torch.Generator().manual_seed(2))
-    options = {"external_data": False, "verbose": False} if dynamo else {}
-    return write(module.eval(), {"x": x}, path, dynamo=dynamo, opset_version=opset,
-                 input_names=["x"], output_names=["weights", "indices"], **options)
+    return export_module(module, (x,), path, opset, dynamo,
+                         input_names=["x"], output_names=["weights", "indices"])

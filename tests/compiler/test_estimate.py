@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The estimate of cycles against the gateware's, in total and layer by layer."""
 
 import dataclasses
@@ -14,7 +15,9 @@ from moeware.hw.arch.isa import Engine, NormMode, Opcode, Target
 from moeware.hw.attention.passes import PassReader
 from moeware.hw.attention.results import ResultWriter
 from moeware.hw.dma import bursts, load, share, store
+from moeware.hw.linear.scale import Scale
 from moeware.hw.norm.inverse_root import InverseRoot
+from moeware.hw.norm.rotate import Rotate
 from moeware.hw.norm.variance import Variance
 from moeware.hw.router.unit import Router
 from moeware.runtime.chosen import chosen_experts
@@ -24,7 +27,8 @@ from moeware.sim.rtl import RtlDevice
 
 from ..hw.arch.configs import CONFIGS
 from ..sim.test_rtl import SHAPES, shaped
-from .lowering import program, transformer
+from ..sim.test_rtl_rotary import CONFIGURATIONS as TURNING
+from .lowering import decoder, program, transformer
 
 MEMORIES = [IDEAL, SDRAM_16BIT, DDR]
 CONFIGURATIONS = {**{name: shaped(name) for name in SHAPES},
@@ -38,7 +42,12 @@ MODELS = {
                "mode": NormMode.RMS},
     "long": {"tokens": 15, "depth": 12, "width": 8, "heads": 1, "hidden": 20},
 }
-MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2}}
+MODELS |= {"of 4 bits": MODELS["bidirectional"] | {"bits": 4}, "ternary": MODELS["long"] | {"bits": 2},
+           "gated": MODELS["bidirectional"] | {"gated": True}}
+DECODERS = [("llama", {"tokens": 12, "width": 8, "heads": 3, "hidden": 20}),
+             ("olmoe", {"tokens": 9, "width": 10, "heads": 2, "hidden": 17}),
+             ("qwen3", {"tokens": 15, "width": 12, "heads": 2, "hidden": 9}),
+             ("qwen3", {"tokens": 3, "width": 6, "heads": 4, "hidden": 9})]
 TOTAL, LAYER = 0.05, 0.10  # errors that we allow
 BOUNDARY = 0.01  # of the run, where one layer ends and the next begins
 INSTRUCTION_BURST = 256  # bytes; a few cycles decide before which layer's loads it goes
@@ -66,34 +75,50 @@ def of_operations(layers: dict[str, int]) -> dict[str, int]:
     return sums
 
 
+def hold(label, config, memory, compiled, step, inputs) -> None:
+    """The estimate of a run against the gateware's cycles, in total and layer by layer."""
+    device = ProfilingDevice(config, fast=False, dram=memory)
+    device.run(compiled, step, inputs)
+    found = device.profiles[0].timeline
+    expected = estimate(compiled, step, cycles(memory, config),
+                        chosen_experts(compiled, step, inputs)[0])
+    assert expected.cycles == pytest.approx(found.cycles, rel=TOTAL), label
+    burst = INSTRUCTION_BURST / memory.bytes_per_cycle(config.bus_bytes, 100e6)
+    slack = max(BOUNDARY * found.cycles, burst)
+    layers = of_operations(found.layer_cycles())
+    for layer, taken in of_operations(expected.layer_cycles()).items():
+        assert taken == pytest.approx(layers[layer], rel=LAYER, abs=slack), (label, layer)
+    for row, other in zip(expected.table(), found.table(), strict=True):
+        assert (row.layer, row.engine, row.instructions, row.skipped, row.macs, row.bytes) == (
+            other.layer, other.engine, other.instructions, other.skipped, other.macs,
+            other.bytes)
+    for engine in (Engine.LOAD, Engine.LINEAR):
+        for what in ("busy", "waiting", "stalled"):
+            if (engine, what) == (Engine.LINEAR, "stalled"):
+                continue  # engines do not disturb each other in the estimate
+            sums = [sum(getattr(row, what) for row in table if row.engine == engine)
+                    for table in (expected.table(), found.table())]
+            assert sums[0] == pytest.approx(sums[1], rel=LAYER, abs=LAYER * found.cycles / 2)
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_cycles_are_those_of_the_gateware(name):
     config = CONFIGURATIONS[name]
-    for number, model in enumerate(MODELS):
+    models = [model for model, sizes in MODELS.items()
+              if config.products or not sizes.get("gated")]
+    for number, model in enumerate(models):
         memory = MEMORIES[(number + list(CONFIGURATIONS).index(name)) % len(MEMORIES)]
-        compiled, step, inputs = made(config, model)
-        device = ProfilingDevice(config, fast=False, dram=memory)
-        device.run(compiled, step, inputs)
-        found = device.profiles[0].timeline
-        expected = estimate(compiled, step, cycles(memory, config),
-                            chosen_experts(compiled, step, inputs)[0])
-        assert expected.cycles == pytest.approx(found.cycles, rel=TOTAL), model
-        burst = INSTRUCTION_BURST / memory.bytes_per_cycle(config.bus_bytes, 100e6)
-        slack = max(BOUNDARY * found.cycles, burst)
-        layers = of_operations(found.layer_cycles())
-        for layer, taken in of_operations(expected.layer_cycles()).items():
-            assert taken == pytest.approx(layers[layer], rel=LAYER, abs=slack), (model, layer)
-        for row, other in zip(expected.table(), found.table(), strict=True):
-            assert (row.layer, row.engine, row.instructions, row.skipped, row.macs, row.bytes) == (
-                other.layer, other.engine, other.instructions, other.skipped, other.macs,
-                other.bytes)
-        for engine in (Engine.LOAD, Engine.LINEAR):
-            for what in ("busy", "waiting", "stalled"):
-                if (engine, what) == (Engine.LINEAR, "stalled"):
-                    continue  # engines do not disturb each other in the estimate
-                sums = [sum(getattr(row, what) for row in table if row.engine == engine)
-                        for table in (expected.table(), found.table())]
-                assert sums[0] == pytest.approx(sums[1], rel=LAYER, abs=LAYER * found.cycles / 2)
+        hold(model, config, memory, *made(config, model))
+
+
+@pytest.mark.parametrize("name", TURNING)
+def test_cycles_of_turned_queries_and_keys(name):
+    config = TURNING[name]
+    for number, (form, sizes) in enumerate(DECODERS):
+        graph = decoder(1, form, **sizes)
+        compiled = program(graph, config, trace=False)
+        memory = MEMORIES[(number + list(TURNING).index(name)) % len(MEMORIES)]
+        hold((form, sizes), config, memory, compiled, compiled.steps[0], graph.integers(1))
 
 
 def test_constants_are_those_of_the_gateware():
@@ -104,11 +129,14 @@ def test_constants_are_those_of_the_gateware():
     assert estimate_costs.Norm.VARIANCE == Variance.INTERVAL
     assert (estimate_costs.Norm.ROOT, estimate_costs.Norm.ROOT_LATENCY) == (
         InverseRoot.INTERVAL, InverseRoot.LATENCY)
+    assert estimate_costs.Norm.ROTATE == Rotate.LATENCY
     assert estimate_costs.Attention.ROWS_PER_DIVIDER == ResultWriter.ROWS_PER_DIVIDER
     assert estimate_costs.Attention.GROUP >= PassReader.GROUP_CYCLES
     assert estimate_costs.Linear.ROUTE_ROW == Router.ROW_INTERVAL
     assert (estimate_costs.Linear.FORMS, estimate_costs.Linear.GROUPS) == (
         Router.FORMS_LATENCY, Router.GROUPS_LATENCY)
+    latencies = [Scale(dataclasses.replace(CONFIGS[0], products=each)).latency for each in (0, 1)]
+    assert estimate_costs.Linear.PRODUCTS == latencies[1] - latencies[0]
 
 
 def test_narrow_buses_and_slow_memories_take_longer():

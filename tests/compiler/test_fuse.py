@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from torch import nn
 
 from moeware.compiler.canonical import sources
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.reference import evaluate
-from moeware.compiler.to_onnx import to_onnx
 from tests.compiler import exports
 from tests.compiler.exports import Mlp, Moe, PackedAttention, SeparateAttention, export, vit
+from tests.compiler.fused import check
 
 CASES = Path(__file__).parent / "cases"
 
@@ -28,28 +26,6 @@ MEAN = ("PatchEmbed AddConstant", "LayerNorm MeanTokens Linear")
 
 def expected(*blocks, ends=CLASS):
     return " ".join([ends[0], *blocks, ends[1]]).split()
-
-
-def check(path, operators, frames=2, tolerance=1e-4):
-    """Fuse the model at ``path``; compare its operators and its values with ONNX Runtime's."""
-    model = fuse(load(path))
-    assert [node.domain and node.op_type or f"plain {node.op_type}" for node in model.graph] == (
-        operators
-    )
-    names = [value.name for value in model.graph.inputs]
-    generator = np.random.default_rng(11)
-    feeds = {
-        value.name: generator.normal(size=(frames, *list(value.shape)[1:])).astype(np.float32)
-        for value in model.graph.inputs
-    }
-    assert names == list(feeds)
-    wanted = exports.run_onnx(path, **feeds)
-    lowered = onnxruntime.InferenceSession(to_onnx(model).SerializeToString()).run(None, feeds)
-    for results in (list(evaluate(model, feeds).values()), lowered):
-        for value, want in zip(results, wanted, strict=True):
-            assert value.shape == want.shape
-            assert np.abs(value - want).max() <= tolerance * np.abs(want).max()
-    return model
 
 
 # Name: (model, canonical operators of its block, operators around it).

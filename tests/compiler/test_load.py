@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.load import load
@@ -119,10 +120,27 @@ def test_operator_without_definition(tmp_path):
 
 
 def test_shapes_that_contradict(tmp_path):
-    refuse(write(tmp_path / "m.onnx", np.ones((5, 3), np.float32)), "m.onnx", "valid ONNX graph")
+    refuse(write(tmp_path / "m.onnx", np.ones((5, 3), np.float32)), "'node' (MatMul)", "fit together")
 
 
 def test_baked_expert_counts_are_refused(tmp_path):
     model = exports.vit(mixer=exports.Moe("sorted_split"))
     path = exports.export(model, tmp_path / "m.onnx", 17, dynamo=False)
     refuse(path, "Split", "constant sizes", "export the experts as a loop")
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_packed_attention_behind_several_mixtures_is_no_split_of_tokens(tmp_path, k):
+    """Its Split on axis 0 takes queries, keys and values apart, behind the TopK of two routers."""
+    blocks = [exports.Block(exports.PackedAttention(), exports.Moe(k=k), lambda: nn.LayerNorm(exports.DIM))
+              for _ in range(3)]
+    path = exports.export(exports.Vit(*blocks), tmp_path / "m.onnx", 17, dynamo=False)
+    assert any(node.op_type == "Split" for node in onnx.load(path).graph.node)
+    load(path)
+
+
+def test_baked_expert_counts_behind_another_mixture_are_refused(tmp_path):
+    blocks = [exports.Block(exports.PackedAttention(), mixer, lambda: nn.LayerNorm(exports.DIM))
+              for mixer in (exports.Moe(), exports.Moe("sorted_split"))]
+    path = exports.export(exports.Vit(*blocks), tmp_path / "m.onnx", 17, dynamo=False)
+    refuse(path, "mixer/Split", "constant sizes")

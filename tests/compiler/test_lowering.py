@@ -11,13 +11,16 @@ from moeware.compiler.tile import PLANS
 from moeware.compiler.verify import verify_addresses
 from moeware.hw.arch import isa
 from moeware.hw.arch.isa import Engine, Memory, NormMode, Opcode
+from moeware.hw.arch.quantised import Linear
 from moeware.hw.arch.work import works
 from moeware.sim.golden import GoldenDevice, Machine
 
-from ..hw.arch.configs import CONFIGS, config
+from ..hw.arch import configs
+from ..hw.arch.configs import config
 from ..runtime.reference import evaluate
 from .lowering import lower, program, transformer
 
+CONFIGS = [dataclasses.replace(each, products=1) for each in configs.CONFIGS]
 SIZES = {
     "odd": dict(tokens=7, depth=5, width=3, heads=4, hidden=9, experts=5, chosen=2),
     "one": dict(tokens=1, depth=1, width=1, heads=1, hidden=1, experts=1, chosen=1),
@@ -26,6 +29,13 @@ SIZES = {
     "loud": dict(tokens=5, depth=6, width=5, heads=2, hidden=8, experts=3, chosen=3, gain=6.0),
     "of 4 bits": dict(tokens=7, depth=5, width=3, heads=4, hidden=9, experts=5, chosen=2, bits=4),
     "ternary": dict(tokens=6, depth=7, width=6, heads=2, hidden=21, experts=4, chosen=1, bits=2),
+    "gated": dict(tokens=7, depth=5, width=3, heads=4, hidden=9, experts=5, chosen=2, gated=True),
+    "gated, wide": dict(tokens=16, depth=24, width=16, heads=3, hidden=70, experts=16, chosen=4,
+                        gated=True, gain=3.0),
+    "gated, one": dict(tokens=1, depth=1, width=1, heads=1, hidden=1, experts=1, chosen=1,
+                       gated=True),
+    "gated, of 4 bits": dict(tokens=7, depth=9, width=3, heads=4, hidden=33, experts=5, chosen=2,
+                             bits=4, gated=True),
 }
 
 
@@ -97,10 +107,36 @@ def test_narrow_weights_share_their_bytes_on_chip_too(bits):
         work.instruction.words for work in whole)
 
 
-def test_small_memories_cut_products_into_tiles():
+@pytest.mark.parametrize("size", ["odd", "of 4 bits", "gated", "gated, of 4 bits", "gated, wide"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.linear_macs}macs-{c.digest:08x}")
+def test_narrow_arrays_compute_the_same(config, size):
+    graph, narrow = transformer(3, **SIZES[size]), dataclasses.replace(config, narrow=1)
+    compiled, inputs = program(graph, narrow), graph.integers(2)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+def test_words_of_gate_and_factor_take_turns():
+    graph = transformer(3, **SIZES["gated"])
+    lowered = lower(graph, CONFIGS[0])
+    products = [instr for instr in lowered.instructions if instr.fields.get("product")]
+    assert {"/" + instr.layer.split("/")[1] for instr in products} == {
+        op.name for op in graph.operations if getattr(op, "gate", None) is not None}
+    hidden, depth, lanes = SIZES["gated"]["hidden"], CONFIGS[0].depth, CONFIGS[0].lanes
+    words = -(-hidden // depth)
+    dense = next(op for op in graph.operations if isinstance(op, Linear) and op.gate is not None)
+    dense, = [instr for instr in products if instr.layer == dense.name]
+    assert (dense.fields["channels"], dense.writes[0].words) == (2 * words * depth, words)
+    assert dense.fields["channels"] % (2 * lanes) == 0
+
+
+@pytest.mark.parametrize("size", ["wide", "gated, wide"])
+def test_small_memories_cut_products_into_tiles(size):
     tight = config(2, 4, 8, 2, 2, 8, weight_words=24, param_words=24, activation_words=103,
-                   residual_words=500)
-    graph = transformer(5, **SIZES["wide"])
+                   residual_words=500, products=1)
+    graph = transformer(5, **SIZES[size])
     compiled = program(graph, tight)
     names = {instr.layer for instr in lower(graph, tight).instructions}
     tiles = [i for i in Machine(tight, image(compiled)).decode(0) if i.opcode is Opcode.LINEAR]
@@ -113,7 +149,7 @@ def test_small_memories_cut_products_into_tiles():
 
 
 @pytest.mark.parametrize("plan", PLANS[1:], ids=["lean", "halves", "quarters", "spill"])
-@pytest.mark.parametrize("size", ["odd", "wide", "one"])
+@pytest.mark.parametrize("size", ["odd", "wide", "one", "gated", "gated, wide"])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
 def test_every_plan_gives_the_same(config, size, plan):
     graph = transformer(3, **SIZES[size])
@@ -139,9 +175,10 @@ def test_tensors_spill_where_memories_are_far_too_small():
 
 
 @pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize("size", ["wide", "gated"])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
-def test_frames_in_flight_are_those_apart(config, frames):
-    graph = transformer(3, **SIZES["wide"])
+def test_frames_in_flight_are_those_apart(config, size, frames):
+    graph = transformer(3, **SIZES[size])
     compiled = program(graph, config, frames=frames)
     inputs = graph.integers(5)
     found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
@@ -178,9 +215,10 @@ def run_in_random_order(machine: Machine, entry: int, draw: np.random.Generator)
     return overtaken
 
 
+@pytest.mark.parametrize("size", ["odd", "gated"])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
-def test_any_interleaving_that_tokens_allow_gives_the_same(config):
-    graph = transformer(7, **SIZES["odd"])
+def test_any_interleaving_that_tokens_allow_gives_the_same(config, size):
+    graph = transformer(7, **SIZES[size])
     compiled = program(graph, config)
     step, inputs = compiled.steps[0], graph.integers(1)
     expected = evaluate(graph.operations, inputs)

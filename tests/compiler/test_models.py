@@ -175,3 +175,24 @@ def test_another_precision_is_refused_with_the_remedy(dtype, tmp_path):
                           opset_version=18, input_names=["image"], dynamo=False)
     with pytest.raises(CompileError, match=r"\(Conv\) must compute in FLOAT, .*: model.float\(\)"):
         compile_model(tmp_path / "m.onnx", EVEN, {"image": np.zeros((1, 3, 8, 8))})
+
+
+def test_a_token_may_be_taken_before_the_norm(tmp_path):
+    """As CLIP's and DINO's heads do, and only its row is normalised."""
+    class TokenFirst(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, image):
+            inner = self.inner
+            x = inner.proj(image).flatten(2).transpose(1, 2) + inner.pos_embed
+            return inner.head(inner.norm(inner.blocks(x)[:, 2]))
+
+    torch.manual_seed(2)
+    example = Example(TokenFirst(timm(depth=1, token=False, pool="mean")), (3, 8, 8))
+    path = export(example, tmp_path / "model.onnx")
+    program = compile_model(path, EVEN, {"image": example.images(32, 1)})
+    assert not any(isinstance(step, HostStep) for step in program.steps)
+    (found,), (wanted,) = answers(path, program, example.images(6, 2))
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()

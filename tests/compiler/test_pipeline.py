@@ -114,6 +114,14 @@ def test_a_dump_of_another_configuration_is_refused(files, tmp_path):
     compile_model(path, CONFIGS[-1], CALIBRATION, dump=tmp_path, start="tile")
 
 
+def test_a_dump_of_other_gateware_is_refused(files, tmp_path):
+    path, rotary = files("packed-dense"), dataclasses.replace(CONFIGS[0], rotary=1)
+    compile_model(path, CONFIGS[0], CALIBRATION, dump=tmp_path, stop="partition")
+    with pytest.raises(CompileError, match="with rotary = 1, not 0: start at partition"):
+        compile_model(path, rotary, CALIBRATION, dump=tmp_path, start="calibrate")
+    compile_model(path, rotary, CALIBRATION, dump=tmp_path, start="partition", stop="partition")
+
+
 def test_no_calibration_is_refused(files):
     with pytest.raises(CompileError, match="Calibration data must hold real inputs"):
         compile_model(files("packed-dense"), CONFIGS[0], {})

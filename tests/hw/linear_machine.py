@@ -14,7 +14,7 @@ from moeware.hw.interfaces import READ_LATENCY
 from .simulate import word_at
 
 __all__ = ["EXPERTS", "HIDDEN", "RESIDUAL", "SOURCE", "TABLE", "TABLES", "TOKENS", "Machine",
-           "config", "halves", "signed"]
+           "config", "halves", "pairs", "signed"]
 
 EXPERTS = {0: "empty", 1: "one", 2: "some", 3: "all", 4: "ragged", 5: "repeated"}
 TOKENS, SOURCE, HIDDEN = 11, 7, 150  # rows; activation word of the input; of the written rows
@@ -156,14 +156,24 @@ class Machine:
                 result = numerics.requantise(values[row], *scale)
                 if f["tabled"]:
                     result = self.tables[f["table"]][result & 255]
-                self.activation[start:].reshape(-1)[:f["channels"]] = result
+                if f["product"]:
+                    second = pairs(c, f)
+                    factor = numerics.requantise(values[row], *scale, bits=16)
+                    result = numerics.product(result[second - c.lanes], factor[second])
+                self.activation[start:].reshape(-1)[:len(result)] = result
             else:
                 result = numerics.requantise(values[row], *scale, bits=16)
                 if f["gated"] and f["queued"]:
                     result = numerics.gated(result, queue[row][1])
                 flat = self.residual[start:].reshape(-1)[:f["channels"]]
                 flat[:] = numerics.accumulate_residual(flat, result) if f["accumulate"] else result
-        return len(rows) * -(-f["channels"] // c.lanes)
+        paired = f["product"] and f["target"] == Target.ACTIVATION
+        return len(rows) * -(-f["channels"] // c.lanes) // (1 + paired)
+
+
+def pairs(config, fields):
+    """The channels of the second results of LINEAR.product."""
+    return np.flatnonzero(np.arange(fields["channels"]) // config.lanes % 2)
 
 
 def halves(weights):

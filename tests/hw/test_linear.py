@@ -12,7 +12,18 @@ from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.linear import LinearUnit
 from moeware.hw.linear.array import FIELD, TERMS
 
-from .linear_machine import HIDDEN, RESIDUAL, SOURCE, TABLE, TOKENS, Machine, config, halves, signed
+from .linear_machine import (
+    HIDDEN,
+    RESIDUAL,
+    SOURCE,
+    TABLE,
+    TOKENS,
+    Machine,
+    config,
+    halves,
+    pairs,
+    signed,
+)
 from .simulate import simulate
 
 EVERY = {name: 0 for name, _ in FIELDS[Opcode.LINEAR]} | {"expert": 0}
@@ -75,14 +86,17 @@ def touched(config, f, queues):
         return set(), set()
     scattered = f["queued"] and f["scatter"], f["queued"] and f["gather"]
     targets, sources = (TOKENS if by else rows for by in scattered)
+    results = f["channels"]
     reads = {("activation", f["source"] + row * f["source_stride"] + word)
              for row in range(sources) for word in range(f["source_words"])}
     if f["target"] == Target.ROUTER:
         return reads, set()
     memory, width = (("activation", config.depth) if f["target"] == Target.ACTIVATION
                      else ("residual", config.lanes))
+    if f["product"] and memory == "activation":
+        results = len(pairs(config, f))
     return reads, {(memory, f["destination"] + row * f["destination_stride"] + word)
-                   for row in range(targets) for word in range(-(-f["channels"] // width))}
+                   for row in range(targets) for word in range(-(-results // width))}
 
 
 def run_stream(config, instructions, seed=1, refuse=0.0, interval=3, prepare=lambda machine: None):
@@ -194,6 +208,40 @@ def test_matches_numerics(shape, refuse):
     run(config(*shape), list(cases(config(*shape), seed=sum(shape))), refuse=refuse)
 
 
+def paired_cases(config, seed):
+    """Products of pairs: of every number of words in an output group and in its tail, an odd number of
+    which makes pairs that two groups share; of rows of queues; with and without a table."""
+    draw = random.Random(seed)
+    for number in range(16):
+        words = draw.randint(1, config.row_words)
+        # The last word of a row may be ragged, but is a second one.
+        channels = config.lanes * (2 * draw.randint(0, 3 * max(1, config.outputs // config.lanes))
+                                   + 1) + draw.randint(1, config.lanes)
+        yield {
+            "target": Target.ACTIVATION, "product": 1, "tabled": number % 2, "table": TABLE,
+            "rows": draw.randint(1, TOKENS), "source": SOURCE, "source_words": words,
+            "source_stride": max(words, draw.randint(3, 8)), "channels": channels,
+            "weight": draw.randrange(16), "param": draw.randrange(8), "destination": HIDDEN,
+            "destination_stride": -(-channels // config.depth) + draw.randint(0, 2),
+            "narrow": draw.randint(0, 1) * config.narrow,
+            **({"queued": 1, "gather": 1, "scatter": draw.randint(0, 1), "expert": draw.randrange(5)}
+               if number % 3 == 0 else {})}
+    # What came before is not met: neither by plain results, nor by those of another target.
+    yield {"target": Target.ACTIVATION, "rows": 5, "source_words": 1, "source_stride": 1,
+           "channels": 2 * config.outputs, "destination": HIDDEN,
+           "destination_stride": 2 * config.outputs, "tabled": 1, "table": TABLE}
+    yield {"target": Target.RESIDUAL, "product": 1, "rows": 5, "source_words": 1, "source_stride": 1,
+           "channels": config.outputs, "destination": RESIDUAL,
+           "destination_stride": config.outputs, "accumulate": 1}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("refuse", [0.0, 0.4], ids=("steady", "stalling"))
+def test_products_match_numerics(shape, refuse):
+    sizes = config(*shape, products=1, narrow=shape[0] % 2)
+    run(sizes, list(paired_cases(sizes, seed=sum(shape))), refuse=refuse)
+
+
 def mixed(config, seed, count):
     """Instructions of all kinds in random order, some of which read what others write."""
     draw = random.Random(seed)
@@ -203,6 +251,9 @@ def mixed(config, seed, count):
         channels = draw.randint(1, 2 * config.outputs + 1)
         width = config.depth if target == Target.ACTIVATION else config.lanes
         words = draw.randint(1, 3)
+        product = config.products * draw.randint(0, 1)
+        if product:
+            channels += config.lanes * (-(-channels // config.lanes) % 2)
         yield {
             "target": target, "rows": draw.choice((0, 1, 1, 2, 3, 5, 7)), "source_words": words,
             "source": draw.choice((SOURCE, SOURCE, HIDDEN, 270)),
@@ -212,7 +263,7 @@ def mixed(config, seed, count):
                                        else (RESIDUAL, 180, 350)),
             "destination_stride": -(-channels // width) + draw.randint(0, 1),
             "tabled": draw.randint(0, 1), "table": TABLE, "accumulate": draw.randint(0, 1),
-            "narrow": draw.randint(0, 1) * config.narrow,
+            "narrow": draw.randint(0, 1) * config.narrow, "product": product,
             **({"queued": target != Target.ROUTER, "expert": draw.randrange(5),
                 "gather": draw.randint(0, 1), "scatter": draw.randint(0, 1),
                 "gated": draw.randint(0, 1)} if draw.random() < 0.5 else {})}
@@ -229,6 +280,14 @@ def test_streams_match_numerics(shape, refuse):
 def test_narrow_streams_match_numerics(shape, refuse):
     """Weights of 4 and of 8 bits in turn."""
     sizes = config(*shape, narrow=1)
+    run_stream(sizes, list(mixed(sizes, sum(shape), 60)), refuse=refuse)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("refuse", [0.0, 0.6], ids=("steady", "stalling"))
+def test_streams_with_products_match_numerics(shape, refuse):
+    """Pairs and plain results in turn, close upon each other, also with narrow weights."""
+    sizes = config(*shape, products=1, narrow=1 - shape[0] % 2)
     run_stream(sizes, list(mixed(sizes, sum(shape), 60)), refuse=refuse)
 
 
@@ -276,13 +335,17 @@ SIZES = [(12, 5, ("tabled", "expert")), (4, 5, ("residual", "tabled")),
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 6, 1), (4, 4, 4, 4)], ids=str)
-def test_no_cycle_is_lost(shape):
+@pytest.mark.parametrize("products", [0, 1])
+def test_no_cycle_is_lost(shape, products):
     tokens, outputs, depth, lanes = shape
-    sizes = config(*shape, row_words=12, activation_words=1024)
+    sizes = config(*shape, row_words=12, activation_words=1024, products=products)
     instructions, expected = [], []
     for words, groups, modes in SIZES:
-        channels = groups * outputs - 2
         for mode, extra in map(MODES.get, modes):
+            channels = groups * outputs - 2
+            if products and mode["target"] == Target.ACTIVATION:  # of an even number of words
+                mode = mode | {"product": 1}
+                channels += lanes * (-(-channels // lanes) % 2)
             width = depth if mode["target"] == Target.ACTIVATION else lanes
             instructions.append({
                 "rows": TOKENS, "source": 0, "source_stride": words, "source_words": words,

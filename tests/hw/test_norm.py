@@ -15,6 +15,7 @@ from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.layout import pack_params
 from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.norm import NormUnit
+from moeware.hw.norm.rotate import Rotate
 from moeware.hw.norm.row_queue import RowQueue
 
 from .simulate import simulate, word_at
@@ -31,7 +32,8 @@ def config(**sizes):
 
 def norm(**fields):
     return {"rows": 1, "mode": NormMode.LAYER, "channels": 1, "source": 0, "source_stride": 0,
-            "destination": 0, "destination_stride": 0, "param": 0, "epsilon": 0} | fields
+            "destination": 0, "destination_stride": 0, "param": 0, "epsilon": 0, "counted": 0,
+            "factors": 0, "factor_stride": 0, "factor_words": 0} | fields
 
 
 class Memories:
@@ -58,10 +60,16 @@ def execute(sizes, memories, instruction):
         start = instruction["source"] + i * instruction["source_stride"]
         x = memories.residual[start:start + words].reshape(-1)[:channels]
         if instruction["mode"] != NormMode.SCALE:
-            x = numerics.normalise(x, channels, instruction["epsilon"],
+            x = numerics.normalise(x, instruction["counted"] or channels, instruction["epsilon"],
                                    centred=instruction["mode"] == NormMode.LAYER)
         c = instruction["param"] * lanes + np.arange(channels)
-        y = numerics.requantise(x + memories.bias[c], memories.multiplier[c], memories.shift[c])
+        turns = instruction["factor_words"]
+        y = numerics.requantise(x + memories.bias[c], memories.multiplier[c], memories.shift[c],
+                                16 if turns else 8)
+        if turns:
+            start = instruction["factors"] + i * instruction["factor_stride"]
+            factors = memories.residual[start + np.arange(words) % turns].reshape(-1)[:channels]
+            y = numerics.rotate(y, factors)
         row = np.zeros(-(-channels // depth) * depth, np.uint8)
         row[:channels] = y.astype(np.int8).view(np.uint8)
         start = instruction["destination"] + i * instruction["destination_stride"]
@@ -136,7 +144,8 @@ def run(sizes, memories, instructions, refuse=0.0, gaps=0.0):
             await ctx.tick()
         assert not ctx.get(dut.engine.busy)
 
-    simulate(dut, reader(dut.residual_read, memories.residual.astype("<i2")),
+    ports = [dut.residual_read, *([dut.factor_read] if sizes.rotary else [])]
+    simulate(dut, *(reader(port, memories.residual.astype("<i2")) for port in ports),
              reader(dut.param_read, memories.params), writer, sequencer, observer)
     wanted = {a for i in instructions for a in execute(sizes, memories, i)}
     assert activation.keys() == wanted
@@ -165,6 +174,45 @@ def test_matches_numerics(shape, refuse):
             destination=150 * index + 5, destination_stride=words + index, param=index,
             epsilon=(0, 5000, 1 << 33)[index % 3]))
     run(sizes, memories, instructions, refuse, gaps=refuse)
+
+
+TURNING = [{"lanes": 2, "depth": 8}, {"lanes": 2, "depth": 2}, {"lanes": 4, "depth": 12, "outputs": 4},
+           {"lanes": 8, "depth": 16}]
+
+
+@pytest.mark.parametrize("shape", TURNING, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("refuse", [0.0, 0.4])
+def test_pairs_are_turned(shape, refuse):
+    """Instructions that turn and others that do not, back to back; rows whose factors begin again in
+    their middle, end there, or last for all of the row; ragged last words."""
+    sizes = config(rotary=1, residual_words=1600, param_words=128, **shape)
+    memories = Memories(sizes, seed=8, loud=sizes.lanes == 4)
+    memories.shift -= 4  # near the range of 16 bits, and beyond
+    memories.params = pack_params(sizes, memories.bias, memories.multiplier, memories.shift)
+    instructions, destination = [], 0
+    for index, (mode, channels, words, counted) in enumerate([
+            (NormMode.RMS, 20, 3, 17), (NormMode.SCALE, 2 * sizes.lanes, 1, 0),
+            (NormMode.LAYER, 13, 0, 0), (NormMode.RMS, 2, 9, 0), (NormMode.SCALE, 26, 2, 0),
+            (NormMode.LAYER, 24, 12, 20), (NormMode.RMS, 9, 0, 5), (NormMode.SCALE, 6, 0, 0),
+            (NormMode.LAYER, 4 * sizes.lanes + 2, 4, 0)]):
+        stride = -(-channels // sizes.depth)
+        instructions.append(norm(
+            rows=3, mode=mode, channels=channels, counted=counted, source=7 + 11 * index,
+            source_stride=23, destination=destination, destination_stride=stride, param=index,
+            epsilon=(0, 5000, 1 << 33)[index % 3], factors=900 + 5 * index,
+            factor_stride=words + index % 2, factor_words=words))
+        destination += 3 * stride
+    run(sizes, memories, instructions, refuse, gaps=refuse)
+
+
+def test_turned_rows_lose_no_cycle():
+    sizes = config(rotary=1)
+    state = run(sizes, Memories(sizes, seed=4), [norm(
+        rows=12, mode=NormMode.RMS, channels=96, source_stride=30, destination_stride=12,
+        factors=500, factor_stride=8, factor_words=8)])
+    assert state["cycles"] <= 13 * 48 + 97 + Rotate.LATENCY
+    assert state["reads"] == 3 * 12 * 48  # values, parameters and factors
+    assert not state["stalled"]
 
 
 def test_extreme_values():

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The parts of NORM alone: edges that whole rows hardly reach, and their latencies."""
 
 import math
@@ -5,9 +6,11 @@ import random
 
 import pytest
 
+from moeware.hw.arch import numerics
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.norm.inverse_root import InverseRoot
 from moeware.hw.norm.normalise import Normalise
+from moeware.hw.norm.rotate import Rotate
 from moeware.hw.norm.statistics import Statistics
 from moeware.hw.norm.variance import Variance
 
@@ -33,6 +36,38 @@ def stamped(inlet, outlet, sent, count=None):
             now += 1
 
     return received, (producer, consumer)
+
+
+def test_rotate():
+    """Extremes in all combinations, turned and not in turns, a word every cycle."""
+    draw, lanes, dut = random.Random(2), 4, Rotate(4)
+    edges = [-32768, -32767, -8193, -8192, -129, -128, -1, 0, 1, 31, 32, 127, 128, 8191, 32767]
+    words = [([draw.choice(edges) for _ in range(lanes)],
+              [draw.choice([*edges, -16384, 16384]) for _ in range(lanes)], draw.randrange(2))
+             for _ in range(600)]
+    words += [([draw.randrange(-32768, 32768) for _ in range(lanes)],
+               [draw.randrange(-16384, 16385) for _ in range(lanes)], 1) for _ in range(200)]
+    expected = [numerics.rotate(values, factors).tolist() if turned
+                else numerics.saturate(values, 8).tolist() for values, factors, turned in words]
+    received = []
+
+    async def bench(ctx):
+        for cycle in range(len(words) + dut.LATENCY):
+            values, factors, turned = words[min(cycle, len(words) - 1)]
+            ctx.set(dut.values, values)
+            ctx.set(dut.factors, factors)
+            ctx.set(dut.turned, turned)
+            if cycle >= dut.LATENCY:
+                received.append([ctx.get(dut.results[lane]) for lane in range(lanes)])
+            await ctx.tick()
+
+    simulate(dut, bench)
+    assert received == expected
+
+
+def test_rotate_takes_pairs():
+    with pytest.raises(ValueError, match="Rotate.lanes must be even, not 3"):
+        Rotate(3)
 
 
 @pytest.mark.parametrize("stalls", [0.0, 0.4])

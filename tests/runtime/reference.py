@@ -49,8 +49,18 @@ def _constant(op, values):
 
 
 def _linear(op, values):
-    result = _requantise(values[op.source] @ op.weight.astype(np.int64).T, op.affine)
-    return result if op.table is None else op.table[result & 255].astype(np.int64)
+    return _activation(values[op.source], op.weight, op.affine, op.table, op.gate, op.gate_affine)
+
+
+def _activation(source, weight, affine, table, gate, gate_affine):
+    def looked_up(weight, affine):
+        result = _requantise(source @ weight.astype(np.int64).T, affine)
+        return result if table is None else table[result & 255].astype(np.int64)
+
+    if gate is None:
+        return looked_up(weight, affine)
+    return numerics.product(looked_up(gate, gate_affine),
+                            _requantise(source @ weight.astype(np.int64).T, affine, 16))
 
 
 def _add_linear(op, values):
@@ -66,9 +76,13 @@ def _add_linear(op, values):
 def _norm(op, values):
     rows = values[op.source][op.first_row:op.first_row + op.rows]
     if op.mode != NormMode.SCALE:
-        rows = numerics.normalise(rows, rows.shape[1], op.epsilon,
-                                  centred=op.mode == NormMode.LAYER)
-    return _requantise(rows, op.affine)
+        groups = np.split(rows, op.groups, 1)
+        rows = np.hstack([numerics.normalise(group, group.shape[1], op.epsilon,
+                                             centred=op.mode == NormMode.LAYER) for group in groups])
+    if op.rotation is None:
+        return _requantise(rows, op.affine)
+    heads = np.split(_requantise(rows, op.affine, 16), rows.shape[1] // op.rotation.shape[1], 1)
+    return np.hstack([numerics.rotate(head, op.rotation) for head in heads])
 
 
 def _attention(op, values):
@@ -98,15 +112,13 @@ def _route(op, values):
 def _experts(op, values):
     result = values[op.residual].copy()
     for expert in range(len(op.up)):
-        up, down = (Affine(bias=affine.bias[expert], multiplier=affine.multiplier[expert],
-                           shift=affine.shift[expert])
-                    for affine in (op.up_affine, op.down_affine))
+        up, down, gated = (affine and affine.part(expert)
+                           for affine in (op.up_affine, op.down_affine, op.gate_affine))
+        gate_weight = None if op.gate is None else op.gate[expert]
         for row, chosen in enumerate(values[op.route]):
             for gate in chosen[chosen[:, 0] == expert, 1]:
-                hidden = _requantise(op.up[expert].astype(np.int64) @ values[op.source][row],
-                                     up)
-                if op.table is not None:
-                    hidden = op.table[hidden & 255].astype(np.int64)
+                hidden = _activation(values[op.source][row], op.up[expert], up, op.table,
+                                     gate_weight, gated)
                 update = _requantise(op.down[expert].astype(np.int64) @ hidden, down, 16)
                 result[row] = numerics.accumulate_residual(result[row],
                                                            numerics.gated(update, gate))
@@ -140,11 +152,11 @@ class Graph:
         value = self.random.integers(-20000, 20001, (rows, channels)).astype(np.int16)
         return self._add(Constant, (rows, channels), value=value)
 
-    def linear(self, source: str, channels: int, *, table: bool = False) -> str:
+    def linear(self, source: str, channels: int, *, table: bool = False, gated: bool = False) -> str:
         rows, depth = self.shapes[source]
-        return self._add(Linear, (rows, channels), source=source, weight=self.weight(channels, depth),
-                         affine=self.affine((channels,), depth, 127, self.width), bits=self.bits,
-                         table=self.int8(256) if table else None)
+        return self._add(Linear, (rows, channels), source=source,
+                         **self.layers(("weight", "gate"), (channels,), depth, gated),
+                         bits=self.bits, table=self.int8(256) if table else None)
 
     def add_linear(self, source: str, residual: str | None, channels: int,
                    first_row: int = 0) -> str:
@@ -155,14 +167,22 @@ class Graph:
                          affine=self.affine((channels,), depth, 20000, self.width))
 
     def norm(self, source: str, mode: NormMode = NormMode.LAYER, *, first_row: int = 0,
-             rows: int | None = None, epsilon: int | None = None) -> str:
+             rows: int | None = None, epsilon: int | None = None, groups: int = 1,
+             rotation: np.ndarray | None = None) -> str:
         have, channels = self.shapes[source]
         rows = have if rows is None else rows
         reach = 20000 if mode == NormMode.SCALE else 3072
+        into = 127 << (0 if rotation is None else numerics.PAIR_BITS)
         epsilon = int(self.random.integers(0, 1 << 20)) if epsilon is None else epsilon
         return self._add(Norm, (rows, channels), source=source, first_row=first_row, rows=rows,
-                         mode=mode, epsilon=epsilon,
-                         affine=self.affine((channels,), 1, 127, reach))
+                         mode=mode, epsilon=epsilon, groups=groups, rotation=rotation,
+                         affine=self.affine((channels,), 1, into, reach))
+
+    def rotation(self, rows: int, width: int) -> np.ndarray:
+        """Factors of random angles, int16 [rows, width]."""
+        angles = self.random.uniform(-np.pi, np.pi, (rows, width // 2))
+        pairs = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(rows, width)
+        return np.rint(pairs * (1 << numerics.FACTOR_BITS)).astype(np.int16)
 
     def attention(self, query: str | None, key: str, value: str, heads: int, key_heads: int, *,
                   causal: bool = False, multiplier: int | None = None, shift: int = 20,
@@ -196,15 +216,25 @@ class Graph:
                     {"sigmoid": True, "correction": correction, "pair": True, **grouped})
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
-                table: bool = True) -> str:
+                table: bool = True, gated: bool = False) -> str:
         depth, channels = self.shapes[source][1], self.shapes[residual][1]
         return self._add(Experts, self.shapes[residual], source=source, residual=residual,
-                         route=route, up=self.weight(experts, hidden, depth),
-                         up_affine=self.affine((experts, hidden), depth, 127, self.width),
+                         route=route, **self.layers(("up", "gate"), (experts, hidden), depth, gated),
                          table=self.int8(256) if table else None,
                          down=self.weight(experts, channels, hidden),
                          down_affine=self.affine((experts, channels), hidden, 20000, self.width),
                          bits=np.full(experts, self.bits, np.uint8))
+
+    def layers(self, names: tuple[str, str], shape: tuple[int, ...], depth: int,
+               gated: bool) -> dict[str, np.ndarray | Affine]:
+        """The first of two products by the names of their fields, or both: then it makes the factor
+        of 16 bits that the other one's values are multiplied by."""
+        found = {}
+        for name, reach in zip(names, (5000, 127) if gated else (127,)):
+            affine = "affine" if name == "weight" else f"{name}_affine"
+            found[name] = self.weight(*shape, depth)
+            found[affine] = self.affine(shape, depth, reach, self.width)
+        return found
 
     def int8(self, *shape: int) -> np.ndarray:
         return self.random.integers(-128, 128, shape).astype(np.int8)

@@ -78,8 +78,8 @@ def coarse(graph: Graph) -> None:
     """Leaves multipliers so few bits that float32 scales exactly."""
     for op in graph.operations:
         for name, bits in (("affine", 4 if isinstance(op, AddLinear) else 6), ("up_affine", 6),
-                           ("down_affine", 4)):
-            if hasattr(op, name):
+                           ("down_affine", 4), ("gate_affine", 6)):
+            if getattr(op, name, None) is not None:
                 getattr(op, name).multiplier[...] &= 65536 - (1 << (16 - bits))
 
 
@@ -174,6 +174,28 @@ def test_norm(mode, channels):
         source = graph.input(5, channels, Memory.RESIDUAL)
         graph.norm(source, mode, first_row=first_row, rows=3, epsilon=epsilon)
         compare(graph)
+
+
+@pytest.mark.parametrize("mode", list(NormMode))
+@pytest.mark.parametrize("gain", [1, 6], ids=["fitting", "saturating"])
+@pytest.mark.parametrize("groups, width", [(1, 12), (2, 6), (6, 2), (1, 4), (2, 2)])
+def test_norm_of_groups_and_turned_heads(mode, gain, groups, width):
+    for first_row, rows in ((0, 5), (2, 1)):
+        graph = Graph(width, gain=gain)
+        source = graph.input(5, 12, Memory.RESIDUAL)
+        graph.norm(source, mode, first_row=first_row, rows=rows, groups=groups)
+        graph.norm(source, mode, first_row=first_row, rows=rows, groups=groups,
+                   rotation=graph.rotation(rows, width))
+        compare(graph)
+
+
+def test_attention_reads_turned_queries_and_keys():
+    graph = Graph(3)
+    source, rotation = graph.input(7, 9), graph.rotation(7, 6)
+    q, k = (graph.norm(graph.add_linear(source, None, heads * 6), NormMode.RMS, groups=heads,
+                       rotation=rotation) for heads in (4, 2))
+    graph.attention(q, k, graph.linear(source, 12), 4, 2, causal=True)
+    compare(graph)
 
 
 def test_norm_of_special_rows():
@@ -280,6 +302,29 @@ def test_experts_without_rows():
     graph.experts(source, residual, route, 9, 5, table=False)
     chosen = compare(graph)[route][..., 0]
     assert (np.sort(chosen) == [2, 7]).all()
+
+
+@pytest.mark.parametrize("gain", [1, 6, 40], ids=["fitting", "saturating", "loud"])
+@pytest.mark.parametrize("rough", [False, True], ids=["float64", "float32"])
+def test_gated_products(int8_products, gain, rough):
+    for seed, table in enumerate((True, False)):
+        graph = Graph(seed, gain=gain)
+        source, residual = graph.input(6, 8), graph.input(6, 10, Memory.RESIDUAL)
+        gated = graph.linear(source, 9, table=table, gated=True)
+        graph.experts(source, residual, graph.route(source, 5, 2), 5, 7, table=table, gated=True)
+        if rough:
+            coarse(graph)
+        products = compare(graph, frames=4)[gated]
+        assert gain == 1 or {-128, 127} <= set(products.ravel().tolist())
+
+
+def test_products_of_the_largest_values_are_exact():
+    """All int8 values that meet int16 factors at and next to borders of saturation and rounding."""
+    value, factor = np.meshgrid(np.arange(-128, 128), np.concatenate([
+        np.arange(-1300, 1300), np.arange(-32768, -32700), np.arange(32700, 32768)]))
+    found = torch_arithmetic.paired(torch.from_numpy(value.astype(np.int8)),
+                                    torch.from_numpy(factor.astype(np.float32)))
+    np.testing.assert_array_equal(found.numpy(), numerics.product(value, factor))
 
 
 def test_logits_beyond_float32_are_told_apart():

@@ -2,247 +2,18 @@
 
 import dataclasses
 import math
-import random
 
 import numpy as np
 import pytest
 
-from moeware.hw.arch import isa, layout
+from moeware.hw.arch import layout, numerics
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
+from moeware.hw.arch.isa import Engine, Memory, NormMode, Opcode, Target
 from moeware.sim.golden import GoldenDevice, GoldenError, Machine
 
 from ..compiler.lowering import program, transformer
 from ..runtime.reference import evaluate
-
-CONFIG = Config(tokens=2, outputs=3, depth=4, queries=2, lanes=1, bus_bytes=8, activation_banks=2,
-                activation_words=64, residual_words=128, weight_words=64, param_words=32, tables=2,
-                row_words=4, max_rows=12, max_experts=4, max_chosen=2, queue=2)
-D = CONFIG.depth
-
-
-@pytest.fixture
-def draw():
-    return random.Random(1)
-
-
-@pytest.fixture
-def machine():
-    """A machine whose memories hold random numbers."""
-    made = Machine(CONFIG, np.zeros(1 << 14, np.uint8))
-    draw = np.random.default_rng(2)
-    made.activation[:] = draw.integers(-128, 128, made.activation.shape)
-    made.residual[:] = draw.integers(-20000, 20000, made.residual.shape)
-    made.weight[:] = draw.integers(-128, 128, made.weight.shape)
-    made.table[:] = draw.integers(-128, 128, made.table.shape)
-    made.param["bias"] = draw.integers(-9000, 9000, made.param.shape)
-    made.param["multiplier"] = draw.integers(20000, 65536, made.param.shape)
-    made.param["shift"] = draw.integers(18, 24, made.param.shape)
-    return made
-
-
-def execute(machine, *instructions, entry=0x1000):
-    """Runs instructions, given as opcode and fields, and END."""
-    code = b"".join(isa.encode(Instruction(opcode, fields)) for opcode, fields in
-                    [*instructions, (Opcode.END, {})])
-    machine.dram[entry:entry + len(code)] = np.frombuffer(code, np.uint8)
-    return machine.run(entry)
-
-
-def scaled(value, record, bits=8):
-    """``floor(value * multiplier / 2**shift + 1/2)``, saturated, in exact rational arithmetic."""
-    numerator = 2 * value * int(record["multiplier"]) + (1 << int(record["shift"]))
-    result = numerator // (2 << int(record["shift"]))
-    return max(-(1 << bits - 1), min((1 << bits - 1) - 1, result))
-
-
-def wrapped(value):
-    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
-def products(machine, source_words, weight, channels, source_words_each):
-    """Accumulators [row][channel]: the formula of the weight memory's layout, number by number."""
-    rows = []
-    for first in source_words:
-        row = []
-        for channel in range(channels):
-            group, output = divmod(channel, CONFIG.outputs)
-            total = 0
-            for word in range(source_words_each):
-                for lane in range(D):
-                    total += int(machine.activation[first + word, lane]) * int(
-                        machine.weight[weight + group * source_words_each + word, output, lane])
-            row.append(wrapped(total + int(machine.param[3 + channel, 0]["bias"])))
-        rows.append(row)
-    return rows
-
-
-LINEAR = {"rows": 5, "source": 10, "source_stride": 3, "source_words": 2, "weight": 7, "param": 3,
-          "channels": 7, "destination": 60, "destination_stride": 2}
-
-
-def test_linear_to_activations(machine):
-    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
-    before = machine.activation.copy()
-    assert execute(machine, (Opcode.LINEAR, LINEAR | {"target": Target.ACTIVATION})) == 2
-    for row in range(5):
-        for channel in range(7):
-            word, lane = 60 + 2 * row + channel // D, channel % D
-            assert machine.activation[word, lane] == scaled(value[row][channel],
-                                                            machine.param[3 + channel, 0])
-            before[word, lane] = machine.activation[word, lane]
-    assert np.array_equal(machine.activation, before)  # the last lane of a row keeps its contents
-
-
-def test_linear_through_a_table(machine):
-    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
-    execute(machine, (Opcode.LINEAR, LINEAR | {"tabled": 1, "table": 1}))
-    for row in range(5):
-        for channel in range(7):
-            index = scaled(value[row][channel], machine.param[3 + channel, 0]) % 256
-            assert (machine.activation[60 + 2 * row + channel // D, channel % D]
-                    == machine.table[256 + index, 0])
-
-
-@pytest.mark.parametrize("accumulate", [0, 1])
-def test_linear_to_the_residual_stream(machine, accumulate):
-    machine.residual[60:70] = 32000  # some sums saturate
-    before = machine.residual.copy()
-    value = products(machine, [10 + 3 * r for r in range(5)], 7, 7, 2)
-    execute(machine, (Opcode.LINEAR, LINEAR | {"target": Target.RESIDUAL, "accumulate": accumulate,
-                                               "destination_stride": 8}))
-    for row in range(5):
-        for channel in range(7):
-            word = 60 + 8 * row + channel
-            update = scaled(value[row][channel], machine.param[3 + channel, 0], 16)
-            total = update + accumulate * int(before[word, 0])
-            assert machine.residual[word, 0] == max(-32768, min(32767, total))
-            before[word] = machine.residual[word]
-    assert np.array_equal(machine.residual, before)
-
-
-def exponential(difference, multiplier, shift):
-    """65472 * 2**-t in the fixed point of the contract, t in 1/256 octaves."""
-    steps = min((2 * difference * multiplier + (1 << shift)) // (2 << shift), 4095)
-    return round(65472 * 2 ** (-(steps % 256) / 256)) >> steps // 256
-
-
-def routed(logits, chosen, multiplier, shift, over_chosen):
-    """Queues of (token, gate weight) by expert."""
-    queues = [[] for _ in range(CONFIG.max_experts)]
-    for token, row in enumerate(logits):
-        order = sorted(range(len(row)), key=lambda e: (-row[e], e))[:chosen]
-        weight = [exponential(max(row) - logit, multiplier, shift) for logit in row]
-        total = sum(weight[e] for e in (order if over_chosen else range(len(row))))
-        bits = total.bit_length()
-        inverse = min((1 << (bits + 15)) // total, 65535)
-        for expert in order:
-            queues[expert].append((token, min(weight[expert] * inverse >> (bits - 1), 65535)))
-    return queues
-
-
-ROUTE = LINEAR | {"target": Target.ROUTER, "channels": 4, "chosen": 2, "multiplier": 50000,
-                  "shift": 20, "destination": 0}
-
-
-@pytest.mark.parametrize("over_chosen", [0, 1])
-def test_router_fills_the_queues(machine, over_chosen):
-    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
-    execute(machine, (Opcode.LINEAR, ROUTE | {"over_chosen": over_chosen}))
-    assert machine.queues == routed(logits, 2, 50000, 20, over_chosen)
-    assert sum(len(queue) for queue in machine.queues) == 10
-    expected = [queue + [(token + 30, weight) for token, weight in queue]
-                for queue in machine.queues]
-    route = ROUTE | {"over_chosen": over_chosen}
-    execute(machine, (Opcode.LINEAR, route),
-            (Opcode.LINEAR, route | {"append": 1, "destination": 30}))
-    assert machine.queues == expected
-
-
-@pytest.mark.parametrize("form, message", [
-    ({"sigmoid": 1, "group": 2}, "sigmoid, group must be 0 where Config.router_forms is 0, not 1, 2"),
-    ({"by_score": 1}, "by_score must come with sigmoid"),
-    ({"sigmoid": 1, "pair": 1}, "pair with by_score"),
-    ({"group": 3, "chosen_groups": 1}, "must divide its 4 channels"),
-    ({"group": 2, "chosen_groups": 3}, "3 chosen groups must be 1 to 2"),
-    ({"group": 1, "chosen_groups": 1}, "hold the 2 chosen experts"),
-    ({"group": 4, "chosen_groups": 2}, "and exist")])
-def test_routers_without_gateware_are_refused(machine, form, message):
-    if "is 0" not in message:
-        machine.config = dataclasses.replace(CONFIG, router_forms=1, max_chosen=2)
-    with pytest.raises(GoldenError, match=message):
-        execute(machine, (Opcode.LINEAR, ROUTE | form))
-
-
-def test_router_adds_corrections_of_its_parameters(machine):
-    """All logits are equal: the corrections alone decide, and leave the weights alone."""
-    machine.config = dataclasses.replace(CONFIG, router_forms=1)
-    machine.weight[:], machine.param["bias"] = 0, 0
-    machine.param["multiplier"], machine.param["shift"] = 9, 1
-    machine.param["shift"][ROUTE["param"] + 2] = 3
-    machine.param["multiplier"][ROUTE["param"] + 1] = 10
-    execute(machine, (Opcode.LINEAR, ROUTE | {"sigmoid": 1, "by_score": 1}))
-    half = [(token, 32767) for token in range(5)]  # less one unit
-    assert machine.queues[:4] == [[], half, half, []]
-
-
-def test_router_breaks_ties_by_the_lower_expert(machine):
-    machine.weight[:] = 0
-    machine.param["bias"] = 5
-    execute(machine, (Opcode.LINEAR, ROUTE))
-    assert [[token for token, _ in queue] for queue in machine.queues] == [
-        [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [], []]
-
-
-def test_experts_take_their_queue_and_gate_weights(machine):
-    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
-    queues = routed(logits, 2, 50000, 20, 0)
-    expert = max(range(4), key=lambda e: len(queues[e]))
-    queue = queues[expert]
-    assert 0 < len(queue) < 5  # so that gathering matters
-    gathered = products(machine, [10 + 3 * token for token, _ in queue], 7, 5, 2)
-    before = machine.residual.copy()
-    execute(machine, (Opcode.LINEAR, ROUTE),
-            (Opcode.LINEAR, LINEAR | {"queued": 1, "gather": 1, "scatter": 1, "gated": 1,
-                                      "expert": expert, "accumulate": 1, "channels": 5, "rows": 9,
-                                      "target": Target.RESIDUAL, "destination_stride": 6}))
-    for (token, gate), row in zip(queue, gathered):
-        for channel in range(5):
-            update = scaled(row[channel], machine.param[3 + channel, 0], 16)
-            update = (2 * update * gate + 65536) // 131072
-            word = 60 + 6 * token + channel
-            assert machine.residual[word, 0] == max(-32768, min(32767, int(before[word, 0]) + update))
-            before[word] = machine.residual[word]
-    assert np.array_equal(machine.residual, before)
-
-
-def test_without_gather_and_scatter_rows_are_queue_positions(machine):
-    logits = products(machine, [10 + 3 * r for r in range(5)], 7, 4, 2)
-    queues = routed(logits, 2, 50000, 20, 0)
-    expert = max(range(4), key=lambda e: len(queues[e]))
-    count = len(queues[expert])
-    value = products(machine, [10 + 3 * r for r in range(count)], 7, 3, 2)
-    before = machine.activation.copy()
-    execute(machine, (Opcode.LINEAR, ROUTE),
-            (Opcode.LINEAR, LINEAR | {"queued": 1, "expert": expert, "channels": 3}))
-    for row in range(count):
-        for channel in range(3):
-            assert machine.activation[60 + 2 * row, channel] == scaled(
-                value[row][channel], machine.param[3 + channel, 0])
-            before[60 + 2 * row, channel] = machine.activation[60 + 2 * row, channel]
-    assert np.array_equal(machine.activation, before)
-
-
-def test_conditional_instructions_follow_their_queue(machine):
-    machine.weight[:] = 0
-    machine.param["bias"][3:7, 0] = [9, 8, 1, 0]  # experts 0 and 1 take everything
-    before = machine.activation.copy()
-    load = {"memory": Memory.ACTIVATION, "words": 1, "address": 0, "conditional": 1}
-    execute(machine, (Opcode.LINEAR, ROUTE), (Opcode.LOAD, load | {"local": 80, "expert": 1}),
-            (Opcode.LOAD, load | {"local": 81, "expert": 2}))
-    assert not machine.activation[80].any()
-    assert np.array_equal(machine.activation[81], before[81])
-
+from .golden_machine import CONFIG, LINEAR, ROUTE, D, execute, exponential, scaled
 
 ATTENTION = {"rows": 4, "keys": 6, "words": 2, "query": 0, "key": 20, "value": 40, "stride": 3,
              "destination": 90, "destination_stride": 2, "multiplier": 40000, "shift": 24,
@@ -305,6 +76,43 @@ def test_norm_of_equal_channels_is_the_bias(machine):
     for i in range(6):
         expected = scaled(int(machine.param[3 + i, 0]["bias"]), machine.param[3 + i, 0])
         assert {int(machine.activation[100 + 3 * r + i // D, i % D]) for r in range(3)} == {expected}
+
+
+ROTARY = dataclasses.replace(CONFIG, outputs=4, lanes=2, rotary=1)
+TURN = NORM | {"channels": 10, "counted": 7, "factors": 60, "factor_stride": 3, "factor_words": 2}
+
+
+@pytest.mark.parametrize("mode", NormMode)
+def test_norm_turns_pairs_and_counts_channels(mode):
+    machine, draw = Machine(ROTARY, np.zeros(1 << 14, np.uint8)), np.random.default_rng(4)
+    machine.residual[:] = draw.integers(-20000, 20000, machine.residual.shape)
+    machine.param["bias"] = draw.integers(-900, 900, machine.param.shape)
+    machine.param["multiplier"] = draw.integers(20000, 65536, machine.param.shape)
+    machine.param["shift"] = 16 if mode == NormMode.SCALE else 12
+    execute(machine, (Opcode.NORM, TURN | {"mode": mode}))
+    for r in range(3):
+        value = machine.residual[5 + 8 * r:][:5].ravel().astype(np.int64)
+        if mode != NormMode.SCALE:
+            value = numerics.normalise(value, 7, 1000, centred=mode == NormMode.LAYER)
+        wide = [scaled(int(x) + int(p["bias"]), p, 16)
+                for x, p in zip(value, machine.param[3:8].ravel())]
+        expected = []
+        for pair in range(5):  # two pairs, and their factors again
+            cos, sin = machine.residual[60 + 3 * r + pair % 2].tolist()
+            a, b = wide[2 * pair:2 * pair + 2]
+            expected += [max(-128, min(127, x + (1 << 19) >> 20))
+                         for x in (a * cos - b * sin, b * cos + a * sin)]
+        assert machine.activation[100 + 3 * r:][:3].ravel().tolist() == [*expected, 0, 0]
+
+
+def test_turning_needs_gateware_and_pairs(machine):
+    for field in ("counted", "factor_words"):
+        with pytest.raises(GoldenError, match="must be 0 where Config.rotary is 0"):
+            execute(machine, (Opcode.NORM, NORM | {field: 2}))
+    with pytest.raises(GoldenError, match="NORM.channels must be even .*, not 9"):
+        execute(Machine(ROTARY, np.zeros(1 << 14, np.uint8)), (Opcode.NORM, TURN | {"channels": 9}))
+    with pytest.raises(GoldenError, match="residual word 128 must be below 128"):
+        execute(Machine(ROTARY, np.zeros(1 << 14, np.uint8)), (Opcode.NORM, TURN | {"factors": 121}))
 
 
 @pytest.mark.parametrize(("memory", "word_bytes"), [
@@ -390,6 +198,9 @@ def test_tokens_are_counted(machine):
     ([(Opcode.LINEAR, LINEAR | {"source_words": 5})], "LINEAR.source_words must be at most 4, not 5"),
     ([(Opcode.LINEAR, LINEAR | {"weight": 60})], "words 60 to 65 must lie in a memory of 64 words"),
     ([(Opcode.LINEAR, LINEAR | {"param": 26})], "words 26 to 32 must lie in a memory of 32 words"),
+    ([(Opcode.LINEAR, LINEAR | {"narrow": 1})], "LINEAR.narrow must be 0 on this configuration"),
+    ([(Opcode.LINEAR, LINEAR | {"product": 1})], "must fill an even number of words with product, "
+                                                 "not be 7 with Config.lanes = 1"),
     ([(Opcode.LINEAR, LINEAR | {"destination": 120})], "word 129 must be below 128"),
     ([(Opcode.ATTENTION, ATTENTION | {"keys": 13})], "ATTENTION.keys must be at most 12, not 13"),
     ([(Opcode.NORM, NORM | {"source": 120})], "residual word 141 must be below 128"),

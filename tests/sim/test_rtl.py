@@ -30,16 +30,16 @@ SMALL = {"activation_banks": 3, "activation_words": 512, "residual_words": 512, 
 SHAPES = {
     "even": {"tokens": 2, "outputs": 4, "depth": 4, "lanes": 2, "queries": 2, "bus_bytes": 8},
     "nothing divides": {"tokens": 3, "outputs": 5, "depth": 6, "lanes": 1, "queries": 3,
-                        "bus_bytes": 4},
+                        "bus_bytes": 4, "products": 1},
     "one of each": {"tokens": 1, "outputs": 1, "depth": 1, "lanes": 1, "queries": 1, "bus_bytes": 2,
                     "activation_banks": 1, "activation_words": 2048, "weight_words": 512,
                     "queue": 1},
     "wide, 512 products": {"tokens": 8, "outputs": 8, "depth": 8, "lanes": 8, "queries": 1,
                            "bus_bytes": 64, "max_experts": 4, "max_chosen": 1},
     "odd words": {"tokens": 5, "outputs": 3, "depth": 9, "lanes": 3, "queries": 4, "bus_bytes": 16,
-                  "activation_banks": 2},
+                  "activation_banks": 2, "products": 1},
     "many outputs": {"tokens": 1, "outputs": 12, "depth": 2, "lanes": 2, "queries": 5,
-                     "bus_bytes": 32, "activation_banks": 8, "queue": 8},
+                     "bus_bytes": 32, "activation_banks": 8, "queue": 8, "products": 1},
 }
 FETCHED_AHEAD = 512  # bytes of instructions behind END: two bursts
 
@@ -64,10 +64,11 @@ def test_gateware_equals_golden_equals_pytorch(name):
         f"RTL {label}": RtlDevice(config, fast=False, **options) for label, options in {
             "SDRAM": {"dram": SDRAM_16BIT}, "ideal, stalled": {"dram": IDEAL, "stall_seed": 1},
             "DDR, stalled": {"dram": DDR, "stall_seed": 2}}.items()}
+    gated = ({"gated": True, "hidden": 13, "gain": 3.0}, {"gated": True, "bits": 4, "tokens": 5})
     for seed, changes in enumerate((
             {}, {"causal": True, "mode": NormMode.RMS, "gain": 4.0, "bits": 4},
             {"tokens": 1, "depth": 3, "width": 1, "heads": 1, "hidden": 1, "experts": 1,
-             "chosen": 1, "bits": 2})):
+             "chosen": 1, "bits": 2}, *(gated if config.products else ()))):
         made, step, inputs = traced(config, seed, **changes)
         found = compare(made, step, devices, inputs)
         assert found.equal, str(found)

@@ -20,6 +20,7 @@ SHAPES = {
     "narrow": {"tokens": 2, "outputs": 4, "depth": 12, "lanes": 2, "narrow": 1},
     "wide": {"tokens": 4, "outputs": 4, "depth": 8, "lanes": 4},
     "router forms": {"tokens": 3, "outputs": 6, "depth": 4, "lanes": 2, "router_forms": 1},
+    "products": {"tokens": 3, "outputs": 6, "depth": 8, "lanes": 2, "narrow": 1, "products": 1},
 }
 
 
@@ -49,6 +50,9 @@ def drawn(config, draw):
     memory, width = (("activation", config.depth) if target == Target.ACTIVATION
                      else ("residual", config.lanes))
     channels, words = draw.randint(1, 3 * config.outputs), draw.randint(1, 4)
+    product = config.products * (target == Target.ACTIVATION) * draw.randint(0, 1)
+    if product:  # an even number of words
+        channels += config.lanes * (-(-channels // config.lanes) % 2)
     stride = -(-channels // width)
     queued = draw.random() < 0.4
     fields = {"target": target, "rows": draw.randint(0, ROWS), "queued": queued,
@@ -59,7 +63,7 @@ def drawn(config, draw):
                                          else (0, 60, 120)), "destination_stride": stride,
               **{name: draw.randint(0, 1) for name in ("tabled", "accumulate", "gather", "scatter",
                                                        "gated")},
-              "narrow": draw.randint(0, 1) * config.narrow}
+              "narrow": draw.randint(0, 1) * config.narrow, "product": product}
     reads = {("activation", fields["source"] + 4 * row + word)
              for row in range(ROWS) for word in range(words)}
     writes = {(memory, fields["destination"] + word) for word in range(ROWS * stride)}

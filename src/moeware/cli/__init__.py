@@ -1,4 +1,4 @@
-"""The command line: ``moeware check | compile | run | simulate | profile | build | deploy | doctor | demo``.
+"""The command line: ``moeware check``, ``compile``, ``run`` and so on: one of `COMMANDS`.
 
 Each command is a module with ``HELP`` (a line), ``configure(parser)``, ``run(arguments)``, which
 returns JSON-able facts, and ``text(facts)``, which says them to people. Facts with ``"ok": False``
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("check", "compile", "run", "simulate", "profile", "build", "deploy", "doctor", "demo")
+COMMANDS = ("check", "compile", "compare", "run", "simulate", "profile", "build", "deploy", "doctor",
+            "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,37 +1,81 @@
-"""Say where each node of a model would run, and why, without compiling or building anything."""
+"""Say where each node of a model would run, and why, without compiling or building anything.
+
+Nodes that the host runs are listed by cause: the nodes as they are called in the file, their
+operators and share of the multiply-accumulates, why they are there and what to change in the export.
+Below a cause stands what only follows it to the host. ``--json`` lists every node by itself, too.
+"""
+
+import textwrap
+from itertools import zip_longest
 
 from moeware.cli.input_options import add_choices_option
 
-HELP = "say which nodes of a model run on the accelerator"
+HELP = "say which nodes of a model run on the accelerator, and what to change for the others"
+NAMED = 4  # nodes that a line names; --json has all
+WIDTH = 40  # of a column of words
 
 
 def configure(parser) -> None:
     parser.add_argument("model", help="ONNX file")
+    parser.add_argument("--config", help="name of a board, or JSON file of a Config, whose gateware "
+                        "there is (default: all that there can be)")
     add_choices_option(parser)
     parser.add_argument("--strict", action="store_true",
                         help="exit status 1 if a node would run on the host")
 
 
 def run(arguments) -> dict:
-    return placement(arguments.model, dict(arguments.choices), strict=arguments.strict)
+    return placement(arguments.model, dict(arguments.choices), config=arguments.config,
+                     strict=arguments.strict)
 
 
-def placement(model: str, choices: dict[str, list[int]] | None = None, *, strict: bool) -> dict:
+def placement(model: str, choices: dict[str, list[int]] | None = None, *,
+              config: str | None = None, strict: bool) -> dict:
     """The facts about an ONNX file, with the first value of each of its choices."""
+    from moeware.api import find_config
     from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
     from moeware.compiler.load import load
     from moeware.compiler.partition import describe, partition, report
+    from moeware.compiler.problems import problems
     first = combinations(check_choices(choices or {}))[0]
-    parts = partition(fuse(load(model, first)))
+    parts = partition(fuse(load(model, first)), config and find_config(config))
     facts = report(parts)
     return {"ok": not (strict and facts["host_nodes"]), "model": model,
-            "placement": describe(parts), **facts}
+            "placement": describe(parts), **facts,
+            "problems": [problem.to_dict(facts["macs"]) for problem in problems(parts)]}
 
 
 def text(facts: dict) -> str:
-    lines = [f"{facts['model']}: {facts['placement']}"]
-    for entry in facts["host"]:
-        names = entry["sources"] or [entry["node"]]
-        lines.append(f"  host: {entry['reason']}  (in the file: {', '.join(map(str, names))})")
+    from moeware.cli.tables import table
+    if not facts["problems"]:
+        return f"{facts['model']}: {facts['placement']}"
+    rows = [["node", "operator", "MACs", "why on the host", "what to change"]]
+    notes: dict[int, list[str]] = {}  # below the row of this number
+    for problem in facts["problems"]:
+        rows += zip_longest(
+            problem["nodes"][:1], textwrap.wrap(_several(problem["operators"]), WIDTH),
+            [f"{problem['mac_share'] + problem['follow_mac_share']:.1%}"], textwrap.wrap(problem["reason"], WIDTH),
+            textwrap.wrap(problem["remedy"], WIDTH), fillvalue="")
+        notes[len(rows) - 1] = _notes(problem)
+    lines = [f"{facts['model']}: {facts['placement']}", ""]
+    for number, line in enumerate(table(rows, right=(2,)).splitlines()):
+        lines += [line, *notes.get(number, [])]
     return "\n".join(lines)
+
+
+def _notes(problem: dict) -> list[str]:
+    """Lines on the other places of a cause, and on what it takes along."""
+    places, follow = problem["nodes"], problem["follow"]
+    notes = []
+    if len(places) > 1:
+        notes.append(f"  {len(places)} times, also {_several(places[1:])}")
+    if follow:
+        notes.append(f"  takes along {len(follow)} more, {problem['follow_mac_share']:.1%} of MACs: "
+                     f"{_several(follow)}")
+    return notes
+
+
+def _several(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

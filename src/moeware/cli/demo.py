@@ -98,26 +98,9 @@ def accuracy(model: Path, program, images, labels) -> dict:
 
 def expert_agreement(model: Path, program, images) -> dict[str, float]:
     """Share of expert choices that are those of the float model, by the name of the router."""
-    import numpy as np
-
-    from moeware.compiler.fuse import fuse
-    from moeware.compiler.load import load
-    from moeware.compiler.reference import evaluate
-    from moeware.hw.arch.program import DeviceStep
-    from moeware.hw.arch.quantised import Route
-    from moeware.runtime.torch_path import TorchDevice
-    step = next(step for step in program.steps if isinstance(step, DeviceStep))
-    routes = {op.output: op.name for op in step.operations if isinstance(op, Route)}
-    real: dict[str, np.ndarray] = {}
-
-    def record(name: str, value: np.ndarray) -> None:
-        if name in routes:
-            real[name] = value
-    evaluate(fuse(load(model)), {program.inputs[0][0]: images}, record)
-    found = TorchDevice().run(program, step, {port.tensor: port.quantise(images)
-                                              for port in step.inputs}, probes=True)
-    return {name: float((found[tensor][..., :, None, 0] == real[tensor][..., None, :])
-                        .any(-1).mean()) for tensor, name in routes.items()}
+    import moeware
+    found = moeware.compare(model, program, {program.inputs[0][0]: images})
+    return {router.layer: router.choices for router in found.routers}
 
 
 def simulated(programs: dict, images) -> dict:

@@ -14,6 +14,8 @@ from .configs import CONFIGS
     ("bus_bytes", 6, "Config.bus_bytes must be a power of two, not 6"),
     ("lanes", 3, "Config.lanes must divide Config.outputs = 4, not be 3"),
     ("max_chosen", 16, None),
+    ("rotary", 1, None),
+    ("rotary", 2, "Config.rotary must be an integer between 0 and 1, not 2"),
     ("max_experts", 2, "Config.max_chosen must be at most Config.max_experts = 2, not 4"),
 ])
 def test_rules(field, value, message):
@@ -22,6 +24,11 @@ def test_rules(field, value, message):
     else:
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(CONFIGS[0], **{field: value})
+
+
+def test_pairs_lie_in_one_word():
+    with pytest.raises(ConfigError, match="lanes must be even where Config.rotary is 1, .* not 1"):
+        dataclasses.replace(CONFIGS[1], rotary=1)
 
 
 def test_digests_tell_configurations_apart():

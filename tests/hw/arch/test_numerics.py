@@ -34,6 +34,23 @@ def test_gated_rounds_ties_up_and_keeps_16_bits():
             assert -32768 <= exact <= 32767
 
 
+@pytest.mark.parametrize("value", [-128, -127, -1, 0, 1, 127])
+def test_product_rounds_ties_up_and_saturates_to_8_bits(value):
+    factors = [-32768, -1025, -1024, -512, -1, 0, 1, 511, 512, 513, 1023, 1024, 1025, 32767]
+    for factor in factors + RNG.integers(-2048, 2048, 200).tolist():
+        exact = floor_half_up(Fraction(value * factor, 1024))
+        assert numerics.product(value, factor) == min(127, max(-128, exact))
+    assert numerics.product(value, 1024) == value
+
+
+def test_product_at_its_borders():
+    pairs = [(1, 512, 1), (1, -512, 0), (-1, 512, 0), (1, 511, 0), (1, -513, -1), (-128, -1024, 127),
+             (-128, 1024, -128), (127, 1028, 127), (127, 1029, 127), (-128, 1032, -129 + 1),
+             (-127, 1024, -127), (-128, -32768, 127), (-128, 32767, -128)]
+    values, factors, products = np.array(pairs).T
+    assert numerics.product(values, factors).tolist() == products.tolist()
+
+
 def test_bit_length_is_exact_next_to_powers_of_two():
     values = [v for e in range(53) for v in ((1 << e) - 1, 1 << e, (1 << e) + 1) if v < 1 << 53]
     assert numerics.bit_length(values).tolist() == [v.bit_length() for v in values]
@@ -101,6 +118,40 @@ def test_normalise_by_rational_arithmetic():
 
 def test_zero_variance_gives_zeros():
     assert not numerics.normalise(np.full((2, 5), 9), 5, 0).any()
+
+
+def turned(a: int, b: int, cos: int, sin: int) -> list[int]:
+    """One pair, in exact rational arithmetic."""
+    return [min(127, max(-128, floor_half_up(Fraction(x, 1 << 20))))
+            for x in (a * cos - b * sin, b * cos + a * sin)]
+
+
+def test_rotate_by_rational_arithmetic():
+    edges = [-32768, -32767, -16384, -1, 0, 1, 31, 32, 33, 16384, 32767]
+    pairs = RNG.choice(edges, (500, 3, 2))
+    factors = RNG.choice(edges, (500, 3, 2))
+    got = numerics.rotate(pairs.reshape(500, 6), factors.reshape(500, 6))
+    for row, pair, factor in zip(got.tolist(), pairs.tolist(), factors.tolist()):
+        assert row == [y for p, f in zip(pair, factor) for y in turned(*p, *f)]
+
+
+def test_rotate_turns_against_the_clock_and_rounds_ties_up():
+    one = 1 << numerics.FACTOR_BITS
+    values = [3 << numerics.PAIR_BITS, -5 << numerics.PAIR_BITS]
+    for factors, expected in ([one, 0], [3, -5]), ([0, one], [5, 3]), ([-one, 0], [-3, 5]), (
+            [0, -one], [-5, -3]):
+        assert numerics.rotate(values, factors).tolist() == expected
+    assert numerics.rotate([32, -32], [one, 0]).tolist() == [1, 0]  # of a half and minus a half
+    assert numerics.rotate([31, -33], [one, 0]).tolist() == [0, -1]
+    assert numerics.rotate([32767, -32768], [one, one]).tolist() == [127, 0]
+    assert numerics.rotate([-32768, -32768], [-32768, 32767]).tolist() == [127, 0]
+
+
+def test_rotate_by_one_row_of_factors_for_all_heads():
+    values = RNG.integers(-8000, 8000, (4, 3, 6))
+    factors = RNG.integers(-16384, 16385, (4, 1, 6))
+    everywhere = np.broadcast_to(factors, values.shape)
+    assert (numerics.rotate(values, factors) == numerics.rotate(values, everywhere)).all()
 
 
 def test_chosen_experts_prefer_the_lower_index():

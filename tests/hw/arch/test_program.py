@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import DeviceStep, HostStep, Port, Probe, Program, ProgramError, Region
 from moeware.hw.arch.quantised import Affine, Linear, to_arrays
@@ -49,7 +50,9 @@ def program():
     return Program(
         config=CONFIGS[0], image=bytes(range(200)), dram_bytes=512, placement="fpga 1/1",
         steps=[DeviceStep(entry=64, inputs=[port()], outputs=[], operations=[linear],
-                          probes=[probe], macs=144),
+                          probes=[probe], macs=144,
+                          grids={"y": Grid(tensor="y", step=0.3, gain=np.array([0.1, 2 / 3]),
+                                           columns=np.array([1, 0]), rows=6)}),
                HostStep(model=b"onnx", inputs=["y"], outputs=["z"], reasons={"n": "why"})],
         inputs=[("image", (2, 4, 6), "tensor(float)")], outputs=[("z", (3,), "tensor(float)")],
         metadata={"model": "m.onnx"})
@@ -64,6 +67,9 @@ def test_file_round_trip(tmp_path):
     assert read.steps[1] == saved.steps[1]
     assert read.steps[0].inputs == saved.steps[0].inputs
     assert read.steps[0].probes == saved.steps[0].probes
+    grid = read.steps[0].grids["y"]
+    assert (grid.gain == [0.1, 2 / 3]).all() and (grid.columns == [1, 0]).all()
+    assert grid.shift is None and (grid.tensor, grid.step, grid.rows) == ("y", 0.3, 6)
     before, after = {}, {}
     assert to_arrays(saved.steps[0].operations, before) == to_arrays(read.steps[0].operations, after)
     assert all((before[key] == after[key]).all() for key in before)

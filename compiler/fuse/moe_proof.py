@@ -1,0 +1,200 @@
+"""Prove what a mixture of experts computes: run it on chosen numbers and compare with Route and Experts.
+
+The inputs tell the forms apart: each expert comes first for some row, and the hidden values lie
+where the known functions differ most. Of these the two forms of GELU are the nearest, by less than
+5e-4; so of all forms that are near enough, the nearest is taken.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.nn.functional import linear
+
+from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
+from moeware.compiler.fuse.region import region, run
+from moeware.compiler.fuse.routers import RouterForm
+from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
+from moeware.compiler.operators import FUNCTIONS
+
+__all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove", "sample_rows", "sample_scores"]
+
+# Relative difference between the rounding of float32, which is at most a tenth of it, and two forms
+# of GELU, which on these inputs are five times it.
+TOLERANCE = 2e-5
+_ROUNDING = float(np.finfo(np.float32).eps)
+# Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
+_HIDDEN = 2.0
+_FEW = 8  # rows, where there are fewer experts
+_DRAWS = 16  # of a row's logits, of which one is taken
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proposal that computes the region's values consists of."""
+
+    weights: ExpertWeights
+    function: str
+    router: RouterForm
+    nodes: list[ir.Node]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A canonical form, and its largest difference in proportion to what the rows decide."""
+
+    error: float
+    weights: ExpertWeights
+    function: str
+    router: RouterForm
+
+
+def prove(
+    model: ir.Model,
+    x: ir.Value,
+    logits: ir.Value,
+    y: ir.Value,
+    features: int,
+    routers: Sequence[RouterForm],
+) -> Proof | None:
+    """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None.
+
+    routers: forms that the router may have; where there are several, all choose the same.
+    """
+    experts = len(routers[0].correction)
+    inside = set(region([y], [x, logits])[0])
+    nodes = [node for node in model.graph if node in inside]
+    proposals = propose_weights(nodes, x, experts, features)
+    first = next(proposals, None)
+    x_shape, logits_shape = static_shape(x), static_shape(logits)
+    if first is None or x_shape is None or logits_shape is None:
+        return None
+    generator = np.random.default_rng(7)
+    tokens = int(np.prod(x_shape)) // features
+    frames = -(-experts // tokens)  # so many that each expert has a row
+    rows = sample_rows(generator, frames * tokens, first)
+    scores = sample_scores(generator, frames * tokens, routers[0])
+    results = []
+    for part in np.split(np.arange(len(rows)), frames):
+        feeds = {x: rows[part].reshape(x_shape), logits: scores[part].reshape(logits_shape)}
+        values = run(model, feeds, [y])
+        if values is None or values[0].size != part.size * features:
+            return None
+        results.append(values[0].reshape(-1, features))
+    # More rows would say the same of the form, and cost a run of all proposals each.
+    few = slice(max(experts, _FEW))
+    results = np.concatenate(results)[few]
+    scales = _scales(nodes, routers[0].factor)
+    for weights in itertools.chain([first], proposals):  # one at a time: they are large
+        found = nearest_form(rows[few], scores[few], results, [weights], routers, scales=scales)
+        if found.error < TOLERANCE:
+            break
+    else:
+        return None
+    return Proof(found.weights, found.function, found.router, nodes)
+
+
+def _scales(nodes: list[ir.Node], factor: float) -> list[float]:
+    """Factors that the results may have: 1, what a constant in the region multiplies by, and that of
+    the router."""
+    found = {1.0: None}
+    for node in nodes:
+        pair = other_operand(node) if is_op(node, "Mul", "Div") else None
+        number = scalar(pair[1]) if pair else None
+        if number is not None and number > 0 and np.isfinite(number):
+            found[number if is_op(node, "Mul") else 1 / number] = None
+    return [*found, factor]
+
+
+def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeights) -> np.ndarray:
+    """Rows ``[count, D]``, float32, that give hidden values where the functions differ."""
+    experts, hidden, features = weights.w1.shape
+    size = np.sqrt(np.square(weights.w1.astype(np.float64)).sum() / (experts * hidden))
+    rows = generator.normal(size=(count, features)) * (_HIDDEN / size if size else 1)
+    return rows.astype(np.float32)
+
+
+def sample_scores(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
+    """Logits ``[count, E]``, float32, of which each expert in turn has the largest.
+
+    Where ``router`` may still choose others, each row is the one of several that gives the most weight
+    to the expert whose turn it is.
+    """
+    experts, rows = len(router.correction), np.arange(count)
+    scores = generator.normal(size=(_DRAWS, count, experts)) * 2
+    scores[:, rows, rows % experts] = scores.max(-1) + 1
+    scores = scores.astype(np.float32)
+    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
+    return scores[weights[:, rows, rows % experts].argmax(0), rows]
+
+
+def nearest_form(
+    rows: np.ndarray,
+    scores: np.ndarray,
+    found: np.ndarray,
+    proposals: Iterable[ExpertWeights],
+    routers: Sequence[RouterForm],
+    functions: Sequence[str] = tuple(FUNCTIONS),
+    scales: Sequence[float] = (1.0,),
+) -> Form:
+    """The canonical form whose results are nearest to ``found``; of equals, the first."""
+    if routers[0].attributes["k"] == scores.shape[-1]:
+        routers = routers[:1]  # where all are chosen, there is no difference
+    factors = {router: router.dense(scores.astype(np.float64)) for router in routers}
+    forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
+    return min(forms, key=lambda form: form.error)
+
+
+def _forms(
+    rows: np.ndarray,
+    factors: dict[RouterForm, np.ndarray],
+    found: np.ndarray,
+    proposals: Iterable[ExpertWeights],
+    functions: Sequence[str],
+    scales: Sequence[float],
+) -> Iterator[Form]:
+    chosen = [np.flatnonzero(column) for column in next(iter(factors.values())).T]
+    inputs = torch.from_numpy(rows)
+    for weights in proposals:
+        third, hidden = None, _first_layer(inputs, weights.w1, weights.b1, chosen)
+        if weights.w3 is not None and weights.b3 is not None:
+            third = _first_layer(inputs, weights.w3, weights.b3, chosen)
+        down = _tensor(weights.w2), _tensor(weights.b2)
+        for function in functions:
+            outputs = []
+            for expert, each in enumerate(hidden):
+                activation = FUNCTIONS[function](each)
+                activation = activation if third is None else activation * third[expert]
+                outputs.append(linear(activation, down[0][expert], down[1][expert]))
+            for router, combined in factors.items():
+                value = np.zeros(found.shape)
+                for expert, (places, output) in enumerate(zip(chosen, outputs)):
+                    value[places] += combined[places, expert, None] * output.numpy()
+                scale = _nearest_scale(value, found, scales)
+                # What the last bias adds says nothing of the form, but rounds the rest.
+                decided = np.abs(found - scale * (combined @ weights.b2)).max()
+                size = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
+                error = float(np.abs(scale * value - found).max() / size)
+                error = error if np.isfinite(error) else np.inf
+                yield Form(error, weights.scaled(scale), function, router)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ("C", "W")))
+
+
+def _first_layer(
+    rows: torch.Tensor, weight: np.ndarray, bias: np.ndarray, chosen: list[np.ndarray]
+) -> list[torch.Tensor]:
+    """``weight x + bias`` of each expert, on the rows that choose it."""
+    layers = zip(chosen, _tensor(weight), _tensor(bias))
+    return [linear(rows[places], *layer) for places, *layer in layers]
+
+
+def _nearest_scale(value: np.ndarray, found: np.ndarray, scales: Sequence[float]) -> float:
+    square = float((value * value).sum())
+    fit = float((value * found).sum()) / square if square > 0 else 1.0
+    return min(scales, key=lambda scale: abs(scale - fit))

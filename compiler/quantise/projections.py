@@ -1,0 +1,115 @@
+"""Queries and keys that are normalised or turned between their product and attention."""
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.canonical import attributes, projection, shape
+from moeware.compiler.quantise.state import HEADROOM, State
+from moeware.compiler.scales import encode_scales, grid
+from moeware.compiler.weights import Tensor
+from moeware.hw.arch import numerics
+from moeware.hw.arch import quantised as q
+from moeware.hw.arch.isa import NormMode
+
+__all__ = ["Projections", "head_channels"]
+
+
+def head_channels(attention: ir.Node, value: ir.Value) -> np.ndarray:
+    """Channels [heads, width] of what an attention reads, a row for each head of queries. The attention
+    unit has one stride for queries, keys and values: heads of keys that several share are repeated."""
+    heads, shared = attributes(attention)["heads"], attributes(attention)["kv_heads"]
+    own = heads if value is attention.inputs[0] else shared
+    return np.repeat(np.arange(shape(value)[-1]).reshape(own, -1), heads // own, 0)
+
+
+class Projections(State):
+    """Rules for RMSNorm of a Linear and for Rotary.
+
+    The product is kept in 16 bits on a grid of its own, with its bias: what stands between bias and
+    score is not linear.
+    """
+
+    def _projected_norm(self, node: ir.Node) -> None:
+        value = node.outputs[0]
+        if self._consumers(value)[0].op_type != "Rotary":
+            self._projection(node)
+
+    def _Rotary(self, node, heads):
+        self._projection(node)
+
+    def _projection(self, node: ir.Node) -> None:
+        """Emit what the last of a Linear, a norm and a rotary embedding gives."""
+        value = node.outputs[0]
+        linear, norm, rotary = projection(value)
+        del self.pending[linear.outputs[0].name]
+        attention = self._consumers(value)[0]
+        heads, width = head_channels(attention, value).shape
+        order = _order(attention, value).ravel()
+
+        source = self._tensor(linear.inputs[0])
+        weight, bias = (array.astype(np.float64)[order] for array in self._constants(linear))
+        samples = self.calibration.rows(linear.outputs[0].name)
+        step = float(HEADROOM * np.abs(samples).max() / 32767) or 1.0
+        mode, groups, epsilon, scale = NormMode.SCALE, 1, 0, np.full(len(order), step)
+        if norm is not None:
+            attrs, gamma = attributes(norm), self._constants(norm)[0].astype(np.float64)
+            # A head by itself wherever it makes no difference: all need not be there for it.
+            by_head = attrs["groups"] > 1 or len(gamma) == width
+            mode, groups = NormMode.RMS, heads if by_head else 1
+            step = max(step, self._finest(len(order) // groups, attrs["epsilon"]))
+            epsilon = self._epsilon(len(order) // groups, attrs["epsilon"], step)
+            gamma = gamma[order]
+            scale = np.abs(gamma) / (1 << numerics.NORM_FRACTION_BITS)
+            # Multipliers have no sign: the weights take it.
+            sign = np.where(gamma < 0, -1.0, 1.0)
+            weight, bias = weight * sign[:, None], bias * sign
+        self._add_linear(linear, linear.outputs[0].name, step, residual=None,
+                         constants=(weight, bias))
+
+        gain = self._score_gain(attention, value)
+        target = grid(self.calibration.rows(value.name)[:, order] / gain)
+        rotation = None
+        if rotary is not None:
+            rotation, largest = _factors(*self._constants(rotary))
+            scale = scale * largest * (1 << numerics.PAIR_BITS)
+        multiplier, shift = encode_scales(scale / (gain * target))
+        affine = q.Affine(bias=np.zeros(len(order), np.int32), multiplier=multiplier, shift=shift)
+        self._add(q.Norm(name=node.name, output=value.name, source=linear.outputs[0].name, first_row=0,
+                         rows=source.rows, mode=mode, epsilon=epsilon, affine=affine, groups=groups,
+                         rotation=rotation))
+        self.values[value.name] = Tensor(value.name, target, gain, rows=source.rows)
+        self.columns[value.name] = order
+
+    def _score_gain(self, attention: ir.Node, value: ir.Value) -> np.ndarray:
+        """Factors that the channels of queries or keys are divided by, reciprocal to each other, so that
+        scores stay and what is loud in one is shared by both (SmoothQuant, section 4, alpha = 1/2); one
+        for both channels of a pair, which a rotation mixes."""
+        queries, keys = attention.inputs[:2]
+        if any(projection(each)[1:] == (None, None) for each in (queries, keys)):
+            return np.ones(_order(attention, value).size)  # the other one is a plain Linear
+        loud = []
+        for each in (queries, keys):
+            samples = self.calibration.rows(each.name)[:, _order(attention, each)]
+            loud.append(np.sqrt(np.square(samples).sum(-1)).max(0))
+        gain = np.ones(loud[0].shape)
+        usable = (loud[0] > 0) & (loud[1] > 0)
+        gain[usable] = np.sqrt(loud[0][usable] / loud[1][usable])
+        gain = np.repeat(np.clip(gain, 1 / 64, 64), _order(attention, value).shape[-1], -1).ravel()
+        return gain if value is queries else 1 / gain
+
+
+def _order(attention: ir.Node, value: ir.Value) -> np.ndarray:
+    """Channels [heads, pairs, 2] of turned queries or keys, a pair side by side; of others
+    [heads, width, 1]."""
+    order = head_channels(attention, value)
+    if projection(value)[2] is None:
+        return order[..., None]
+    return order.reshape(len(order), 2, -1).swapaxes(1, 2)
+
+
+def _factors(cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, float]:
+    """Factors [rows, width] as `numerics.rotate` takes them, and what they were divided by: 1, or more
+    where a model scales its scores by them."""
+    factors = np.stack([cos, sin], -1).astype(np.float64).reshape(len(cos), -1)
+    largest = max(1.0, float(np.abs(factors).max()))
+    return np.rint(factors / largest * (1 << numerics.FACTOR_BITS)).astype(np.int16), largest

@@ -1,0 +1,74 @@
+"""Live exports of language models become canonical operators, whatever opset and attention."""
+
+from collections import Counter
+
+import pytest
+
+from moeware.compiler.canonical import REASON
+from tests.compiler import language_models
+from tests.compiler.fused import check, operators_of
+
+ATTENTION = "Linear Linear Linear Rotary Rotary Attention Linear Add"
+GATED = "Linear Pointwise Linear Multiply Linear Add"
+MLP = "Linear Pointwise Linear Add"
+EXPERTS = "Route GatedExperts Add"
+NORMS = "RMSNorm RMSNorm RMSNorm Linear"
+LAYER_NORMS = "LayerNorm LayerNorm LayerNorm Linear"
+HEAD_NORMS = "RMSNorm RMSNorm"
+LOOKUP = "plain Gather"  # of the tokens' embeddings
+
+# (model, attention, opset): canonical operators of a model of one layer, in any order.
+EXPORTS = {
+    ("llama", "sdpa", 18): f"{ATTENTION} {GATED} {NORMS}",
+    ("llama", "eager", 23): f"{ATTENTION} {GATED} {NORMS}",
+    ("qwen3", "sdpa", 24): f"{ATTENTION} {HEAD_NORMS} {GATED} {NORMS}",
+    ("phi", "sdpa", 20): f"{ATTENTION} {MLP} LayerNorm LayerNorm Linear",
+    ("phi3", "eager", 20): f"{ATTENTION} {GATED} {NORMS}",
+    ("gemma", "sdpa", 23): f"{ATTENTION} {GATED} {NORMS}",
+    ("gpt-neox", "eager", 18): f"{ATTENTION} {MLP} {LAYER_NORMS}",
+    ("gpt-j", "eager", 20): f"{ATTENTION} {MLP} LayerNorm LayerNorm Linear",
+    ("mixtral", "sdpa", 20): f"{ATTENTION} {EXPERTS} {NORMS}",
+    ("olmoe", "eager", 20): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
+    ("qwen2-moe", "eager", 24): f"{ATTENTION} {EXPERTS} {EXPERTS} {NORMS}",
+    ("qwen3-moe", "sdpa", 23): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
+}
+
+
+@pytest.mark.parametrize("name,attention,opset", EXPORTS)
+def test_export(tmp_path, name, attention, opset):
+    model = language_models.build(name, attention=attention)
+    path = language_models.export(model, tmp_path / "m.onnx", opset)
+    fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
+    plain = [LOOKUP, "plain Mul"] if name == "gemma" else [LOOKUP]
+    assert Counter(operators_of(fused)) == Counter([*plain, *EXPORTS[name, attention, opset].split()])
+    (attention,) = [node for node in fused.graph if node.op_type == "Attention"]
+    assert attention.attributes["causal"].value == 1
+    heads = [attention.attributes[name].value for name in ("heads", "kv_heads")]
+    assert heads == ([4, 4] if name in ("gpt-neox", "gpt-j") else [4, 2])
+
+
+@pytest.mark.parametrize("name,operator,reason", [("phi-moe", "ArgMax", "sparse mixer"),
+                                                  ("deepseek-v3", "TopK", "scores by sigmoid")])
+def test_other_routers_stay_plain(tmp_path, name, operator, reason):
+    model = language_models.build(name)
+    path = language_models.export(model, tmp_path / "m.onnx", 20)
+    fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
+    operators = operators_of(fused)
+    reasons = [node.metadata_props[REASON] for node in fused.graph if node.op_type == operator]
+    assert reasons and all(reason in each for each in reasons)
+    assert not {"Route", "GatedExperts"} & set(operators)
+    assert operators.count("Rotary") == 2
+
+
+@pytest.mark.parametrize("name,sizes", [
+    ("llama", dict(num_hidden_layers=2, num_key_value_heads=1, attention_bias=True, mlp_bias=True)),
+    ("qwen3-moe", dict(num_hidden_layers=2, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False,
+                       tie_word_embeddings=True, head_dim=12)),
+], ids=["llama", "qwen3-moe"])
+def test_other_sizes(tmp_path, name, sizes):
+    model = language_models.build(name, attention="sdpa", seed=3, keep=1, **sizes)
+    path = language_models.export(model, tmp_path / "m.onnx", 20, tokens=13)
+    fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
+    operators = Counter(operators_of(fused))
+    assert operators["Attention"] == 2 and operators["TakeToken"] == 1
+    assert {name for name in operators if name.startswith("plain")} <= {LOOKUP, "plain Reshape"}

@@ -1,0 +1,131 @@
+"""The function of experts is read exactly, and nothing is taken for a mixture that is none."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeware.compiler.fuse import fuse
+from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form, sample_rows, sample_scores
+from moeware.compiler.fuse.moe_weights import ExpertWeights
+from moeware.compiler.fuse.routers import plain_forms
+from moeware.compiler.load import load
+from tests.compiler import exports
+from tests.compiler.exports import Block, Moe, Vit, export, randomise, vit
+
+FORMS = ("loop", "where", "scatter", "onehot", "stack", "shared", "gather", "gather_einsum")
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def mixture(form, function, weight=0.3, bias=0.3):
+    """A `Moe` whose first weights and last biases have the given size."""
+    mixer = Moe(form, function=nn.GELU(GELU[function]))
+    with torch.no_grad():
+        mixer.w1.normal_(std=weight)
+        mixer.b2.normal_(std=bias)
+    return mixer
+
+
+def model(*mixers):
+    """A block for each of ``mixers``, without attention, as an export takes seconds."""
+    torch.manual_seed(5)
+    blocks = (Block(nn.Identity(), mixer, lambda: nn.LayerNorm(exports.DIM)) for mixer in mixers)
+    return randomise(Vit(*blocks))
+
+
+def functions(path):
+    nodes = [node for node in fuse(load(path)).graph if node.op_type == "Experts"]
+    return [node.attributes["function"].value for node in nodes]
+
+
+@pytest.mark.parametrize("function", GELU)
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_of_gelu_are_told_apart(tmp_path, form, function):
+    """Where hidden values are small, where they are large, and beside large biases."""
+    sizes = ((0.003, 0.3), (10, 0.3), (0.3, 100))
+    mixers = [mixture(form, function, *size) for size in sizes]
+    path = export(model(*mixers), tmp_path / "m.onnx", opset=17, dynamo=False)
+    assert functions(path) == [function] * len(mixers)
+
+
+@pytest.mark.parametrize("opset", [18, 20])  # without and with the operator Gelu
+def test_both_forms_of_gelu_by_the_newer_exporter(tmp_path, opset):
+    """Each function in half of the forms, in the other half at the other opset."""
+    wanted = [("gelu", "gelu_tanh")[(number + opset // 20) % 2] for number in range(len(FORMS))]
+    mixers = [mixture(form, function) for form, function in zip(FORMS, wanted)]
+    assert functions(export(model(*mixers), tmp_path / "m.onnx", opset=opset)) == wanted
+
+
+class Between(nn.Module):
+    """Half way between the two forms of GELU, and so neither."""
+
+    def forward(self, x):
+        return (F.gelu(x) + F.gelu(x, approximate="tanh")) / 2
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("function", [Between(), Swish()], ids=["between", "sigmoid"])
+@pytest.mark.parametrize("bias", [0.3, 10])
+def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
+    mixer = mixture("loop", "gelu", bias=bias)
+    mixer.function = function
+    path = export(model(mixer), tmp_path / "m.onnx", opset=17, dynamo=False)
+    operators = {node.op_type for node in fuse(load(path)).graph}
+    assert "TopK" in operators and not operators & {"Route", "Experts"}
+
+
+@pytest.mark.parametrize("swapped", [(0, 1), (10, 11)])
+def test_more_experts_than_tokens_each_have_a_say(tmp_path, monkeypatch, swapped):
+    """Two experts in each other's place are another model, however few tokens there are."""
+
+    class Swapped(Moe):
+        def _loop(self, rows, weights, indices):
+            # The constants of expert e stand at place e, but are chosen by another index.
+            result = torch.zeros_like(rows)
+            for e in range(exports.EXPERTS):
+                index = dict(zip(swapped, swapped[::-1])).get(e, e)
+                factor = (weights * (indices == index)).sum(-1, keepdim=True)
+                result = result + factor * self._expert(e, rows)
+            return result
+
+    monkeypatch.setattr(exports, "EXPERTS", 12)
+    plain = export(vit(mixer=Moe("loop", "all", k=1)), tmp_path / "plain.onnx", 17, dynamo=False)
+    assert functions(plain) == ["gelu"]
+    other = export(vit(mixer=Swapped("loop", "all", k=1)), tmp_path / "m.onnx", 17, dynamo=False)
+    assert functions(other) == []
+
+
+def weights(experts=3, hidden=8, features=6, size=0.3):
+    draw = np.random.default_rng(2)
+    shapes = (experts, hidden, features), (experts, hidden), (experts, features, hidden)
+    arrays = [draw.normal(size=shape) * size for shape in (*shapes, (experts, features))]
+    return ExpertWeights(*(array.astype(np.float32) for array in arrays))
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.3, 1e3])
+def test_samples_reach_the_values_at_which_functions_differ(size):
+    chosen, draw = weights(size=size), np.random.default_rng(3)
+    rows = sample_rows(draw, 500, chosen)
+    hidden = np.einsum("td,ehd->teh", rows, chosen.w1)
+    assert 1.5 < np.sqrt(np.square(hidden).mean()) < 2.5
+    assert np.isfinite(sample_rows(draw, 5, weights(size=0))).all()
+
+
+@pytest.mark.parametrize("experts", [1, 5, 24])
+def test_each_expert_comes_first_in_turn(experts):
+    scores = sample_scores(np.random.default_rng(3), 24, plain_forms(experts, 1)[0])
+    assert (scores.argmax(-1) == np.arange(24) % experts).all()
+
+
+def test_a_result_that_is_no_number_is_far_from_all():
+    chosen, draw = weights(), np.random.default_rng(3)
+    routers = plain_forms(3, 2)
+    rows, scores = sample_rows(draw, 7, chosen), sample_scores(draw, 7, routers[0])
+    for value in (np.nan, np.inf):
+        found = np.full((7, 6), value, np.float32)
+        assert nearest_form(rows, scores, found, [chosen], routers).error > TOLERANCE
