@@ -87,7 +87,7 @@ def prove(
     # More rows would say the same of the form, and cost a run of all proposals each.
     few = slice(max(experts, _FEW))
     results = np.concatenate(results)[few]
-    scales = _scales(nodes, routers[0].factor)
+    scales = _scales(nodes)
     for weights in itertools.chain([first], proposals):  # one at a time: they are large
         found = nearest_form(rows[few], scores[few], results, [weights], routers, scales=scales)
         if found.error < TOLERANCE:
@@ -97,16 +97,16 @@ def prove(
     return Proof(found.weights, found.function, found.router, nodes)
 
 
-def _scales(nodes: list[ir.Node], factor: float) -> list[float]:
-    """Factors that the results may have: 1, what a constant in the region multiplies by, and that of
-    the router."""
+def _scales(nodes: list[ir.Node]) -> list[float]:
+    """Factors that the results may have beside the router's: 1, and what a constant in the region
+    multiplies by."""
     found = {1.0: None}
     for node in nodes:
         pair = other_operand(node) if is_op(node, "Mul", "Div") else None
         number = scalar(pair[1]) if pair else None
         if number is not None and number > 0 and np.isfinite(number):
             found[number if is_op(node, "Mul") else 1 / number] = None
-    return [*found, factor]
+    return list(found)
 
 
 def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeights) -> np.ndarray:
@@ -179,7 +179,7 @@ def _forms(
                 size = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
                 error = float(np.abs(scale * value - found).max() / size)
                 error = error if np.isfinite(error) else np.inf
-                yield Form(error, weights.scaled(scale), function, router)
+                yield Form(error, weights.scaled(scale * router.factor), function, router)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
