@@ -19,9 +19,11 @@ Pointwise     x                                       function (see ``FUNCTIONS`
 Multiply      a, b
 Add           a, b
 Route         x, weight[E, D], bias[E],               k, score ("softmax" or "sigmoid"),
-              correction[E]                           normalise ("chosen" or "all"),
+              correction[E]                           normalise ("chosen", "all" or "kept"),
                                                       groups, chosen_groups,
-                                                      group_score ("max" or "pair")
+                                                      group_score ("max" or "pair"),
+                                                      capacity, order ("token", "choice" or
+                                                      "priority")
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
@@ -45,7 +47,12 @@ by their sum (for softmax equal to softmax over the chosen logits). Where there 
 ``groups`` of experts that follow one another, only those of the ``chosen_groups`` best are chosen
 from; a group is as good as its largest corrected score or, for "pair", the sum of its two largest
 (DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2). A constant factor of the weights belongs
-into the experts' second layer.
+into the experts' second layer. With a ``capacity`` that is not 0 an expert takes so many tokens of a
+frame, those that come first, and drops the others: their weight is 0. The order is "token" by token
+(Switch Transformer: Fedus et al. 2022, section 2.2); by "choice", the first ones of all tokens before
+any second one (GShard: Lepikhin et al. 2021, algorithm 1); or so with the tokens by "priority", the
+largest weight first (V-MoE: Riquelme et al. 2021, section 4). "kept" divides, of the chosen, by
+the sum of those that are not dropped.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
@@ -83,7 +90,8 @@ __all__ = [
 
 DOMAIN = "moeware"
 # Attributes of a Route that compares softmax scores alone, beside k and normalise.
-PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
+PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max",
+               "capacity": 0, "order": "token"}
 REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -98,7 +106,8 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "Pointwise": (1, 1, ("function",)),
     "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
-    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score")),
+    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score", "capacity",
+                     "order")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
     "SoftExperts": (6, 1, ("function",)),

@@ -6,6 +6,7 @@ FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh")
 SCORES = ("softmax", "sigmoid")
 NORMALISATIONS = ("chosen", "all")
 GROUP_SCORES = ("max", "pair")
+ORDERS = ("token", "choice", "priority")
 
 Shapes = list[tuple[int, ...]]
 # Raises, naming the rule, where the condition does not hold.
@@ -89,7 +90,12 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     size = experts // groups
     require(1 <= attrs["k"] <= chosen_groups * size, "k is between 1 and the experts of the groups")
     require(attrs["score"] in SCORES, f"score is one of {SCORES}")
-    require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
+    capacity = attrs["capacity"]
+    normalisations = NORMALISATIONS + ("kept",) * (capacity > 0)
+    require(attrs["normalise"] in normalisations, f"normalise is one of {normalisations}")
+    require(0 <= capacity < inputs[0][1], "capacity is 0 or less than the tokens")
+    orders = ORDERS if capacity else ORDERS[:1]
+    require(attrs["order"] in orders, f"order is one of {orders}")
     require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
     require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")

@@ -110,7 +110,27 @@ def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Output
     if attrs["normalise"] == "chosen":
         total = weights.sum(-1, keepdim=True)
         weights = weights / total if sigmoid else torch.softmax(logits.gather(-1, indices), -1)
+    if attrs["capacity"]:
+        weights = weights * _within_capacity(indices, weights, logits.shape[-1], attrs)
+    if attrs["normalise"] == "kept":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     return indices, weights
+
+
+def _within_capacity(indices: torch.Tensor, weights: torch.Tensor, experts: int,
+                     attrs: dict) -> torch.Tensor:
+    """Whether each choice, [..., N, k], finds a place at its expert."""
+    hits = torch.nn.functional.one_hot(indices, experts)
+    if attrs["order"] == "token":
+        before = hits.sum(-2).cumsum(-2).unsqueeze(-2)  # a token's choices are of several experts
+    else:
+        priority = weights.amax(-1) if attrs["order"] == "priority" else weights.new_zeros(weights.shape[:-1])
+        first = torch.sort(priority, dim=-1, descending=True, stable=True).indices
+        turns = first[..., None, None].expand_as(hits)
+        ranked = hits.gather(-3, turns).transpose(-3, -2)  # [..., k, N, E]
+        before = ranked.flatten(-3, -2).cumsum(-2).view(ranked.shape).transpose(-3, -2)
+        before = torch.empty_like(hits).scatter_(-3, turns, before)
+    return (before * hits).sum(-1) <= attrs["capacity"]
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -165,8 +165,19 @@ def _(op: quantised.Route, attended: bool):
 
     def route(values: Values, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = product.sums(values[op.source].flatten(0, 1)).double().add_(bias)
-        return weigh(logits)
+        experts, weights = weigh(logits)
+        if op.capacity:
+            weights.mul_(_within_capacity(op, experts, frames))
+        return experts, weights
     return route
+
+
+def _within_capacity(op: quantised.Route, experts: torch.Tensor, frames: int) -> torch.Tensor:
+    """`numerics.within_capacity` of each frame, bool [rows * frames, chosen]."""
+    chosen = experts.view(-1, frames, op.chosen).numpy()
+    kept = [numerics.within_capacity(chosen[:, frame], op.capacity, by_rank=op.by_rank)
+            for frame in range(frames)]
+    return torch.from_numpy(np.stack(kept, 1)).flatten(0, 1)
 
 
 def _softmax(op: quantised.Route):

@@ -14,7 +14,9 @@ from moeware.runtime.device import runs
 
 __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
-_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")  # with Config.router_forms
+_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")
+# With Config.router_forms, as the form.
+_PLACES = ("capacity", "same_frame", "choice")
 
 
 class GoldenError(ValueError):
@@ -37,6 +39,7 @@ class Machine:
         self.param = np.zeros((c.param_words, c.lanes), layout.PARAM)
         self.table = np.zeros((256 * c.tables, 1), np.int8)
         self.queues: list[list[tuple[int, int]]] = [[] for _ in range(c.max_experts)]
+        self.taken = np.zeros(c.max_experts, int)  # of a frame, by each queue
         self.tokens = np.zeros((len(Engine), len(Engine)), int)
 
     def run(self, entry: int) -> int:
@@ -219,19 +222,26 @@ class Machine:
         form = {name: getattr(i, name) for name in ("chosen", "over_chosen", "multiplier", "shift",
                                                     *_ROUTER_FORM)}
         chosen, weights = numerics.route(logits, layout.corrections(param), **form)
-        for token, (experts, gates) in enumerate(zip(chosen.tolist(), weights.tolist()),
+        if not i.same_frame:
+            self.taken[:] = 0
+        own = slice(i.choice - 1, i.choice) if i.choice else slice(None)
+        for token, (experts, gates) in enumerate(zip(chosen[:, own].tolist(), weights[:, own].tolist()),
                                                  i.destination):
             for expert, gate in zip(experts, gates):
-                self.queues[expert].append((token, gate))
+                if not i.capacity or self.taken[expert] < i.capacity:
+                    self.queues[expert].append((token, gate))
+                    self.taken[expert] += 1
 
     def _check_form(self, i: Instruction) -> None:
         """Refuse what the router has no gateware for."""
-        used = {name: getattr(i, name) for name in _ROUTER_FORM if getattr(i, name)}
+        used = {name: getattr(i, name) for name in _ROUTER_FORM + _PLACES if getattr(i, name)}
         if used and not self.config.router_forms:
             raise ValueError(f"LINEAR's {', '.join(used)} must be 0 where Config.router_forms is 0, "
                              f"not {', '.join(map(str, used.values()))}")
         if i.by_score and not i.sigmoid or i.pair and not i.by_score:
             raise ValueError("LINEAR.by_score must come with sigmoid, and pair with by_score")
+        if i.choice > i.chosen:
+            raise ValueError(f"LINEAR.choice must be at most its {i.chosen} chosen experts, not {i.choice}")
         if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
                         or i.chosen > i.chosen_groups * i.group
                         or i.chosen_groups * i.group > i.channels):

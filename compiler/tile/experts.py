@@ -16,25 +16,43 @@ from moeware.hw.arch.isa import Memory, Target
 __all__ = ["lower_experts", "lower_route"]
 
 
-def lower_route(lowering: Lowering, op: q.Route) -> None:
+def lower_route(lowering: Lowering, op: q.Route, *, same_frame: bool = False) -> None:
+    """same_frame : rows of the frame were routed before."""
     c, source = lowering.config, lowering.tensors[op.source]
     experts, rows = len(op.weight), lowering.frames * source.rows
     require(experts, c.max_experts, f"The experts of {op.name}", "max_experts")
     require(op.chosen, c.max_chosen, f"The chosen experts of {op.name}", "max_chosen")
     require(rows, c.max_rows, f"The tokens of {op.name}, of all frames in flight,", "max_rows")
     require(op.chosen_groups, c.max_chosen, f"The chosen groups of {op.name}", "max_chosen")
-    require(int(op.sigmoid or op.group > 0), c.router_forms,
-            f"The router {op.name}, with sigmoid scores or groups,", "router_forms")
+    require(int(op.sigmoid or op.group > 0 or op.capacity > 0), c.router_forms,
+            f"The router {op.name}, with sigmoid scores, groups or a capacity,", "router_forms")
     multiplier, shift = np.zeros(experts, np.uint16), np.ones(experts, np.uint8)
     if op.correction is not None:
         multiplier, shift = layout.as_scale(op.correction)
     affine = q.Affine(bias=op.bias, multiplier=multiplier, shift=shift)
     lowering.assembly.product(op.name, spread(op.weight, source), affine,
-                              [Run(source.span(a, b), None, {"destination": a, "append": int(a > 0)})
-                               for a, b in chunks(c, 0, rows)],
-                              unit=experts, first=False, last=False, target=Target.ROUTER,
-                              queue_write=True, **op.form)
+                              list(_routed(lowering, op, source, same_frame)), unit=experts, first=False,
+                              last=False, target=Target.ROUTER, queue_write=True, **op.form)
     lowering.macs += source.rows * op.weight.size
+
+
+def _routed(lowering: Lowering, op: q.Route, source: Tensor, same_frame: bool) -> Iterator[Run]:
+    """Rows that the router takes at a time: with a capacity those of one frame, by rank once for each
+    choice, as what is queued first has a place first."""
+    config, rows, frames, append = lowering.config, source.rows, lowering.frames, 0
+    if not op.capacity:
+        rows, frames = rows * frames, 1
+    for frame in range(frames):
+        for choice in range(1, op.chosen + 1) if op.by_rank else (0,):
+            for first, last in chunks(config, frame * rows, (frame + 1) * rows):
+                place = {}
+                if op.capacity:
+                    place = {"capacity": op.capacity, "choice": choice, "same_frame": int(same_frame)}
+                    same_frame = True
+                yield Run(source.span(first, last), None,
+                          {"destination": first, "append": append, **place})
+                append = 1
+        same_frame = False
 
 
 def lower_experts(lowering: Lowering, op: q.Experts) -> None:

@@ -261,12 +261,18 @@ class _Spiller:
         source, stream = self.shapes[op.source], self.shapes[op.residual]
         self._tensor(op.output, Memory.RESIDUAL, stream.rows, stream.channels)
         hidden = -(-op.up.shape[1] // self.config.depth)
-        for frame, a, b in self._row_blocks(min(source.rows, self.config.max_rows),
-                                            source.stride + hidden, stream.stride):
+        blocks = self._row_blocks(min(source.rows, self.config.max_rows), source.stride + hidden,
+                                  stream.stride)
+        if route.by_rank and len(blocks) > self.whole.frames:
+            raise CompileError(f"The rows of a frame of {op.name} must lie on chip together, as its "
+                               "router gives the first choices of all of them a place before any "
+                               "second one; use a configuration with more activation_words or "
+                               "residual_words")
+        for frame, a, b in blocks:
             small = self._small(route, op)
             small.tensors[op.source] = self._fetch(op.source, frame, a, b)
             small.tensors[op.residual] = self._fetch(op.residual, frame, a, b)
-            lower_route(small, route)
+            lower_route(small, route, same_frame=a > 0)
             lower_experts(small, op)
             self._keep(small.tensors[op.output], op.output, frame, a)
         self.whole.macs += source.rows * (route.weight.size + route.chosen * op.row_macs)

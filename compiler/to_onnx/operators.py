@@ -161,14 +161,55 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     if attrs["groups"] > 1:
         compared = _best_groups(emitter, compared, attrs["groups"], attrs["chosen_groups"], 1 + pair)
     _top(emitter, compared, attrs["k"], indices)
-    chosen = attrs["normalise"] == "chosen"
-    source = logits if chosen and not sigmoid else scores
-    found = emitter.emit("GatherElements", [source, indices], None if chosen else factors, axis=-1)
+    chosen, limited = attrs["normalise"] == "chosen", attrs["capacity"] > 0
+    source, result = logits if chosen and not sigmoid else scores, None if limited else factors
+    found = emitter.emit("GatherElements", [source, indices], None if chosen else result, axis=-1)
     if chosen and sigmoid:
         total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
-        emitter.emit("Div", [found, total], factors)
+        found = emitter.emit("Div", [found, total], result)
     elif chosen:
-        emitter.emit("Softmax", [found], factors, axis=-1)
+        found = emitter.emit("Softmax", [found], result, axis=-1)
+    if limited:
+        kept = attrs["normalise"] == "kept"
+        place = _places(emitter, indices, found, shape(node.inputs[0])[1], len(_array(node.inputs[2])),
+                        attrs)
+        found = emitter.emit("Mul", [found, place], None if kept else factors)
+        if kept:
+            total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
+            least = emitter.constant(np.array(np.finfo(np.float32).tiny))
+            emitter.emit("Div", [found, emitter.emit("Max", [total, least])], factors)
+
+
+def _places(emitter: Emitter, indices: str, weights: str, tokens: int, experts: int,
+            attrs: dict) -> str:
+    """1 where a choice finds a place at its expert, 0 where it does not, [B, N, k]."""
+    k, order = attrs["k"], attrs["order"]
+    numbers = emitter.constant(np.arange(experts, dtype=np.int64))
+    chosen = emitter.emit("Unsqueeze", [indices, emitter.integers(-1)])
+    hits = emitter.emit("Cast", [emitter.emit("Equal", [chosen, numbers])], to=TensorProto.FLOAT)
+    if order == "token":
+        each = emitter.emit("ReduceSum", [hits, emitter.integers(-2)])
+        before = emitter.emit("CumSum", [each, emitter.constant(np.array(1, np.int64))])
+    else:
+        turned = hits
+        if order == "priority":
+            largest = emitter.emit("Squeeze", [_top(emitter, weights, 1)[0], emitter.integers(-1)])
+            first = _top(emitter, largest, tokens)[1]
+            shape_of = emitter.emit("Shape", [hits])
+            turns = emitter.emit("Unsqueeze", [first, emitter.integers(-1, -2)])
+            turns = emitter.emit("Expand", [turns, shape_of])
+            turned = emitter.emit("GatherElements", [hits, turns], axis=1)
+        ranked = emitter.emit("Transpose", [turned], perm=[0, 2, 1, 3])
+        flat = emitter.emit("Reshape", [ranked, emitter.integers(0, k * tokens, experts)])
+        counted = emitter.emit("CumSum", [flat, emitter.constant(np.array(1, np.int64))])
+        split = emitter.emit("Reshape", [counted, emitter.integers(0, k, tokens, experts)])
+        before = emitter.emit("Transpose", [split], perm=[0, 2, 1, 3])
+        if order == "priority":
+            before = emitter.emit("ScatterElements", [before, turns, before], axis=1)
+    place = emitter.emit("ReduceSum", [emitter.emit("Mul", [before, hits]), emitter.integers(-1)],
+                         keepdims=0)
+    limit = emitter.constant(np.array(attrs["capacity"], np.float32))
+    return emitter.emit("Cast", [emitter.emit("LessOrEqual", [place, limit])], to=TensorProto.FLOAT)
 
 
 def _best_groups(emitter: Emitter, values: str, groups: int, count: int, largest: int) -> str:

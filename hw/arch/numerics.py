@@ -10,9 +10,9 @@ import numpy as np
 __all__ = ["CORRECTION_BITS", "EXP2", "FACTOR_BITS", "GATE_BITS", "HIDDEN", "NORM_FRACTION_BITS",
            "OCTAVE_BITS", "PAIR_BITS", "PROBABILITY_BITS", "PRODUCT_BITS", "SIGMOID", "SIGMOID_BITS",
            "SIGMOID_SEGMENTS", "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight",
-           "gate_weights", "gated", "in_best_groups", "normalise", "octaves", "probability", "product",
-           "reciprocal", "requantise", "rotate", "route", "row_scale", "saturate", "scale",
-           "score_weights", "sigmoid_scores"]
+           "gate_weights", "gated", "in_best_groups", "normalise", "octaves", "places", "probability",
+           "product", "reciprocal", "requantise", "rotate", "route", "row_scale", "saturate", "scale",
+           "score_weights", "sigmoid_scores", "within_capacity"]
 
 OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
 PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
@@ -244,3 +244,28 @@ def route(logits, corrections, *, chosen: int, over_chosen: bool, multiplier: in
     if sigmoid:
         return indices, score_weights(scores, indices, over_chosen=over_chosen)
     return indices, gate_weights(logits, indices, multiplier, shift, over_chosen=over_chosen)
+
+
+def places(experts):
+    """How many of the choices before it are of the same expert: the place in its queue.
+
+    experts : int64 of any shape, choices in the order in which they are queued; as large a result.
+    """
+    flat = np.asarray(experts, np.int64).ravel()
+    order = np.argsort(flat, kind="stable")
+    alike = flat[order]
+    place = np.empty_like(flat)
+    place[order] = np.arange(len(flat)) - np.searchsorted(alike, alike)
+    return place.reshape(np.shape(experts))
+
+
+def within_capacity(experts, capacity: int, *, by_rank: bool):
+    """Which choices of a frame find a place in their expert's queue, bool [rows, chosen].
+
+    A queue takes `capacity` tokens, those that come first: row after row (Switch Transformer: Fedus
+    et al. 2022, section 2.2), or `by_rank` the first choices of all rows before any second one
+    (GShard: Lepikhin et al. 2021, algorithm 1; V-MoE: Riquelme et al. 2021, section 2.4).
+    experts : int64 [rows, chosen], the largest first.
+    """
+    place = places(experts.T).T if by_rank else places(experts)
+    return place < capacity

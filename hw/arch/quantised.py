@@ -163,7 +163,8 @@ class Route(Operation):
     weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
     softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
     where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
-    group is chosen by its two largest values.
+    group is chosen by its two largest values; capacity : rows that an expert takes of a frame, 0 for
+    any number, in the order of `numerics.within_capacity`: the weights of others are 0.
     """
 
     source: str
@@ -178,6 +179,8 @@ class Route(Operation):
     group: int = 0
     chosen_groups: int = 0
     pair: bool = False
+    capacity: int = 0
+    by_rank: bool = False
 
     @property
     def form(self) -> dict[str, int]:

@@ -64,7 +64,7 @@ def works(program: Program, step: DeviceStep,
                          f"instruction, not {len(step.layer_of)}: compile the model again")
     choices = choices or {}
     routes = {op.name: op for op in step.operations if isinstance(op, Route)}
-    queues = np.zeros(program.config.max_experts, int)
+    queues, taken = np.zeros((2, program.config.max_experts), int)
     result = []
     names = [step.layers[number] for number in step.layer_of]
     for i, layer in zip(found, names):
@@ -72,14 +72,25 @@ def works(program: Program, step: DeviceStep,
         if i.opcode is Opcode.LINEAR and i.target == Target.ROUTER:
             if not i.append:
                 queues[:] = 0
+            if not i.same_frame:
+                taken[:] = 0
             route = routes.get(layer)
-            chosen = choices.get(layer) if route is not None else None
-            if chosen is not None:
-                rows = np.asarray(chosen)[i.destination:i.destination + i.rows]
-                queues += np.bincount(rows.ravel(), minlength=len(queues))[:len(queues)]
-            else:
-                queues[:i.channels] += _balanced(i.rows * i.chosen, i.channels)
+            queued = _queued(i, choices.get(layer) if route is not None else None, len(queues))
+            if i.capacity:
+                queued = np.minimum(queued, i.capacity - taken)
+            queues += queued
+            taken += queued
     return result
+
+
+def _queued(i: Instruction, chosen: np.ndarray | None, experts: int) -> np.ndarray:
+    """Tokens that a LINEAR for the router sends to each queue, if it takes them."""
+    if chosen is not None:
+        rows = np.asarray(chosen)[i.destination:i.destination + i.rows]
+        rows = rows[:, i.choice - 1] if i.choice else rows
+        return np.bincount(rows.ravel(), minlength=experts)[:experts]
+    balanced = _balanced(i.rows * (1 if i.choice else i.chosen), i.channels)
+    return np.pad(balanced, (0, experts - i.channels))
 
 
 def _balanced(slots: int, experts: int) -> np.ndarray:

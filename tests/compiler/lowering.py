@@ -20,7 +20,8 @@ __all__ = ["decoder", "lower", "program", "transformer"]
 
 def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, hidden: int,
                 experts: int, chosen: int, causal: bool = False, gain: float = 1.0, bits: int = 8,
-                mode: NormMode = NormMode.LAYER, gated: bool = False, form: int = 0) -> Graph:
+                mode: NormMode = NormMode.LAYER, gated: bool = False, form: int = 0,
+                capacity: int = 0, by_rank: bool = False) -> Graph:
     """Patches and a class token, a dense and a routed block, the class token's and the mean head;
     gated : whether hidden values are products; form : number of the router's among `Graph.forms`."""
     graph = Graph(seed, gain=gain, bits=bits)
@@ -34,6 +35,7 @@ def transformer(seed: int, *, tokens: int, depth: int, width: int, heads: int, h
     x = graph.add_linear(hidden_values, x, size)
     y = graph.norm(x, mode)
     router = next(islice(graph.forms(experts, chosen), form, None)) if form else {}
+    router |= {"capacity": capacity, "by_rank": by_rank}
     x = graph.experts(y, x, graph.route(y, experts, chosen, **router), experts, hidden, gated=gated)
     y = graph.norm(x, mode)
     graph.add_linear(graph.attention(None, y, y, 1, 1), None, 7)

@@ -106,7 +106,18 @@ def _attention(op, values):
 
 def _route(op, values):
     logits = values[op.source] @ op.weight.astype(np.int64).T + op.bias.astype(np.int64)
-    return np.stack(numerics.route(logits, op.correction, **op.form), -1)
+    experts, weights = numerics.route(logits, op.correction, **op.form)
+    return np.stack([experts, weights * _kept(op, experts)], -1)
+
+
+def _kept(op, experts):
+    """Which choices find a place, one after another."""
+    kept, taken = np.ones(experts.shape, bool), np.zeros(len(op.weight), int)
+    order = sorted(np.ndindex(experts.shape), key=lambda place: place[::-1] if op.by_rank else place)
+    for place in order if op.capacity else ():
+        kept[place] = taken[experts[place]] < op.capacity
+        taken[experts[place]] += 1
+    return kept
 
 
 def _experts(op, values):
@@ -197,7 +208,7 @@ class Graph:
 
     def route(self, source: str, experts: int, chosen: int, *, over_chosen: bool = False,
               weight: np.ndarray | None = None, bias: np.ndarray | None = None, **form) -> str:
-        """form : `sigmoid`, `correction`, `group`, `chosen_groups` and `pair` of Route."""
+        """form : `sigmoid` and all fields of Route behind it."""
         rows, depth = self.shapes[source]
         weight = self.int8(experts, depth) if weight is None else weight
         bias = (self.random.integers(-1 << 14, 1 << 14, experts).astype(np.int32) if bias is None

@@ -118,6 +118,8 @@ def test_router_fills_the_queues(machine, over_chosen):
 
 @pytest.mark.parametrize("form, message", [
     ({"sigmoid": 1, "group": 2}, "sigmoid, group must be 0 where Config.router_forms is 0, not 1, 2"),
+    ({"capacity": 3, "choice": 1}, "capacity, choice must be 0 where Config.router_forms is 0, not 3, 1"),
+    ({"choice": 3}, "choice must be at most its 2 chosen experts, not 3"),
     ({"by_score": 1}, "by_score must come with sigmoid"),
     ({"sigmoid": 1, "pair": 1}, "pair with by_score"),
     ({"group": 3, "chosen_groups": 1}, "must divide its 4 channels"),
@@ -141,6 +143,32 @@ def test_router_adds_corrections_of_its_parameters(machine):
     execute(machine, (Opcode.LINEAR, ROUTE | {"sigmoid": 1, "by_score": 1}))
     half = [(token, 32767) for token in range(5)]  # less one unit
     assert machine.queues[:4] == [[], half, half, []]
+
+
+def test_queues_take_what_comes_first(machine):
+    machine.config = dataclasses.replace(CONFIG, router_forms=1)
+    execute(machine, (Opcode.LINEAR, ROUTE))
+    everything = [list(queue) for queue in machine.queues]
+    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 2}))
+    assert machine.queues == [queue[:2] for queue in everything]
+    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 2}),
+            (Opcode.LINEAR, ROUTE | {"capacity": 3, "append": 1, "same_frame": 1}),
+            (Opcode.LINEAR, ROUTE | {"capacity": 1, "append": 1}))
+    assert machine.queues == [queue[:2] + queue[:1] + queue[:1] for queue in everything]
+
+
+def test_queues_take_one_choice_at_a_time(machine):
+    machine.config = dataclasses.replace(CONFIG, router_forms=1)
+    apart = []
+    for choice in (1, 2):
+        execute(machine, (Opcode.LINEAR, ROUTE | {"choice": choice}))
+        apart.append([list(queue) for queue in machine.queues])
+    assert [sum(map(len, queues)) for queues in apart] == [5, 5]
+    execute(machine, (Opcode.LINEAR, ROUTE))
+    assert machine.queues == [sorted(first + second) for first, second in zip(*apart)]
+    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 3, "choice": 1}),
+            (Opcode.LINEAR, ROUTE | {"capacity": 3, "choice": 2, "append": 1, "same_frame": 1}))
+    assert machine.queues == [(first + second)[:3] for first, second in zip(*apart)]
 
 
 def test_router_breaks_ties_by_the_lower_expert(machine):

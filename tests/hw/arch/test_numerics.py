@@ -265,3 +265,29 @@ def test_the_choice_is_that_of_real_numbers():
         chosen=3, over_chosen=True, multiplier=47274, shift=17, sigmoid=True, by_score=True, group=4,
         chosen_groups=2, pair=True)
     assert (np.sort(found, -1) == np.sort(order[:, :3], -1))[clear].all()
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize("rows, experts, chosen", [(1, 1, 1), (40, 5, 1), (40, 5, 2), (33, 4, 4)])
+def test_places_go_to_those_who_come_first(rows, experts, chosen, by_rank):
+    indices = RNG.random((rows, experts)).argsort(-1)[:, :chosen]
+    order = sorted(np.ndindex(rows, chosen), key=lambda place: place[::-1] if by_rank else place)
+    for capacity in (1, 3, rows - 1, rows):
+        kept, taken = np.zeros(indices.shape, bool), [0] * experts
+        for place in order:
+            kept[place] = taken[indices[place]] < capacity
+            taken[indices[place]] += kept[place]
+        found = numerics.within_capacity(indices, capacity, by_rank=by_rank)
+        assert found.dtype == bool and np.array_equal(found, kept)
+    assert numerics.within_capacity(indices, rows, by_rank=by_rank).all()
+
+
+def test_first_choices_of_all_come_before_second_ones():
+    """Row 0 chooses expert 1 second, row 1 first."""
+    indices = np.array([[0, 1], [1, 0]])
+    assert numerics.within_capacity(indices, 1, by_rank=False).tolist() == [[1, 1], [0, 0]]
+    assert numerics.within_capacity(indices, 1, by_rank=True).tolist() == [[1, 0], [1, 0]]
+
+
+def test_places_of_nothing():
+    assert numerics.places(np.zeros((0, 2), int)).shape == (0, 2)
