@@ -190,9 +190,9 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
             x, chosen, gates = (seen[value.name].reshape(-1, seen[value.name].shape[-1])
                                 for value in node.inputs[:3])
             counts = result.tokens[node.name]
-            counts += np.bincount(chosen.ravel(), minlength=len(counts))
+            counts += np.bincount(chosen[gates != 0], minlength=len(counts))
             for expert in range(len(counts)):
-                rows, slots = np.nonzero(chosen == expert)
+                rows, slots = np.nonzero((chosen == expert) & (gates != 0))
                 record(f"{node.name}/expert{expert}/input", x[rows])
                 weight = gates[rows, slots]**2 * heard[node.name][rows % len(heard[node.name])]
                 record(f"{node.name}/expert{expert}/weight", weight[:, None])

@@ -51,8 +51,8 @@ into the experts' second layer. With a ``capacity`` that is not 0 an expert take
 frame, those that come first, and drops the others: their weight is 0. The order is "token" by token
 (Switch Transformer: Fedus et al. 2022, section 2.2); by "choice", the first ones of all tokens before
 any second one (GShard: Lepikhin et al. 2021, algorithm 1); or so with the tokens by "priority", the
-largest weight first (V-MoE: Riquelme et al. 2021, section 4). "kept" divides, of the chosen, by
-the sum of those that are not dropped.
+largest score first (V-MoE: Riquelme et al. 2021, section 4). "kept" divides the scores by the sum of
+those that are not dropped.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).

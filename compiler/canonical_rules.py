@@ -91,11 +91,14 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     require(1 <= attrs["k"] <= chosen_groups * size, "k is between 1 and the experts of the groups")
     require(attrs["score"] in SCORES, f"score is one of {SCORES}")
     capacity = attrs["capacity"]
-    normalisations = NORMALISATIONS + ("kept",) * (capacity > 0)
-    require(attrs["normalise"] in normalisations, f"normalise is one of {normalisations}")
-    require(0 <= capacity < inputs[0][1], "capacity is 0 or less than the tokens")
-    orders = ORDERS if capacity else ORDERS[:1]
-    require(attrs["order"] in orders, f"order is one of {orders}")
+    limited = 0 < capacity < inputs[0][1]
+    require(limited or capacity == 0, "capacity is 0 or less than the tokens")
+    require(
+        attrs["normalise"] in NORMALISATIONS or limited and attrs["normalise"] == "kept",
+        f"normalise is one of {NORMALISATIONS} or, with a capacity, kept",
+    )
+    require(attrs["order"] in ORDERS, f"order is one of {ORDERS}")
+    require(limited or attrs["order"] == "token", "without a capacity the order is token")
     require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
     require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")

@@ -102,6 +102,16 @@ def _route_broken(node: ir.Node) -> str | None:
             "Route by softmax probabilities that are corrected, or of which two are summed, is not a "
             "supported form; correct sigmoid scores, or compare groups by their largest"
         )
+    if found["order"] == "priority":
+        return (
+            "Route that gives tokens with large weights a place first (batch priority) is not a "
+            "supported form, as tokens come in order; drop those that come last"
+        )
+    if found["normalise"] == "kept":
+        return (
+            "Route that divides weights by the sum of those that are not dropped is not a supported "
+            "form, as weights are known before places; divide by the sum of the chosen"
+        )
     spread, limit = np.ptp(correction.astype(np.float64)), 1 << CORRECTION_BITS - GATE_BITS
     if not spread < limit - 1:
         return f"corrections of Route must spread over less than {limit - 1}, not {spread:g}; clip them"

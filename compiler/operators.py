@@ -111,21 +111,20 @@ def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Output
         total = weights.sum(-1, keepdim=True)
         weights = weights / total if sigmoid else torch.softmax(logits.gather(-1, indices), -1)
     if attrs["capacity"]:
-        weights = weights * _within_capacity(indices, weights, logits.shape[-1], attrs)
+        weights = weights * _within_capacity(indices, scores, attrs)
     if attrs["normalise"] == "kept":
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     return indices, weights
 
 
-def _within_capacity(indices: torch.Tensor, weights: torch.Tensor, experts: int,
-                     attrs: dict) -> torch.Tensor:
+def _within_capacity(indices: torch.Tensor, scores: torch.Tensor, attrs: dict) -> torch.Tensor:
     """Whether each choice, [..., N, k], finds a place at its expert."""
-    hits = torch.nn.functional.one_hot(indices, experts)
+    hits = torch.nn.functional.one_hot(indices, scores.shape[-1])
     if attrs["order"] == "token":
         before = hits.sum(-2).cumsum(-2).unsqueeze(-2)  # a token's choices are of several experts
     else:
-        priority = weights.amax(-1) if attrs["order"] == "priority" else weights.new_zeros(weights.shape[:-1])
-        first = torch.sort(priority, dim=-1, descending=True, stable=True).indices
+        priority = scores.amax(-1) * (attrs["order"] == "priority")
+        first = _largest(priority, priority.shape[-1])
         turns = first[..., None, None].expand_as(hits)
         ranked = hits.gather(-3, turns).transpose(-3, -2)  # [..., k, N, E]
         before = ranked.flatten(-3, -2).cumsum(-2).view(ranked.shape).transpose(-3, -2)
@@ -143,7 +142,9 @@ def _experts(inputs, attrs, name, record) -> Outputs:
     x, indices, weights, w1, b1, w2, b2, *third = inputs
     rows, result = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
     for expert in range(len(w1)):
-        chosen, slots = (indices.flatten(0, 1) == expert).nonzero(as_tuple=True)
+        # A token that a full expert drops has the weight 0, and does not reach it.
+        reached = (indices == expert) & (weights != 0)
+        chosen, slots = reached.flatten(0, 1).nonzero(as_tuple=True)
         if not len(chosen):
             continue
         hidden = torch.nn.functional.linear(rows[chosen], w1[expert], b1[expert])

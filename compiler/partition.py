@@ -61,7 +61,7 @@ class Partition:
 
 
 # Operator: the field of `Config` that says whether there is gateware for it; for Route, for more than
-# softmax scores of all experts.
+# softmax scores of all experts that take any number of tokens.
 OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary",
            "Route": "router_forms"}
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
@@ -95,7 +95,7 @@ def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node
 def _option(node: ir.Node) -> str | None:
     if node.op_type == "Route":
         found = attributes(node)
-        if found["score"] == "softmax" and found["groups"] == 1:
+        if found["score"] == "softmax" and found["groups"] == 1 and not found["capacity"]:
             return None
     return OPTIONS.get(node.op_type)
 

@@ -101,7 +101,7 @@ def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[Router
         _corrections(nodes, experts), groupings, SCORES, NORMALISATIONS
     ):
         names = ("groups", "chosen_groups", "group_score")
-        yield RouterForm({"k": k, "score": score, "normalise": normalise}
+        yield RouterForm(PLAIN_ROUTE | {"k": k, "score": score, "normalise": normalise}
                          | dict(zip(names, grouping)), correction)
 
 

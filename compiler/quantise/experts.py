@@ -28,7 +28,7 @@ __all__ = ["Experts"]
 class Experts(State):
     """Rules for Route, Experts and GatedExperts."""
 
-    def _Route(self, node, k, score, normalise, groups, chosen_groups, group_score):
+    def _Route(self, node, k, score, normalise, groups, chosen_groups, group_score, capacity, order):
         source = self._tensor(node.inputs[0])
         *layer, correction = self._constants(node)
         # One step for all experts: their logits are compared with one another.
@@ -44,7 +44,8 @@ class Experts(State):
                           multiplier=multiplier, shift=shift, sigmoid=sigmoid, pair=pair,
                           correction=lifted.astype(np.uint32) if pair or correction.any() else None,
                           group=len(bias) // groups if groups > 1 else 0,
-                          chosen_groups=chosen_groups if groups > 1 else 0))
+                          chosen_groups=chosen_groups if groups > 1 else 0,
+                          capacity=capacity, by_rank=order == "choice"))
 
     def _Experts(self, node, function):
         self.pending[node.outputs[0].name] = node

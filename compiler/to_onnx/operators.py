@@ -171,8 +171,8 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
         found = emitter.emit("Softmax", [found], result, axis=-1)
     if limited:
         kept = attrs["normalise"] == "kept"
-        place = _places(emitter, indices, found, shape(node.inputs[0])[1], len(_array(node.inputs[2])),
-                        attrs)
+        place = _places(emitter, indices, scores, shape(node.inputs[0])[1],
+                        len(_array(node.inputs[2])), attrs)
         found = emitter.emit("Mul", [found, place], None if kept else factors)
         if kept:
             total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
@@ -180,7 +180,7 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
             emitter.emit("Div", [found, emitter.emit("Max", [total, least])], factors)
 
 
-def _places(emitter: Emitter, indices: str, weights: str, tokens: int, experts: int,
+def _places(emitter: Emitter, indices: str, scores: str, tokens: int, experts: int,
             attrs: dict) -> str:
     """1 where a choice finds a place at its expert, 0 where it does not, [B, N, k]."""
     k, order = attrs["k"], attrs["order"]
@@ -193,7 +193,7 @@ def _places(emitter: Emitter, indices: str, weights: str, tokens: int, experts: 
     else:
         turned = hits
         if order == "priority":
-            largest = emitter.emit("Squeeze", [_top(emitter, weights, 1)[0], emitter.integers(-1)])
+            largest = emitter.emit("Squeeze", [_top(emitter, scores, 1)[0], emitter.integers(-1)])
             first = _top(emitter, largest, tokens)[1]
             shape_of = emitter.emit("Shape", [hits])
             turns = emitter.emit("Unsqueeze", [first, emitter.integers(-1, -2)])

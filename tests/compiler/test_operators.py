@@ -148,6 +148,46 @@ def test_route(score, normalise, corrected, groups, chosen_groups, group_score):
         assert np.abs(factors[place] - expected).max() < SUM
 
 
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize("order", ["token", "choice", "priority"])
+@pytest.mark.parametrize("score, normalise", [
+    ("softmax", "chosen"), ("softmax", "all"), ("softmax", "kept"), ("sigmoid", "chosen"), ("sigmoid", "kept")])
+@pytest.mark.parametrize("k, capacity", [(1, 1), (2, 1), (2, 2), (2, 4), (8, 3)])
+def test_route_with_a_capacity(score, normalise, order, k, capacity, opset):
+    """Place by place, on crowded experts; each frame by itself."""
+    weights = {"weight": normal(8, 6, seed=1), "bias": normal(8, seed=2) + np.linspace(0, 9, 8),
+               "correction": np.zeros(8)}
+    free = ROUTE | {"score": score, "k": k, "normalise": "all" if normalise == "kept" else normalise}
+    graph = route(weights, **free | {"normalise": normalise, "capacity": capacity, "order": order})
+    graph.graph.opset_imports[""] = opset
+    verify(graph)
+    x = normal(FRAMES, 5, 6)
+    indices, factors = evaluate(graph, {"x": x}).values()
+    session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString())
+    again = session.run(None, {"x": x})
+    assert (again[0] == indices).all() and np.abs(again[1] - factors).max() < SUM
+    same, expected = evaluate(route(weights, **free), {"x": x}).values()
+    assert (same == indices).all()
+    logits = x @ weights["weight"].T + weights["bias"]
+    total = 1 if score == "sigmoid" else np.exp(logits).sum(-1, keepdims=True)
+    largest = (np.exp(logits) / total).max(-1)
+    dropped = 0
+    for frame in range(FRAMES):
+        turns = sorted(np.ndindex(5, k), key=lambda place: {
+            "token": place, "choice": place[::-1],
+            "priority": (place[1], -largest[frame, place[0]])}[order])
+        taken = dict.fromkeys(range(8), 0)
+        for place in turns:
+            expert = indices[frame][place]
+            if taken[expert] == capacity:
+                expected[frame][place], dropped = 0, dropped + 1
+            else:
+                taken[expert] += 1
+    if normalise == "kept":
+        expected = expected / np.maximum(expected.sum(-1, keepdims=True), 1e-30)
+    assert dropped and np.abs(factors - expected).max() < SUM
+
+
 def test_equal_scores_are_chosen_by_index():
     weights = {"weight": np.zeros((8, 6)), "bias": np.zeros(8), "correction": np.zeros(8)}
     for form in ({}, {"score": "sigmoid", "groups": 4, "chosen_groups": 2, "group_score": "pair"}):
@@ -159,7 +199,9 @@ def test_equal_scores_are_chosen_by_index():
     ({"groups": 3}, "groups divides"), ({"groups": 4, "chosen_groups": 5}, "chosen_groups is"),
     ({"k": 5, "groups": 4, "chosen_groups": 2}, "k is between"), ({"score": "relu"}, "score is one of"),
     ({"groups": 8, "chosen_groups": 2, "group_score": "pair"}, "pair"),
-    ({"group_score": "mean"}, "group_score is one of")])
+    ({"group_score": "mean"}, "group_score is one of"), ({"capacity": 5}, "less than the tokens"),
+    ({"capacity": -1}, "less than the tokens"), ({"normalise": "kept"}, "with a capacity, kept"),
+    ({"order": "choice"}, "without a capacity"), ({"capacity": 1, "order": "last"}, "order is one of")])
 def test_verifier_refuses_routes(change, rule):
     weights = {"weight": normal(8, 6), "bias": normal(8), "correction": normal(8)}
     with pytest.raises(CompileError, match=rule):

@@ -32,6 +32,7 @@ def matches(module, tmp_path, **options):
 
 
 PLAIN = {"groups": 1, "chosen_groups": 1, "group_score": "max"}
+UNLIMITED = {"capacity": 0, "order": "token"}
 CASES = {
     "V3": (DeepseekV3(16, 3, 4, 2, factor=2.5),
            {"score": "sigmoid", "normalise": "chosen", "groups": 4, "chosen_groups": 2,
@@ -64,7 +65,7 @@ CASES = {
 def test_forms(tmp_path, case, dynamo, opset):
     module, attributes, corrected = CASES[case]
     (match,), path = matches(module, tmp_path, dynamo=dynamo, opset=opset)
-    assert match.form.attributes == attributes | {"k": module.k}
+    assert match.form.attributes == attributes | UNLIMITED | {"k": module.k}
     assert match.form.factor == pytest.approx(module.factor, rel=1e-5)
     correction = module.correction.numpy() if corrected else np.zeros(module.experts)
     assert np.array_equal(match.form.correction, correction)
@@ -98,7 +99,7 @@ def test_routers_of_transformers(tmp_path, router, group_score):
 
     torch.nn.init.normal_(router.weight)
     (match,), _ = matches(Chosen(), tmp_path)
-    assert match.form.attributes == {
+    assert match.form.attributes == UNLIMITED | {
         "k": 3, "groups": 4, "chosen_groups": 2, "group_score": group_score,
         "score": "sigmoid" if group_score == "pair" else "softmax",
         "normalise": "chosen" if group_score == "pair" else "all"}
