@@ -14,8 +14,9 @@ import onnx_ir as ir
 import torch
 from torch.nn.functional import linear
 
+from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measured_capacity
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
-from moeware.compiler.fuse.region import region, run
+from moeware.compiler.fuse.region import region, runner
 from moeware.compiler.fuse.routers import RouterForm
 from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
 from moeware.compiler.operators import FUNCTIONS
@@ -62,7 +63,8 @@ def prove(
 ) -> Proof | None:
     """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None.
 
-    routers: forms that the router may have; where there are several, all choose the same.
+    routers: forms that the router may have, without a capacity; where there are several, all choose
+    the same.
     """
     experts = len(routers[0].correction)
     inside = set(region([y], [x, logits])[0])
@@ -72,24 +74,44 @@ def prove(
     x_shape, logits_shape = static_shape(x), static_shape(logits)
     if first is None or x_shape is None or logits_shape is None:
         return None
+    like = {x: np.zeros(x_shape, np.float32), logits: np.zeros(logits_shape, np.float32)}
+    session, tokens = runner(model, like, [y]), int(np.prod(x_shape)) // features
+    if session is None:
+        return None
+
+    def call(rows: np.ndarray, scores: np.ndarray) -> np.ndarray | None:
+        results = []
+        for start in range(0, len(rows), tokens):
+            frame = slice(start, start + tokens)
+            values = session({x: rows[frame].reshape(x_shape),
+                              logits: scores[frame].reshape(logits_shape)})
+            if values is None or values[0].size != tokens * features:
+                return None
+            results.append(values[0].reshape(-1, features))
+        return np.concatenate(results)
+
     generator = np.random.default_rng(7)
-    tokens = int(np.prod(x_shape)) // features
     frames = -(-experts // tokens)  # so many that each expert has a row
     rows = sample_rows(generator, frames * tokens, first)
     scores = sample_scores(generator, frames * tokens, routers[0])
-    results = []
-    for part in np.split(np.arange(len(rows)), frames):
-        feeds = {x: rows[part].reshape(x_shape), logits: scores[part].reshape(logits_shape)}
-        values = run(model, feeds, [y])
-        if values is None or values[0].size != part.size * features:
+    results = call(rows, scores)
+    if results is None:
+        return None
+    capacity = measured_capacity(call, rows, scores, tokens)
+    if capacity:
+        crowd = crowded_scores(generator, tokens, experts, routers[0].attributes["k"])
+        scores = np.concatenate([scores.reshape(frames, tokens, experts), crowd])
+        rows = sample_rows(generator, scores.size // experts, first)
+        results, routers = call(rows, scores.reshape(-1, experts)), limited_forms(routers, capacity)
+        if results is None:
             return None
-        results.append(values[0].reshape(-1, features))
-    # More rows would say the same of the form, and cost a run of all proposals each.
-    few = slice(max(experts, _FEW))
-    results = np.concatenate(results)[few]
+    else:
+        # More rows would say the same of the form, and cost a run of all proposals each.
+        few = slice(max(experts, _FEW))
+        rows, scores, results = rows[few], scores[few], results[few]
     scales = _scales(nodes)
     for weights in itertools.chain([first], proposals):  # one at a time: they are large
-        found = nearest_form(rows[few], scores[few], results, [weights], routers, scales=scales)
+        found = nearest_form(rows, scores, results, [weights], routers, scales=scales)
         if found.error < TOLERANCE:
             break
     else:
@@ -140,10 +162,15 @@ def nearest_form(
     functions: Sequence[str] = tuple(FUNCTIONS),
     scales: Sequence[float] = (1.0,),
 ) -> Form:
-    """The canonical form whose results are nearest to ``found``; of equals, the first."""
-    if routers[0].attributes["k"] == scores.shape[-1]:
+    """The canonical form whose results are nearest to ``found``; of equals, the first.
+
+    rows, scores: [rows, D] and [rows, E]; of forms with a capacity scores are [frames, tokens, E].
+    """
+    experts = scores.shape[-1]
+    if routers[0].attributes["k"] == experts and not routers[0].attributes["capacity"]:
         routers = routers[:1]  # where all are chosen, there is no difference
-    factors = {router: router.dense(scores.astype(np.float64)) for router in routers}
+    factors = {router: router.dense(scores.astype(np.float64)).reshape(-1, experts)
+               for router in routers}
     forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
     return min(forms, key=lambda form: form.error)
 
@@ -156,7 +183,7 @@ def _forms(
     functions: Sequence[str],
     scales: Sequence[float],
 ) -> Iterator[Form]:
-    chosen = [np.flatnonzero(column) for column in next(iter(factors.values())).T]
+    chosen = [np.flatnonzero(column) for column in np.any([*factors.values()], 0).T]
     inputs = torch.from_numpy(rows)
     for weights in proposals:
         third, hidden = None, _first_layer(inputs, weights.w1, weights.b1, chosen)

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Cast", "Identity", "Expand", "Flatten")
@@ -55,7 +56,7 @@ def propose_weights(
     A matrix whose orientation its shape does not tell gives two readings, and so do the two
     factors of gated experts.
     """
-    layers = _layers(nodes, experts * features)
+    layers = _layers(_after(nodes, x), experts * features)
     first = {number for number, layer in enumerate(layers) if not layer.before}
     last = [number for number, layer in enumerate(layers) if layer.before]
     read = [sorted(layers[number].before & first) for number in last]
@@ -75,6 +76,16 @@ def propose_weights(
     for down in _orientations(w2, experts, features, hidden):
         for (one, bias1), *gate in _first_layers(ups, experts, hidden, features):
             yield ExpertWeights(one, bias1, down, bias2, *(gate[0] if gate else ()))
+
+
+def _after(nodes: list[ir.Node], x: ir.Value) -> list[ir.Node]:
+    """Those of ``nodes`` that compute with ``x``; the others route."""
+    found, reached = [], {x}
+    for node in nodes:
+        if not reached.isdisjoint(inputs_of(node)):
+            found.append(node)
+            reached.update(node.outputs)
+    return found
 
 
 def _first_layers(

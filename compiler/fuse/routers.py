@@ -43,8 +43,8 @@ class RouterForm:
     factor: float = 1.0
 
     def dense(self, logits: np.ndarray) -> np.ndarray:
-        """Weight of each expert, float64 [rows, E], computed in the type of the logits; 0 where it is
-        not chosen."""
+        """Weight of each expert, float64 like the logits [..., tokens, E] and computed in their type; 0
+        where it is not chosen."""
         correction = torch.from_numpy(self.correction.astype(logits.dtype))
         indices, weights = route(torch.from_numpy(logits), correction, self.attributes)
         return _spread(indices.numpy(), weights.numpy(), logits.shape) * self.factor
