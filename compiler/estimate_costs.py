@@ -136,7 +136,7 @@ class Linear(Engine):
     PRODUCTS = 2  # more, where results can be multiplied by each other
     ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 6
     ROUTE, ROUTE_ROW = 41, 18  # the router's latency; cycles of a row at least
-    FORMS, GROUPS = 23, 1  # more latency with `Config.router_forms`; with groups, beside the experts
+    FORMS, GROUPS = 25, 1  # more latency with `Config.router_forms`; with groups, beside the experts
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)

@@ -216,6 +216,9 @@ class RouteSetup(data.Struct):
     group: 8
     chosen_groups: 5
     pair: 1
+    capacity: 13
+    same_frame: 1
+    choice: 5
 
 
 class Logits(data.StructLayout):

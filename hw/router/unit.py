@@ -11,6 +11,7 @@ from .buffer import Logit, LogitBuffer
 from .choose import Choose
 from .gate import Gate
 from .groups import Groups
+from .places import Places
 from .queues import Queues
 from .score import Score, Scored
 from .weigh import Weigh
@@ -23,9 +24,10 @@ class Router(wiring.Component):
 
     A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in
     order, an entry (token, weight) is appended to the queue of each of its `chosen` experts:
-    `numerics.route`. Limits: ``1 <= chosen <= max_chosen``, ``chosen <= experts <= max_experts``,
-    ``rows <= max_rows``, ``1 <= chosen_groups <= max_chosen``. Without `config.router_forms` there
-    are softmax and the choice by logits alone.
+    `numerics.route`. With a `capacity` a queue takes so many tokens of a frame, and with a `choice`
+    only these are appended. Limits: ``1 <= chosen <= max_chosen``, ``chosen <= experts <=
+    max_experts``, ``rows <= max_rows``, ``1 <= chosen_groups <= max_chosen``. Without
+    `config.router_forms` there are softmax and the choice by logits alone, and no capacity.
 
     One logit a cycle and stage, and stages work on successive rows: a row takes
     ``max(experts, ROW_INTERVAL)`` cycles if the weights are over the chosen or sigmoid scores, and
@@ -52,7 +54,8 @@ class Router(wiring.Component):
 
     ROW_INTERVAL = 18
     LATENCY = Weigh.LATENCY + Gate.LATENCY + 2 * RegisterSlice.LATENCY + 3
-    FORMS_LATENCY = Score.LATENCY + Groups.LATENCY + 2 * RegisterSlice.LATENCY + 1
+    FORMS_LATENCY = (Score.LATENCY + Groups.LATENCY + Places.LATENCY + 2 * RegisterSlice.LATENCY
+                     + 1)
     GROUPS_LATENCY = Groups.DECISION - Groups.LATENCY
 
     def __init__(self, config: Config):
@@ -101,12 +104,17 @@ class Router(wiring.Component):
         wiring.connect(m, wiring.flipped(self.queue), queues.queue)
         # No stage waits in the same cycle for another.
         first = sliced(m, "first", buffer.first)
+        entries, ends = gate.entries, gate.entries.valid & gate.entries.p.last
         if forms:
             first = self._forms(m, first, setup)
+            m.submodules.places = places = Places(self.config)
+            wiring.connect(m, gate.entries, places.choices)
+            m.d.comb += [places.setup.eq(setup), places.restart.eq(starts & ~following.same_frame)]
+            entries, ends = places.entries, places.ended
         wiring.connect(m, first, choose.candidates)
         wiring.connect(m, sliced(m, "second", buffer.second), weigh.logits)
         wiring.connect(m, weigh.weights, gate.weights)
-        wiring.connect(m, gate.entries, queues.entries)
+        wiring.connect(m, entries, queues.entries)
         choices = sliced(m, "choices", choose.choices)
 
         # The choices of a row: experts to wait for its weights, and values to the softmax, not
@@ -124,7 +132,6 @@ class Router(wiring.Component):
         with m.Elif(gate.experts.valid & gate.experts.ready):
             m.d.sync += sent.eq(1)
 
-        ends = gate.entries.valid & gate.entries.p.last
         m.d.sync += finishing.eq(finishing << 1)
         with m.If(ends):
             m.d.sync += row.eq(row + 1)

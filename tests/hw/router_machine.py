@@ -43,15 +43,21 @@ def words(sizes, logits):
                     yield {"row": row, "channel": channel, "logits": word.tolist()}
 
 
-def expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift, corrections=None, **form):
-    queues = [[] for _ in range(sizes.max_experts)]
+def expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift, corrections=None, *,
+                    taken=None, capacity=0, choice=0, same_frame=0, **form):
+    """taken : tokens of the frame that each queue took, which this changes."""
+    queues, taken = [[] for _ in range(sizes.max_experts)], [] if taken is None else taken
+    if not (same_frame and taken):
+        taken[:] = [0] * sizes.max_experts
     if len(logits):
         indices, weights = numerics.route(
             logits, corrections, chosen=chosen, over_chosen=over_chosen, multiplier=multiplier,
             shift=shift, by_score=corrections is not None, **form)
         for token, (experts, gates) in enumerate(zip(indices.tolist(), weights.tolist())):
-            for expert, gate in zip(experts, gates):
-                queues[expert].append((token, gate))
+            for number, (expert, gate) in enumerate(zip(experts, gates), 1):
+                if choice in (0, number) and (not capacity or taken[expert] < capacity):
+                    queues[expert].append((token, gate))
+                    taken[expert] += 1
     return queues
 
 
@@ -95,8 +101,8 @@ def route(sizes, inferences, pauses=0.0, check_queues=True, append=False):
     the queues of each; returns the cycles that each took from its setup to `done`. With `append` the
     queues grow from one to the next, whose tokens have other numbers.
 
-    form : may be left out; `sigmoid`, `group`, `chosen_groups` and `pair` of LINEAR, and the
-    `corrections` [experts] where experts are chosen by score."""
+    form : may be left out; `sigmoid` and all fields behind it of LINEAR, and the `corrections`
+    [experts] where experts are chosen by score."""
     dut = Router(sizes)
     draw = random.Random(8)
     cycles = []
@@ -119,7 +125,7 @@ def route(sizes, inferences, pauses=0.0, check_queues=True, append=False):
 
     async def controller(ctx):
         assert ctx.get(dut.empty) == (1 << sizes.max_experts) - 1
-        before = [[]] * sizes.max_experts
+        before, taken = [[]] * sizes.max_experts, []
         for number, (logits, chosen, over_chosen, (multiplier, shift), *rest) in enumerate(inferences):
             form = dict(rest[0]) if rest else {}
             by_score = form.pop("corrections", None) is not None
@@ -140,7 +146,7 @@ def route(sizes, inferences, pauses=0.0, check_queues=True, append=False):
             cycles.append(spent)
             if check_queues:
                 expected = expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift,
-                                           **(rest[0] if rest else {}))
+                                           taken=taken, **(rest[0] if rest else {}))
                 expected = [old + [(token + row, weight) for row, weight in new]
                             for old, new in zip(before, expected)]
                 assert await read_queues(ctx, dut, sizes) == expected

@@ -119,12 +119,71 @@ def test_forms_take_turns():
                      for number, (rows, form) in enumerate(zip((32, 9, 0, 1, 1, 31) * 4, sample))])
 
 
+def limited(rows, experts, chosen, fields, seed=0, spread=1 << 20, form=None):
+    """Inferences of one form, one for each of `fields`, on logits that crowd on a few experts."""
+    crowd = np.linspace(0, spread, experts).astype(int)
+    return [(random_logits(rows, experts, seed + number) + crowd, chosen, number % 2,
+             NATS if "sigmoid" in (form or {}) else LOUD, (form or {}) | each)
+            for number, each in enumerate(fields)]
+
+
+@pytest.mark.parametrize("shape, experts", [
+    ({}, 16), ({"tokens": 1, "outputs": 1, "lanes": 1, "max_experts": 5}, 5),
+    ({"tokens": 3, "lanes": 3, "outputs": 6, "depth": 6, "max_experts": 20}, 18)])
+@pytest.mark.parametrize("pauses", [0.0, 0.6])
+def test_queues_take_what_comes_first(shape, experts, pauses):
+    """In frames of one and of several instructions, one place, and more than there are tokens; the
+    next frame counts anew, and so does the second inference."""
+    fields = [{"capacity": 1}, {"capacity": 1}, {"capacity": 3}, {"capacity": 5, "same_frame": 1},
+              {"capacity": 5, "same_frame": 1}, {}, {"capacity": 31}, {"capacity": 2}]
+    for chosen in (1, 2, 4):
+        inferences = limited(9, experts, chosen, fields)
+        route(config(**shape, max_rows=90), inferences, pauses, append=True)
+        route(config(**shape), inferences, pauses)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+@pytest.mark.parametrize("pauses", [0.0, 0.6])
+def test_first_choices_come_before_second_ones(chosen, pauses):
+    """Two frames, each with an instruction for each choice of two chunks of rows."""
+    logits = [random_logits(6, 16, seed) + np.linspace(0, 1 << 20, 16).astype(int) for seed in (1, 2)]
+    inferences = []
+    for capacity in (1, 4):
+        for choice in range(1, chosen + 1):
+            for chunk in range(2):
+                fields = {"capacity": capacity, "choice": choice,
+                          "same_frame": int(choice > 1 or chunk > 0)}
+                inferences.append((logits[chunk], chosen, 1, LOUD, fields))
+    route(config(max_rows=64), inferences, pauses, append=True)
+
+
+def test_all_tokens_on_one_expert_and_ties():
+    """An expert that is full takes no more, of equal logits the lower expert, and others are empty."""
+    logits = np.zeros((12, 16), np.int64)
+    queues = expected_queues(config(), logits, 2, 1, *LOUD, capacity=5)
+    assert [len(queue) for queue in queues] == [5, 5] + [0] * 14
+    assert queues[0] == [(token, 32767) for token in range(5)]
+    route(config(), [(logits, 2, 1, LOUD, {"capacity": 5}), (logits, 2, 0, LOUD, {"capacity": 12}),
+                     (logits, 1, 0, LOUD, {"capacity": 11}),
+                     (logits, 2, 1, LOUD, {"capacity": 5, "choice": 2})])
+
+
+def test_capacities_of_every_form():
+    """Weights are those of before a token is dropped."""
+    draw = [form for form in forms(16)]
+    route(config(), [(random_logits(11, 16, number), 1 + number % 4, number % 2,
+                      NATS if "sigmoid" in form else LOUD,
+                      form | {"capacity": 1 + number % 3, "choice": number % 2})
+                     for number, form in enumerate(draw)], 0.3)
+
+
 @pytest.mark.parametrize("experts, chosen, over_chosen", [(16, 2, 1), (32, 4, 0), (4, 4, 1)])
 @pytest.mark.parametrize("form", [
+    {"capacity": 2},
     {}, {"sigmoid": 1}, {"sigmoid": 1, "group": 2, "chosen_groups": 2},
     {"sigmoid": 1, "group": 2, "chosen_groups": 2, "pair": 1, "corrections": np.arange(32)},
     {"group": 4, "chosen_groups": 1}],
-    ids=["softmax", "sigmoid", "groups", "pairs", "one group"])
+    ids=["capacity", "softmax", "sigmoid", "groups", "pairs", "one group"])
 def test_rate(experts, chosen, over_chosen, form):
     sizes = config(max_experts=32, lanes=4)
     lone, many = route(
