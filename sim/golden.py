@@ -230,7 +230,7 @@ class Machine:
             for expert, gate in zip(experts, gates):
                 if not i.capacity or self.taken[expert] < i.capacity:
                     self.queues[expert].append((token, gate))
-                    self.taken[expert] += 1
+                    self.taken[expert] += i.capacity > 0
 
     def _check_form(self, i: Instruction) -> None:
         """Refuse what the router has no gateware for."""
@@ -242,6 +242,9 @@ class Machine:
             raise ValueError("LINEAR.by_score must come with sigmoid, and pair with by_score")
         if i.choice > i.chosen:
             raise ValueError(f"LINEAR.choice must be at most its {i.chosen} chosen experts, not {i.choice}")
+        if i.capacity > self.config.max_rows:
+            raise ValueError(f"LINEAR.capacity must be at most Config.max_rows = {self.config.max_rows}, "
+                             f"not {i.capacity}")
         if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
                         or i.chosen > i.chosen_groups * i.group
                         or i.chosen_groups * i.group > i.channels):

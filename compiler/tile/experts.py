@@ -23,6 +23,7 @@ def lower_route(lowering: Lowering, op: q.Route, *, same_frame: bool = False) ->
     require(experts, c.max_experts, f"The experts of {op.name}", "max_experts")
     require(op.chosen, c.max_chosen, f"The chosen experts of {op.name}", "max_chosen")
     require(rows, c.max_rows, f"The tokens of {op.name}, of all frames in flight,", "max_rows")
+    require(op.capacity, c.max_rows, f"The capacity of the experts of {op.name}", "max_rows")
     require(op.chosen_groups, c.max_chosen, f"The chosen groups of {op.name}", "max_chosen")
     require(int(op.sigmoid or op.group > 0 or op.capacity > 0), c.router_forms,
             f"The router {op.name}, with sigmoid scores, groups or a capacity,", "router_forms")

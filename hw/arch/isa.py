@@ -127,8 +127,9 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("group", 8),  # experts of a group, dividing `channels`; 0: there are none
         ("chosen_groups", 5),
         ("pair", 1),  # a group is chosen by its two largest values, summed, not by the largest
-        ("capacity", 13),  # tokens of one frame that a queue takes, those that come first; 0: any number
-        ("same_frame", 1),  # what the queues took by the instruction before counts, too
+        ("capacity", 13),  # tokens of one frame that a queue takes, those that come first, max_rows at
+        #                    most; 0: any number
+        ("same_frame", 1),  # those that it took by instructions before this one count, too
         ("choice", 5),  # only the choice of this number, 1 the largest, is queued; 0: all of a token's
     ),
     Opcode.ATTENTION: (

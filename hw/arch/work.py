@@ -78,8 +78,8 @@ def works(program: Program, step: DeviceStep,
             queued = _queued(i, choices.get(layer) if route is not None else None, len(queues))
             if i.capacity:
                 queued = np.minimum(queued, i.capacity - taken)
+                taken += queued
             queues += queued
-            taken += queued
     return result
 
 

@@ -60,7 +60,7 @@ class Places(wiring.Component):
         m.d.comb += leaves.eq(valid & wanted & ((setup.capacity == 0) | (count < setup.capacity)))
         m.d.sync += [self.entries.payload.eq(entry), self.entries.valid.eq(leaves),
                      self.ended.eq(valid & entry.last)]
-        with m.If(leaves):
+        with m.If(leaves & (setup.capacity != 0)):
             m.d.sync += taken[entry.expert].eq(count + 1)
         with m.If(self.restart):
             m.d.sync += [each.eq(0) for each in taken]

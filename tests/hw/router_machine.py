@@ -57,7 +57,7 @@ def expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift, corre
             for number, (expert, gate) in enumerate(zip(experts, gates), 1):
                 if choice in (0, number) and (not capacity or taken[expert] < capacity):
                     queues[expert].append((token, gate))
-                    taken[expert] += 1
+                    taken[expert] += capacity > 0
     return queues
 
 

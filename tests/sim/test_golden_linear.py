@@ -119,6 +119,7 @@ def test_router_fills_the_queues(machine, over_chosen):
 @pytest.mark.parametrize("form, message", [
     ({"sigmoid": 1, "group": 2}, "sigmoid, group must be 0 where Config.router_forms is 0, not 1, 2"),
     ({"capacity": 3, "choice": 1}, "capacity, choice must be 0 where Config.router_forms is 0, not 3, 1"),
+    ({"capacity": 1 + CONFIG.max_rows}, "capacity must be at most Config.max_rows"),
     ({"choice": 3}, "choice must be at most its 2 chosen experts, not 3"),
     ({"by_score": 1}, "by_score must come with sigmoid"),
     ({"sigmoid": 1, "pair": 1}, "pair with by_score"),

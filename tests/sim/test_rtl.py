@@ -48,12 +48,12 @@ def shaped(name):
     return Config(**SMALL | SHAPES[name])
 
 
-def traced(config, seed, **changes):
-    """A random transformer that stores every tensor, and inputs of three frames."""
+def traced(config, seed, frames=1, **changes):
+    """A random transformer that stores every tensor, and inputs of three frames; frames : of a run."""
     sizes = {"tokens": 6, "depth": 10, "width": 6, "heads": 2, "hidden": 9,
              "experts": config.max_experts, "chosen": config.max_chosen}
     graph = transformer(seed, **sizes | changes)
-    made = program(graph, config)
+    made = program(graph, config, frames=frames)
     return made, made.steps[0], graph.integers(3)
 
 
@@ -84,6 +84,22 @@ def test_router_forms():
         made, step, inputs = traced(config, 20 + form, form=form)
         found = compare(made, step, devices, inputs)
         assert found.equal, str(found)
+
+
+def test_capacities():
+    """Tokens that a full expert drops: token by token and first choices first, one frame and two at
+    once, in rows of more than one chunk."""
+    config = Config(**SMALL | SHAPES["nothing divides"] | {"router_forms": 1, "max_rows": 96})
+    devices = {"golden": GoldenDevice(), "PyTorch": TorchDevice(),
+               "RTL": RtlDevice(config, fast=False, dram=DDR, stall_seed=2)}
+    for number, (frames, capacity, changes) in enumerate((
+            (1, 1, {}), (1, 3, {"chosen": 1}), (2, 2, {}), (2, 4, {"gated": True, "bits": 4}),
+            (1, 17, {"tokens": 40, "depth": 3, "width": 3, "hidden": 3}))):
+        for by_rank in (False, True):
+            made, step, inputs = traced(config, 30 + number, frames=frames, capacity=capacity,
+                                        by_rank=by_rank, **changes)
+            found = compare(made, step, devices, inputs)
+            assert found.equal, str(found)
 
 
 def beats(region, config):
