@@ -27,6 +27,7 @@ from moeware.compiler.reference import evaluate
 
 sys.path.insert(0, str(ROOT))
 from tests.compiler import exports, language_models
+from tests.compiler.capacity_modules import CapacityMoe
 from tests.compiler.contrib import to_qmoe
 from tests.compiler.test_contrib_moe import TOP_2
 from tests.compiler.test_contrib_moe import write as write_contrib
@@ -50,6 +51,10 @@ def vits() -> Iterator[tuple[str, str, Export]]:
         yield case("ViT, experts: loop", how=dict(dynamo=True, opset=opset), mixer=exports.Moe("loop"))
     for order in ("top_first", "all"):
         yield case(f"ViT, routing: {order}", how=DYNAMO, mixer=exports.Moe("loop", order=order))
+    for places, order in (("slots", "token by token"), ("ranks", "first choices first")):
+        for form, how in (("einsum", DYNAMO), ("scatter", DYNAMO), ("einsum", TORCHSCRIPT)):
+            yield case(f"ViT, V-MoE capacity {order}: {form}", how=how,
+                       mixer=CapacityMoe(form, places, "chosen"))
     for form in ("einsum", "flat", "loop"):
         yield case(f"ViT, Soft-MoE: {form}", how=DYNAMO, mixer=SoftMoe(form))
     yield case("ViT, Soft-MoE: einsum", how=TORCHSCRIPT, mixer=SoftMoe("einsum"))

@@ -29,6 +29,10 @@ def fuse_moe(model: ir.Model) -> None:
     Route
         - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
           weights divided by their sum or not
+        - one ``TopK`` after another, of what is left (GShard)
+        - a limited number of tokens for each expert, places counted by ``CumSum`` or a product, token
+          by token (Switch Transformer), or the first choices of all before any second one (GShard,
+          V-MoE)
         - ``TopK`` of their ``Sigmoid``, with a constant added for the choice or not
         - ``TopK`` among the experts of the best groups, a group's score being its largest, or the sum
           of its two largest (DeepSeek-V2, -V3)
@@ -38,6 +42,8 @@ def fuse_moe(model: ir.Model) -> None:
         - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
         - a ``Gather`` of each token's stacked weights, then ``MatMul`` or ``Einsum``
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
+        - tokens brought to the places of experts and back, by ``Einsum`` with one-hot tensors, or by
+          ``ScatterND`` and ``Gather`` (expert capacity)
     """
     for node in list(model.graph):
         if node.graph is not None and is_op(node, "TopK") and not _fuse(model, node):

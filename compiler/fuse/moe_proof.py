@@ -7,7 +7,7 @@ where the known functions differ most. Of these the two forms of GELU are the ne
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,14 @@ from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measur
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, runner
 from moeware.compiler.fuse.routers import RouterForm
-from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
+from moeware.compiler.fuse.trace import (
+    constant,
+    is_op,
+    operand,
+    other_operand,
+    scalar,
+    static_shape,
+)
 from moeware.compiler.operators import FUNCTIONS
 
 __all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove", "sample_rows", "sample_scores"]
@@ -66,9 +73,40 @@ def prove(
     routers: forms that the router may have, without a capacity; where there are several, all choose
     the same.
     """
-    experts = len(routers[0].correction)
     inside = set(region([y], [x, logits])[0])
     nodes = [node for node in model.graph if node in inside]
+    for forms in (routers, *_one_after_another(routers, nodes)):
+        proof = _prove(model, x, logits, y, features, forms, nodes)
+        if proof is not None:
+            return proof
+    return None
+
+
+def _one_after_another(
+    routers: Sequence[RouterForm], nodes: list[ir.Node]
+) -> Iterator[list[RouterForm]]:
+    """The forms with all the experts that ``nodes`` choose, where that is not one TopK (GShard)."""
+    attributes, experts, total = routers[0].attributes, len(routers[0].correction), 0
+    for node in nodes:
+        shape = static_shape(node.inputs[0]) if is_op(node, "TopK", "ArgMax") else None
+        if shape and shape[-1] == experts:
+            count = constant(operand(node, 1))
+            total += 1 if count is None else int(count.reshape(-1)[0])
+    plain = attributes["score"] == "softmax" and attributes["groups"] == 1
+    if plain and attributes["k"] < total <= experts:
+        yield [replace(form, attributes=form.attributes | {"k": total}) for form in routers]
+
+
+def _prove(
+    model: ir.Model,
+    x: ir.Value,
+    logits: ir.Value,
+    y: ir.Value,
+    features: int,
+    routers: Sequence[RouterForm],
+    nodes: list[ir.Node],
+) -> Proof | None:
+    experts = len(routers[0].correction)
     proposals = propose_weights(nodes, x, experts, features)
     first = next(proposals, None)
     x_shape, logits_shape = static_shape(x), static_shape(logits)

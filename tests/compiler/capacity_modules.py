@@ -110,6 +110,23 @@ class CapacityMoe(exports.Moe):
         return self._loop(rows, weights * kept, indices)
 
 
+class TopOneTwice(CapacityMoe):
+    """The second expert is the largest of those left (GShard, and what follows it)."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, exports.DIM)
+        probabilities = self.gate(rows).softmax(-1)
+        first, one = probabilities.topk(1, -1)
+        left = probabilities * (1 - F.one_hot(one[:, 0], exports.EXPERTS))
+        second, two = left.topk(1, -1)
+        weights, indices = torch.cat([first, second], 1), torch.cat([one, two], 1)
+        if self.divide == "chosen":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-9)
+        place = getattr(self, f"_by_{self.places}")(indices, weights)
+        kept = place < self.capacity
+        return getattr(self, f"_{self.form}")(rows, weights, indices, place, kept).reshape(x.shape)
+
+
 def vit(*mixers):
     """A vision transformer with a block for each mixer, without attention, as an export takes time."""
     torch.manual_seed(5)

@@ -9,7 +9,7 @@ from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.reference import evaluate
 from tests.compiler import exports
-from tests.compiler.capacity_modules import CapacityMoe, vit
+from tests.compiler.capacity_modules import CapacityMoe, TopOneTwice, vit
 from tests.compiler.exports import example, export, run_onnx
 
 DYNAMO, TORCHSCRIPT = {"dynamo": True, "opset": 20}, {"dynamo": False, "opset": 17}
@@ -62,6 +62,16 @@ def test_a_capacity_that_never_binds_is_none(tmp_path, capacity):
     mixers = [CapacityMoe("scatter", places, "chosen", capacity=capacity) for places in ("tokens", "turned")]
     path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **TORCHSCRIPT)
     check(path, [{"capacity": 0, "order": "token", "normalise": "chosen"}] * 2)
+
+
+@pytest.mark.parametrize("how", [DYNAMO, TORCHSCRIPT], ids=["dynamo", "TorchScript"])
+def test_one_choice_after_another(tmp_path, how):
+    """With a capacity, and with one that never binds."""
+    mixers = [TopOneTwice("einsum", "ranks", "chosen", capacity=2),
+              TopOneTwice("scatter", "tokens", "all", capacity=7)]
+    path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **how)
+    check(path, [{"capacity": 2, "order": "choice", "normalise": "chosen", "k": 2},
+                 {"capacity": 0, "order": "token", "normalise": "all", "k": 2}])
 
 
 class Groups(CapacityMoe):
