@@ -18,7 +18,7 @@ __all__ = ["crowded_scores", "limited_forms", "measured_capacity"]
 
 _CROWDED_ROWS = 64  # at least
 _CROWDED_FRAMES = 4  # at least
-_LIKED = 6.0  # logits by which a crowd prefers its experts: it chooses others now and then
+_LIKED = 0.5  # logits by which a crowd prefers its experts to all others, at least
 
 # From rows [n, D] and logits [n, E] of whole frames to results [n, D]; None if they cannot run.
 Call = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
@@ -42,12 +42,16 @@ def measured_capacity(call: Call, rows: np.ndarray, scores: np.ndarray, tokens: 
 def crowded_scores(
     generator: np.random.Generator, tokens: int, experts: int, chosen: int
 ) -> np.ndarray:
-    """Logits float32 [frames, tokens, experts]: in each frame most tokens choose the same experts, in
-    another order each."""
+    """Logits float32 [frames, tokens, experts]: in every other frame all tokens choose the same experts,
+    in another order each; in the others they have the first choice in common."""
     frames = max(_CROWDED_FRAMES, math.ceil(_CROWDED_ROWS / tokens))
     scores = generator.normal(size=(frames, tokens, experts))
     for number, frame in enumerate(scores):
-        frame[:, (number * chosen + np.arange(chosen)) % experts] += _LIKED
+        liked = np.zeros(experts, bool)
+        liked[(number + np.arange(1 if number % 2 else chosen)) % experts] = True
+        best = frame[:, ~liked].max(-1, keepdims=True, initial=-np.inf)
+        lift = np.maximum(best - frame[:, liked].min(-1, keepdims=True) + _LIKED, 0)
+        frame[:, liked] += lift
     return scores.astype(np.float32)
 
 

@@ -200,7 +200,8 @@ def nearest_form(
     functions: Sequence[str] = tuple(FUNCTIONS),
     scales: Sequence[float] = (1.0,),
 ) -> Form:
-    """The canonical form whose results are nearest to ``found``; of equals, the first.
+    """The canonical form whose results are nearest to ``found``; of those that only rounding tells apart,
+    the first.
 
     rows, scores: [rows, D] and [rows, E]; of forms with a capacity scores are [frames, tokens, E].
     """
@@ -210,7 +211,7 @@ def nearest_form(
     factors = {router: router.dense(scores.astype(np.float64)).reshape(-1, experts)
                for router in routers}
     forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
-    return min(forms, key=lambda form: form.error)
+    return min(forms, key=lambda form: max(form.error, TOLERANCE / 10))
 
 
 def _forms(

@@ -57,6 +57,21 @@ def test_capacities(tmp_path, k, capacity):
                  for order in ("token", "choice")])
 
 
+@pytest.mark.parametrize("divide", ["chosen", "kept"])
+def test_weights_before_and_after_tokens_are_dropped(tmp_path, divide):
+    """Where the capacity rarely binds: no token is dropped in part but by a crowd."""
+    mixers = [CapacityMoe("einsum", places, divide, k, exports.PATCHES - 1)
+              for places, k in (("slots", 2), ("slots", 4), ("ranks", 4))]
+    path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **TORCHSCRIPT)
+    check(path, [{"order": ORDERS[mixer.places], "normalise": divide} for mixer in mixers])
+
+
+def test_where_all_experts_are_chosen_there_is_one_way_to_divide(tmp_path):
+    mixers = [CapacityMoe("einsum", "slots", divide, exports.EXPERTS) for divide in ("all", "chosen", "kept")]
+    path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **TORCHSCRIPT)
+    check(path, [{"order": "token", "normalise": "chosen"}] * 3)
+
+
 @pytest.mark.parametrize("capacity", [exports.PATCHES + 1, 100])
 def test_a_capacity_that_never_binds_is_none(tmp_path, capacity):
     mixers = [CapacityMoe("scatter", places, "chosen", capacity=capacity) for places in ("tokens", "turned")]
