@@ -16,7 +16,7 @@ __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
 _ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")
 # With Config.router_forms, as the form.
-_PLACES = ("capacity", "same_frame", "choice")
+_PLACES = ("destination_stride", "same_frame", "choice")
 
 
 class GoldenError(ValueError):
@@ -224,13 +224,14 @@ class Machine:
         chosen, weights = numerics.route(logits, layout.corrections(param), **form)
         if not i.same_frame:
             self.taken[:] = 0
+        capacity = i.destination_stride
         own = slice(i.choice - 1, i.choice) if i.choice else slice(None)
         for token, (experts, gates) in enumerate(zip(chosen[:, own].tolist(), weights[:, own].tolist()),
                                                  i.destination):
             for expert, gate in zip(experts, gates):
-                if not i.capacity or self.taken[expert] < i.capacity:
+                if not capacity or self.taken[expert] < capacity:
                     self.queues[expert].append((token, gate))
-                    self.taken[expert] += i.capacity > 0
+                    self.taken[expert] += capacity > 0
 
     def _check_form(self, i: Instruction) -> None:
         """Refuse what the router has no gateware for."""
@@ -242,9 +243,9 @@ class Machine:
             raise ValueError("LINEAR.by_score must come with sigmoid, and pair with by_score")
         if i.choice > i.chosen:
             raise ValueError(f"LINEAR.choice must be at most its {i.chosen} chosen experts, not {i.choice}")
-        if i.capacity > self.config.max_rows:
-            raise ValueError(f"LINEAR.capacity must be at most Config.max_rows = {self.config.max_rows}, "
-                             f"not {i.capacity}")
+        if i.destination_stride > self.config.max_rows:
+            raise ValueError(f"LINEAR.destination_stride, a queue's capacity, must be at most "
+                             f"Config.max_rows = {self.config.max_rows}, not {i.destination_stride}")
         if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
                         or i.chosen > i.chosen_groups * i.group
                         or i.chosen_groups * i.group > i.channels):

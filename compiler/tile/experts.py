@@ -48,7 +48,8 @@ def _routed(lowering: Lowering, op: q.Route, source: Tensor, same_frame: bool) -
             for first, last in chunks(config, frame * rows, (frame + 1) * rows):
                 place = {}
                 if op.capacity:
-                    place = {"capacity": op.capacity, "choice": choice, "same_frame": int(same_frame)}
+                    place = {"destination_stride": op.capacity, "choice": choice,
+                             "same_frame": int(same_frame)}
                     same_frame = True
                 yield Run(source.span(first, last), None,
                           {"destination": first, "append": append, **place})

@@ -110,7 +110,9 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("param", 14),  # parameter word of channel 0
         ("channels", 16),  # output channels
         ("destination", 20),  # word of row 0, channel 0 in the target memory; ROUTER: token of row 0
-        ("destination_stride", 13),
+        ("destination_stride", 13),  # words from row to row; ROUTER, with Config.router_forms: tokens of
+        #                              a frame that a queue takes, those that come first, max_rows at
+        #                              most, or 0 for any number
         # ROUTER only:
         ("append", 1),  # the queues keep what they hold; else they are emptied first
         ("chosen", 5),  # experts per token
@@ -127,9 +129,8 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("group", 8),  # experts of a group, dividing `channels`; 0: there are none
         ("chosen_groups", 5),
         ("pair", 1),  # a group is chosen by its two largest values, summed, not by the largest
-        ("capacity", 13),  # tokens of one frame that a queue takes, those that come first, max_rows at
-        #                    most; 0: any number
-        ("same_frame", 1),  # those that it took by instructions before this one count, too
+        ("same_frame", 1),  # what queues took by instructions before this one counts, too, where they
+        #                     take a limited number
         ("choice", 5),  # only the choice of this number, 1 the largest, is queued; 0: all of a token's
     ),
     Opcode.ATTENTION: (

@@ -76,8 +76,8 @@ def works(program: Program, step: DeviceStep,
                 taken[:] = 0
             route = routes.get(layer)
             queued = _queued(i, choices.get(layer) if route is not None else None, len(queues))
-            if i.capacity:
-                queued = np.minimum(queued, i.capacity - taken)
+            if i.destination_stride:  # the capacity of a queue
+                queued = np.minimum(queued, i.destination_stride - taken)
                 taken += queued
             queues += queued
     return result

@@ -350,7 +350,8 @@ FORMS = [
     {"group": 2, "chosen_groups": 1, "over_chosen": 0},
     {"sigmoid": 1, "by_score": 1, "group": 4, "chosen_groups": 1, "pair": 1, "shift": 14},
     {"sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1, "pair": 1, "shift": 14},
-    {"capacity": 2}, {"capacity": 1, "choice": 2}, {"capacity": 3, "sigmoid": 1, "shift": 14},
+    {"destination_stride": 2}, {"destination_stride": 1, "choice": 2},
+    {"destination_stride": 3, "sigmoid": 1, "shift": 14},
 ]
 
 

@@ -16,7 +16,7 @@ D = CONFIG.depth
 LINEAR = {"rows": 5, "source": 10, "source_stride": 3, "source_words": 2, "weight": 7, "param": 3,
           "channels": 7, "destination": 60, "destination_stride": 2}
 ROUTE = LINEAR | {"target": Target.ROUTER, "channels": 4, "chosen": 2, "multiplier": 50000,
-                  "shift": 20, "destination": 0}
+                  "shift": 20, "destination": 0, "destination_stride": 0}
 
 
 def execute(machine, *instructions, entry=0x1000):

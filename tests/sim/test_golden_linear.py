@@ -118,8 +118,9 @@ def test_router_fills_the_queues(machine, over_chosen):
 
 @pytest.mark.parametrize("form, message", [
     ({"sigmoid": 1, "group": 2}, "sigmoid, group must be 0 where Config.router_forms is 0, not 1, 2"),
-    ({"capacity": 3, "choice": 1}, "capacity, choice must be 0 where Config.router_forms is 0, not 3, 1"),
-    ({"capacity": 1 + CONFIG.max_rows}, "capacity must be at most Config.max_rows"),
+    ({"destination_stride": 3, "choice": 1},
+     "destination_stride, choice must be 0 where Config.router_forms is 0, not 3, 1"),
+    ({"destination_stride": 1 + CONFIG.max_rows}, "a queue's capacity, must be at most"),
     ({"choice": 3}, "choice must be at most its 2 chosen experts, not 3"),
     ({"by_score": 1}, "by_score must come with sigmoid"),
     ({"sigmoid": 1, "pair": 1}, "pair with by_score"),
@@ -150,11 +151,11 @@ def test_queues_take_what_comes_first(machine):
     machine.config = dataclasses.replace(CONFIG, router_forms=1)
     execute(machine, (Opcode.LINEAR, ROUTE))
     everything = [list(queue) for queue in machine.queues]
-    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 2}))
+    execute(machine, (Opcode.LINEAR, ROUTE | {"destination_stride": 2}))
     assert machine.queues == [queue[:2] for queue in everything]
-    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 2}),
-            (Opcode.LINEAR, ROUTE | {"capacity": 3, "append": 1, "same_frame": 1}),
-            (Opcode.LINEAR, ROUTE | {"capacity": 1, "append": 1}))
+    execute(machine, (Opcode.LINEAR, ROUTE | {"destination_stride": 2}),
+            (Opcode.LINEAR, ROUTE | {"destination_stride": 3, "append": 1, "same_frame": 1}),
+            (Opcode.LINEAR, ROUTE | {"destination_stride": 1, "append": 1}))
     assert machine.queues == [queue[:2] + queue[:1] + queue[:1] for queue in everything]
 
 
@@ -167,8 +168,8 @@ def test_queues_take_one_choice_at_a_time(machine):
     assert [sum(map(len, queues)) for queues in apart] == [5, 5]
     execute(machine, (Opcode.LINEAR, ROUTE))
     assert machine.queues == [sorted(first + second) for first, second in zip(*apart)]
-    execute(machine, (Opcode.LINEAR, ROUTE | {"capacity": 3, "choice": 1}),
-            (Opcode.LINEAR, ROUTE | {"capacity": 3, "choice": 2, "append": 1, "same_frame": 1}))
+    execute(machine, (Opcode.LINEAR, ROUTE | {"destination_stride": 3, "choice": 1}),
+            (Opcode.LINEAR, ROUTE | {"destination_stride": 3, "choice": 2, "append": 1, "same_frame": 1}))
     assert machine.queues == [(first + second)[:3] for first, second in zip(*apart)]
 
 

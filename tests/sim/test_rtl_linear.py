@@ -42,7 +42,7 @@ def drawn(config, draw):
                                     "sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1,
                                     "pair": 1, "shift": 14}))
             if draw.random() < 0.5:
-                form |= {"capacity": draw.randint(0, ROWS), "same_frame": draw.randint(0, 1),
+                form |= {"destination_stride": draw.randint(0, ROWS), "same_frame": draw.randint(0, 1),
                          "choice": draw.randint(0, 2)}
             experts += experts % 2
         return {"target": Target.ROUTER, "rows": ROWS, "source": 0, "source_stride": 4,
