@@ -46,20 +46,23 @@ class Places(wiring.Component):
         setup, config = self.setup, self.config
         taken = Array(Signal(range(config.max_rows + 1), name=f"taken_{i}")
                       for i in range(config.max_experts))
-        number = Signal(5, init=1)  # of the choice that comes
+        number = Signal(5, init=1)  # of the choice that comes, in its row
+        last = number == setup.chosen
         with m.If(self.choices.valid):
-            m.d.sync += number.eq(Mux(self.choices.p.last, 1, number + 1))
+            m.d.sync += number.eq(Mux(last, 1, number + 1))
 
         entry, valid, wanted, count = Signal(Append), Signal(), Signal(), Signal.like(taken[0])
+        ends = Signal()
         m.d.sync += [
             entry.eq(self.choices.payload), valid.eq(self.choices.valid),
+            ends.eq(self.choices.valid & last),
             wanted.eq((setup.choice == 0) | (setup.choice == number)),
             count.eq(taken[self.choices.p.expert]),
         ]
         leaves = Signal()
         m.d.comb += leaves.eq(valid & wanted & ((setup.capacity == 0) | (count < setup.capacity)))
         m.d.sync += [self.entries.payload.eq(entry), self.entries.valid.eq(leaves),
-                     self.ended.eq(valid & entry.last)]
+                     self.ended.eq(ends)]
         with m.If(leaves & (setup.capacity != 0)):
             m.d.sync += taken[entry.expert].eq(count + 1)
         with m.If(self.restart):
