@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh")
+FUNCTIONS = (
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu", "hard_swish", "sigmoid", "tanh",
+)  # fmt: skip
 SCORES = ("softmax", "sigmoid")
 NORMALISATIONS = ("chosen", "all")
 GROUP_SCORES = ("max", "pair")

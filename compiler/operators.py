@@ -13,8 +13,11 @@ Record = Callable[[str, np.ndarray], None]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
+    "squared_relu": lambda x: torch.relu(x).square(),
     "silu": torch.nn.functional.silu,
+    "hard_swish": torch.nn.functional.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }

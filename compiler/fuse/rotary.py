@@ -88,10 +88,10 @@ def _match(terms: Terms, root: ir.Value) -> _Turn | None:
     arrays = [np.moveaxis(each, axis + 1, 1) for each in (terms.places, terms.factors)]
     places, factors = (each.reshape(2, tokens, -1, terms.shape[-1]) for each in arrays)
     offsets = np.arange(tokens)[None, :, None, None] * features
-    columns = np.where(places < 0, -1, places - offsets)
-    if (columns != columns[:, :1]).any() or columns.max() >= features or places.shape[-1] % 2:
+    columns, factors = _alike(np.where(places < 0, -1, places - offsets), factors)
+    if factors is None or columns.max() >= features or places.shape[-1] % 2:
         return None
-    heads = [_pairs(columns[:, 0, head], factors[:, :, head]) for head in range(places.shape[2])]
+    heads = [_pairs(columns[:, head], factors[:, :, head]) for head in range(places.shape[2])]
     first = heads[0]
     if first is None or any(head is None for head in heads):
         return None
@@ -115,6 +115,19 @@ def _token_axis(terms: Terms, tokens: int, features: int) -> int | None:
         if not outside and (number == np.arange(tokens).reshape(shape)).all():
             return axis
     return None
+
+
+def _alike(columns: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Columns [2, ...] that serve all tokens, and the factors that each token has for them; None where
+    tokens read different columns. Tokens that pass (class tokens, registers) may lack a term.
+
+    columns, factors : [2, tokens, ...]
+    """
+    token = (columns[1] >= 0).argmax(0)[None, None]
+    common = np.take_along_axis(columns, token, 1)
+    found = np.stack([np.where(columns == each, factors, 0).sum(0) for each in common])
+    known = (columns < 0) | (columns == common[0]) | (columns == common[1])
+    return common[:, 0], found if known.all() else None
 
 
 def _pairs(

@@ -132,8 +132,14 @@ def _function(emitter: Emitter, name: str, x: str, output: str | None = None) ->
 
     if name in ("relu", "sigmoid", "tanh"):
         return emitter.emit(name.capitalize(), [x], output)
-    if name == "silu":
-        return emitter.emit("Mul", [x, emitter.emit("Sigmoid", [x])], output)
+    if name == "hard_swish":
+        return emitter.emit("HardSwish", [x], output)
+    if name == "squared_relu":
+        half = emitter.emit("Relu", [x])
+        return emitter.emit("Mul", [half, half], output)
+    if name in ("silu", "quick_gelu"):
+        argument = x if name == "silu" else emitter.emit("Mul", [x, number(1.702)])
+        return emitter.emit("Mul", [x, emitter.emit("Sigmoid", [argument])], output)
     if name == "gelu":
         inner = emitter.emit("Erf", [emitter.emit("Mul", [x, number(0.5**0.5)])])
     else:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moeware.compiler.canonical import sources
@@ -22,6 +24,10 @@ SHARED = "LayerNorm Linear Pointwise Linear Route Experts Add Add"
 CLASS = ("PatchEmbed ClassToken AddConstant", "LayerNorm TakeToken Linear")
 REGISTERS = (f"PatchEmbed{3 * ' ClassToken'} AddConstant", "LayerNorm TakeToken Linear")
 MEAN = ("PatchEmbed AddConstant", "LayerNorm MeanTokens Linear")
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 def expected(*blocks, ends=CLASS):
@@ -51,6 +57,9 @@ MODELS = {
     "gelu tanh": (lambda: vit(mixer=Mlp(nn.GELU("tanh"))), (ATTENTION, DENSE), CLASS),
     "silu": (lambda: vit(mixer=Mlp(nn.SiLU())), (ATTENTION, DENSE), CLASS),
     "relu": (lambda: vit(mixer=Mlp(nn.ReLU())), (ATTENTION, DENSE), CLASS),
+    "squared relu": (lambda: vit(mixer=Mlp(lambda x: F.relu(x) ** 2)), (ATTENTION, DENSE), CLASS),
+    "hard swish": (lambda: vit(mixer=Mlp(nn.Hardswish())), (ATTENTION, DENSE), CLASS),
+    "quick gelu": (lambda: vit(mixer=Mlp(quick_gelu)), (ATTENTION, DENSE), CLASS),
     "loop": (lambda: vit(mixer=Moe("loop")), (ATTENTION, MOE), CLASS),
     "where": (lambda: vit(mixer=Moe("where")), (ATTENTION, MOE), CLASS),
     "scatter": (lambda: vit(mixer=Moe("scatter")), (ATTENTION, MOE), CLASS),
@@ -64,6 +73,8 @@ MODELS = {
     "top first": (lambda: vit(mixer=Moe("scatter", "top_first")), (ATTENTION, MOE), CLASS),
     "top 1": (lambda: vit(mixer=Moe("gather", "all", k=1)), (ATTENTION, MOE), CLASS),
     "top 3": (lambda: vit(mixer=Moe("onehot", k=3)), (ATTENTION, MOE), CLASS),
+    "quick gelu experts": (
+        lambda: vit(mixer=Moe("scatter", function=quick_gelu)), (ATTENTION, MOE), CLASS),
     "silu experts": (lambda: vit(mixer=Moe("gather", function=nn.SiLU())), (ATTENTION, MOE), CLASS),
 }
 
