@@ -132,12 +132,12 @@ def shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def projection(value: ir.Value) -> tuple[ir.Node | None, ir.Node | None, ir.Node | None]:
-    """The Linear, RMSNorm and Rotary that make ``value`` one after the other, as attention reads it;
-    None for each that is not there."""
+    """The Linear or Join, the RMSNorm and the Rotary that make ``value`` one after the other, as
+    attention reads it; None for each that is not there."""
     found: list[ir.Node | None] = []
-    for kind in ("Rotary", "RMSNorm", "Linear"):
+    for kinds in (("Rotary",), ("RMSNorm",), ("Linear", "Join")):
         node = value.producer()
-        found.insert(0, node if node is not None and node.op_type == kind else None)
+        found.insert(0, node if node is not None and node.op_type in kinds else None)
         if found[0] is not None and found[0].inputs[0] is not None:
             value = found[0].inputs[0]
     return found[0], found[1], found[2]
