@@ -74,7 +74,8 @@ def _chain(lowering: Lowering, operations: list[q.Operation]) -> Chain | None:
         return None
     match operations:
         case [q.AddLinear() as project, q.Norm() as norm, *_] if (
-                lowering.wide.get(norm.output) is project and norm.output not in lowering.split
+                [product is project for product in lowering.wide.get(norm.output, [])] == [True]
+                and norm.output not in lowering.split
                 and _reads(lowering, norm, project, alone=True)):
             return Chain(project=project, norm=norm)
     up, down = _feed_forward(lowering, operations)
@@ -144,11 +145,11 @@ def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -
     """Heads that a block passes before the next block does. Before a feed-forward network, so many
     that the first rows have passed all heads when the last head is made."""
     op, c = chain.attention, lowering.config
-    parts = [lowering.deferred_product(tensor) for tensor in (op.query, op.key, op.value)]
-    if chain.up is None or None in parts:
+    parts = [lowering.deferred_products(tensor) for tensor in (op.query, op.key, op.value)]
+    if chain.up is None or [] in parts:
         return 1
-    rows, channels = lowering.rows[op.output], len(parts[0].weight)
-    made = rows * sum(part.weight.size for part in parts) / c.linear_macs / op.heads
+    rows, channels = lowering.rows[op.output], lowering.channels[op.query]
+    made = rows * sum(part.row_macs for part in sum(parts, [])) / c.linear_macs / op.heads
     attended = 2 * rows * lowering.rows[op.key] * channels / c.attention_macs / op.heads
     share = lowering.frames / len(blocks)
     wanted = next((count for count in range(1, op.heads)
@@ -220,7 +221,7 @@ def _normalised(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> Non
     op, norm, (first, last) = chain.project, chain.norm, block
     source, channels = lowering.tensors[op.source], len(op.weight)
     wide = Tensor(lowering.config, f"{op.output}/{first}", Memory.RESIDUAL, 1, last - first, channels,
-                  groups=lowering.groups[op.output], bank=1)
+                  groups=lowering.groups[op.output], room=lowering.rooms.get(op.output, 0), bank=1)
     add_rows(lowering, op, source, wide, [Run(source.span(first, last), wide.span())])
     lowering.probe_rows(op, wide.span(), first, channels)
     target = lowering.tensors.get(norm.output) or lowering.tensor(
