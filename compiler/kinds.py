@@ -29,13 +29,13 @@ READS: dict[str, tuple[tuple[str, ...], str]] = {
     "LayerNorm": (("start", "stream", "row"), "norm"),
     "RMSNorm": (("start", "stream", "row", "linear"), "norm"),
     "Linear": (
-        ("norm", "norm row", "normalised linear", "attention", "function", "product"), "linear"
+        ("norm", "norm row", "attention", "function", "product", "normalised linear"), "linear"
     ),
     "Pointwise": (("linear",), "function"),
     "Multiply": (("linear", "function"), "product"),
     "Join": (("linear",), "joined linear"),
     "Rotary": (("linear", "joined linear", "normalised linear"), "turned"),
-    "Attention": (("linear", "joined linear", "normalised linear", "turned"), "attention"),
+    "Attention": (("linear", "normalised linear", "turned"), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
     "GatedExperts": (("norm",), "experts"),
@@ -52,7 +52,7 @@ MAY_FOLLOW = {
     "norm row": ("Linear",),
     "row": ("LayerNorm", "RMSNorm"),
     "linear": ("Pointwise", "Multiply", "RMSNorm", "Join", "Rotary", "Attention", "Add"),
-    "joined linear": ("Rotary", "Attention"),
+    "joined linear": ("Rotary",),
     "normalised linear": ("Linear", "Rotary", "Attention"),
     "turned": ("Attention",),
     "function": ("Linear", "Multiply"),

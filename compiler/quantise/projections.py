@@ -35,10 +35,7 @@ class Projections(State):
             self._projection(node)
 
     def _Join(self, node):
-        value = node.outputs[0]
-        self.pending[value.name] = node
-        if self._consumers(value)[0].op_type == "Attention":
-            self._projection(node)
+        self.pending[node.outputs[0].name] = node
 
     def _Rotary(self, node, heads):
         self._projection(node)
