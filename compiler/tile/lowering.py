@@ -167,11 +167,9 @@ class Lowering:
                        for role in roles)]
 
     def deferred_products(self, name: str) -> list[q.Linear] | list[q.AddLinear]:
-        """The products of a tensor that is made head by head, or none."""
-        op = self.deferred.get(name)
-        if isinstance(op, q.Norm):
-            return self.wide[name]
-        return [] if op is None else [op]
+        """The products of a tensor that is made head by head."""
+        op = self.deferred[name]
+        return self.wide[name] if isinstance(op, q.Norm) else [op]
 
     def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
         self.tensors[name] = self.shape(name, memory, rows, channels, bank)

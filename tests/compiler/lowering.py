@@ -87,8 +87,9 @@ def latent(seed: int, *, tokens: int, plain: int, turned: int, value: int, heads
                 array[:] = kept.reshape(array.shape)
         return made
 
-    query = join() if joined else graph.add_linear(of_query, None, heads * width)
-    q, k = (graph.norm(made, NormMode.SCALE, rotation=rotation) for made in (query, join()))
+    project = lambda: graph.add_linear(of_query, None, heads * width)
+    q, k = (graph.norm(made(), NormMode.SCALE, rotation=rotation)
+            for made in (join if joined else project, join))
     attended = graph.attention(q, k, graph.linear(of_key, size), heads, heads, causal=True)
     x = graph.add_linear(attended, x, size)
     x = graph.add_linear(graph.linear(graph.norm(x, NormMode.RMS), hidden, table=True), x, size)
@@ -107,7 +108,8 @@ def quantised(graph: Graph | QuantisedStep) -> QuantisedStep:
                     split=(rows, channels), order=(0, 1),
                     region=Region(memory=memory, rows=rows, channels=channels, address=0))
     heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None
-             and not any(getattr(other, "source", None) == op.output for other in graph.operations)]
+             and not any(op.output in (getattr(other, "source", None), getattr(other, "residual", None))
+                         for other in graph.operations)]
     return QuantisedStep(graph.operations, [port(*item) for item in graph.sources.items()],
                          [port(name, Memory.RESIDUAL) for name in heads])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moeware.compiler.calibrate import calibrate
+from moeware.compiler.errors import CompileError
 from moeware.compiler.partition import partition
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import quantise
@@ -40,7 +41,7 @@ SIZES = {
 GRAPHS = {
     "odd": dict(tokens=7, plain=4, turned=2, value=5, heads=4, hidden=9),
     "one": dict(tokens=1, plain=1, turned=1, value=1, heads=1, hidden=1, rank=None),
-    "whole words": dict(tokens=19, plain=16, turned=8, value=16, heads=3, hidden=40),
+    "head by head": dict(tokens=19, plain=24, turned=8, value=16, heads=3, hidden=40),
     "large values": dict(tokens=9, plain=6, turned=4, value=19, heads=2, hidden=8, rank=None),
     "loud": dict(tokens=5, plain=6, turned=4, value=4, heads=2, hidden=8, gain=6.0),
     "of 4 bits": dict(tokens=6, plain=8, turned=8, value=8, heads=2, hidden=20, bits=4),
@@ -131,9 +132,22 @@ def test_golden_device_and_pytorch_compute_the_quantised_graph(config, size):
 @pytest.mark.parametrize("plan", PLANS[1:], ids=["lean", "halves", "quarters", "spill"])
 @pytest.mark.parametrize("config", [ROTARY[0], ROTARY[-1]], ids=["even", "ragged"])
 def test_every_plan_gives_the_same(config, plan):
-    for size in GRAPHS:
-        graph = latent(4, **GRAPHS[size])
+    config = dataclasses.replace(config, residual_words=8192)
+    for size in GRAPHS.values():
+        graph = latent(4, **size)
         compare(graph, program(graph, config, plans=[plan], frames=2))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_joined_keys_are_made_in_blocks_where_room_is_short(frames):
+    graph = latent(6, tokens=64, plain=6, turned=4, value=8, heads=3, hidden=16)
+    # The stream takes 768 words a frame, factors 384, and a block of keys of 3 heads of 12 channels 576;
+    # a latent 256 a frame.
+    tight = dataclasses.replace(ROTARY[-1], activation_words=8192, max_rows=200,
+                                residual_words=768 * frames + 384 + max(576, 256 * frames))
+    with pytest.raises(CompileError, match="must fit in the residual memory"):
+        program(graph, tight, plans=PLANS[:2], frames=frames)
+    compare(graph, program(graph, tight, plans=PLANS[2:4], frames=frames), frames=frames)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -149,12 +163,12 @@ def test_any_interleaving_that_tokens_allow_gives_the_same():
 
 
 def test_the_second_product_of_a_key_makes_the_words_that_it_changes():
-    graph = latent(3, **GRAPHS["whole words"])
+    graph = latent(3, tokens=5, plain=24, turned=8, value=8, heads=3, hidden=4)  # made head by head
     compiled = program(graph, ROTARY[0], trace=False)
     channels = [sum(work.instruction.channels for work in works(compiled, compiled.steps[0])
                     if work.layer == op.name and work.instruction.opcode is Opcode.LINEAR)
                 for op in of_key(graph.operations)[:2]]
-    assert channels == [3 * 24, 3 * 8]
+    assert channels == [3 * 32, 3 * 8]
 
 
 @pytest.mark.parametrize("size", [3, 8, 19])
