@@ -141,10 +141,10 @@ def test_every_plan_gives_the_same(config, plan):
 @pytest.mark.parametrize("frames", [1, 3])
 def test_joined_keys_are_made_in_blocks_where_room_is_short(frames):
     graph = latent(6, tokens=64, plain=6, turned=4, value=8, heads=3, hidden=16)
-    # The stream takes 768 words a frame, factors 384, and a block of keys of 3 heads of 12 channels 576;
+    # The stream takes 768 words a frame, factors 384, a block of 34 keys of 3 heads 612,
     # a latent 256 a frame.
     tight = dataclasses.replace(ROTARY[-1], activation_words=8192, max_rows=200,
-                                residual_words=768 * frames + 384 + max(576, 256 * frames))
+                                residual_words=768 * frames + 384 + max(612, 256 * frames))
     with pytest.raises(CompileError, match="must fit in the residual memory"):
         program(graph, tight, plans=PLANS[:2], frames=frames)
     compare(graph, program(graph, tight, plans=PLANS[2:4], frames=frames), frames=frames)
