@@ -83,8 +83,8 @@ class Projections(State):
         parts = [(base, order)] if base.op_type == "Linear" else self._joined(base, order)
         outputs = [*(linear.outputs[0].name for linear, _ in parts[:-1]), base.outputs[0].name]
         for (linear, rows), residual, output in zip(parts, [None, *outputs], outputs):
-            weight, bias = (array.astype(np.float64)[rows] for array in self._constants(linear))
-            factor = np.where(rows < 0, 0.0, sign)
+            weight, bias = (array[rows] for array in self._constants(linear))
+            factor = np.where(rows < 0, 0, sign).astype(weight.dtype)
             self._add_linear(linear, output, step, residual=residual,
                              constants=(weight * factor[:, None], bias * factor))
         return self._tensor(parts[0][0].inputs[0]).rows

@@ -35,7 +35,7 @@ class Rows(State):
 
     def _LayerNorm(self, node, epsilon):
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
-        self._row_norm(node, NormMode.LAYER, epsilon, gamma, beta)
+        self._stream_norm(node, NormMode.LAYER, epsilon, gamma, beta)
 
     def _RMSNorm(self, node, epsilon, groups):
         value = node.inputs[0]
@@ -45,9 +45,9 @@ class Rows(State):
                 return
             self._wide(value, self._finest(shape(value)[-1], epsilon))
         gamma = self._constants(node)[0].astype(np.float64)
-        self._row_norm(node, NormMode.RMS, epsilon, gamma, None)
+        self._stream_norm(node, NormMode.RMS, epsilon, gamma, None)
 
-    def _row_norm(self, node, mode, epsilon, gamma, beta) -> None:
+    def _stream_norm(self, node, mode, epsilon, gamma, beta) -> None:
         value, source = node.outputs[0], self._tensor(node.inputs[0])
         channels = len(gamma)
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)

@@ -34,6 +34,8 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeConfig", dict(EXPERTS, moe_intermediate_size=24, head_dim=8,
                                          norm_topk_prob=True)),
     "phi-moe": ("PhimoeConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "youtu": ("YoutuConfig", dict(LATENT, q_lora_rank=24)),
+    "minicpm3": ("MiniCPM3Config", dict(LATENT, q_lora_rank=24)),
     "deepseek-v3": ("DeepseekV3Config", dict(LATENT, q_lora_rank=24, n_group=2, topk_group=1)),
 }
 
