@@ -1,6 +1,5 @@
 """Multi-head latent attention, as people write and export it, becomes canonical operators."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +12,8 @@ from tests import hugging_face
 from tests.compiler import language_models
 from tests.compiler.exports import export_module
 from tests.compiler.fused import check, operators_of
-from tests.compiler.test_fuse_rotary import FORMS, rms
 from tests.compiler.test_fuse_rotary import DIM as TURNED
+from tests.compiler.test_fuse_rotary import FORMS, rms
 
 TOKENS, FEATURES, HEADS, PLAIN, VALUE, RANK = 5, 12, 3, 4, 6, 7
 KEYS = "Linear RMSNorm Linear Linear Join Rotary"
