@@ -110,7 +110,7 @@ class AddLinear(Operation):
 
     @property
     def row_macs(self) -> int:
-        """Multiply-accumulates of a row; of channels that are left as they are, none."""
+        """Multiply-accumulates of a row; channels of zeros, which another product makes, have none."""
         return int(self.weight.any(1).sum()) * self.weight.shape[1]
 
 
