@@ -58,6 +58,11 @@ def _linear(inputs, attrs, name, record) -> Outputs:
     return (torch.nn.functional.linear(*inputs),)
 
 
+def _join(inputs, attrs, name, record) -> Outputs:
+    a, b, columns = inputs
+    return (torch.cat([a, b], -1)[..., columns],)
+
+
 def _rotary(inputs, attrs, name, record) -> Outputs:
     x, cos, sin = inputs
     first, second = x.unflatten(-1, (attrs["heads"], 2, -1)).unbind(-2)
@@ -175,6 +180,7 @@ OPERATORS: dict[str, Callable[..., Outputs]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

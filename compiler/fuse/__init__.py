@@ -30,6 +30,7 @@ from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
 from moeware.compiler.fuse.rotary import fuse_rotary
+from moeware.compiler.fuse.scatter import rewrite_scatter
 from moeware.compiler.fuse.shared import fuse_shared_expert
 from moeware.compiler.fuse.soft_moe import fuse_soft_moe
 from moeware.compiler.fuse.tokens import (
@@ -46,6 +47,7 @@ RULES = (
     fuse_contrib_moe,
     fuse_soft_moe,
     rewrite_einsum,
+    rewrite_scatter,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,

@@ -134,6 +134,27 @@ def _select_norm(model: ir.Model, at: ir.Node, part: Heads) -> ir.Value | None:
     return build.node("RMSNorm", inputs, [(1, part.tokens, len(columns))], attributes)[0]
 
 
+def join_rows(
+    model: ir.Model, at: ir.Node, roots: tuple[ir.Value, ...], part: Heads
+) -> ir.Value | None:
+    """``part``, whose columns are those of two ``roots`` side by side, as ``[1, tokens, heads * dim]``:
+    channels of Linears joined. None where a root is made by another operator."""
+    if not all(made_by(root, "Linear") for root in roots):
+        return None
+    columns, made, first = part.columns.reshape(-1), [], 0
+    places, before = np.zeros_like(columns), 0
+    for root in roots:
+        width = size(root) // part.tokens
+        own = (columns >= first) & (columns < first + width)
+        used, places_of_own = np.unique(columns[own] - first, return_inverse=True)
+        places[own] = before + places_of_own
+        made.append(gather_rows(model, at, replace(part, root=root, columns=used[None])))
+        first, before = first + width, before + len(used)
+    build = Builder(model, at, part.nodes)
+    inputs = [*made, build.weight(places, "columns")]
+    return build.node("Join", inputs, [(1, part.tokens, len(columns))])[0]
+
+
 def scatter_rows(build: Builder, rows: ir.Value, part: Heads, shape: tuple[int, ...]) -> ir.Value:
     """``rows`` (``[1, tokens, heads * dim]``) laid out as the value that ``part`` was selected from,
     with ``shape``."""

@@ -30,18 +30,22 @@ _WEIGHTS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 
 
 
 class Rows(State):
-    """Rules for LayerNorm and RMSNorm of the stream, Linear, Pointwise and Multiply."""
+    """Rules for LayerNorm, RMSNorm of the stream or between two Linears, Linear, Pointwise and
+    Multiply."""
 
     def _LayerNorm(self, node, epsilon):
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
         self._stream_norm(node, NormMode.LAYER, epsilon, gamma, beta)
 
     def _RMSNorm(self, node, epsilon, groups):
-        if node.inputs[0].name in self.pending:
-            self._projected_norm(node)
-        else:
-            gamma = self._constants(node)[0].astype(np.float64)
-            self._stream_norm(node, NormMode.RMS, epsilon, gamma, None)
+        value = node.inputs[0]
+        if value.name in self.pending:
+            if self._consumers(node.outputs[0])[0].op_type != "Linear":
+                self._projected_norm(node)
+                return
+            self._wide(value, self._finest(shape(value)[-1], epsilon))
+        gamma = self._constants(node)[0].astype(np.float64)
+        self._stream_norm(node, NormMode.RMS, epsilon, gamma, None)
 
     def _stream_norm(self, node, mode, epsilon, gamma, beta) -> None:
         value, source = node.outputs[0], self._tensor(node.inputs[0])
@@ -84,7 +88,7 @@ class Rows(State):
 
     def _Linear(self, node):
         value, consumers = node.outputs[0], self._consumers(node.outputs[0])
-        later = ("Add", "Pointwise", "Multiply", "RMSNorm", "Rotary")
+        later = ("Add", "Pointwise", "Multiply", "RMSNorm", "Join", "Rotary")
         if value in self.outputs or consumers[0].op_type in later:
             self.pending[value.name] = node
             return

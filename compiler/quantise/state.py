@@ -169,7 +169,7 @@ class State:
     def _output(self, value: ir.Value) -> None:
         dims = shape(value)
         if value.name in self.pending:
-            self._head(value)
+            self._wide(value)
         tensor = self._tensor(value)
         rows = dims[1] if len(dims) == 3 else 1
         region = Region(memory=Memory.RESIDUAL, rows=rows, channels=dims[-1], address=0)
@@ -189,13 +189,18 @@ class State:
                                    rows=tensors[after].rows)
                         for name, (after, before) in self.added.items()}
 
-    def _head(self, value: ir.Value) -> None:
-        """A Linear that leaves the step: wide, on a grid of its own."""
+    def _wide(self, value: ir.Value, finest: float = 0.0) -> None:
+        """A Linear of 16 bits, on a grid of its own: one that leaves the step or is normalised."""
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
-        step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
+        step = self._wide_step(value, finest)
         self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
+
+    def _wide_step(self, value: ir.Value, finest: float = 0.0) -> float:
+        """The grid of a value of 16 bits, no finer than `finest`."""
+        largest = np.abs(self.calibration.rows(value.name)).max()
+        return max(float(HEADROOM * largest / 32767) or 1.0, finest)
 
     def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
         """What a Linear reads, as its weights want to know it."""

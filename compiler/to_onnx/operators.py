@@ -67,6 +67,12 @@ def _rms_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     emitter.emit("Mul", [rows, gamma], node.outputs[0].name)
 
 
+def _join(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
+    a, b, columns = _names(node)
+    emitter.emit("Gather", [emitter.emit("Concat", [a, b], axis=-1), columns],
+                 node.outputs[0].name, axis=-1)
+
+
 def _rotary(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     x = _names(node)[0]
     cos, sin = (emitter.constant(_array(value)[:, None]) for value in node.inputs[1:])
@@ -91,14 +97,15 @@ def _linear(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     heads, kv_heads = attrs["heads"], attrs["kv_heads"]
     parts = []
-    for name, count in zip(_names(node), (heads, kv_heads, kv_heads)):
+    for value, count in zip(node.inputs, (heads, kv_heads, kv_heads)):
+        name, dim = str(value.name), shape(value)[-1] // count
         split = emitter.emit("Reshape", [name, emitter.integers(0, 0, count, -1)])
         # Queries and keys of one group meet on the axes [B, kv_heads, group, N, dim].
         groups = emitter.emit("Transpose", [split], perm=[0, 2, 1, 3])
         if count == heads and heads != kv_heads:
-            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, dim)
         else:
-            target = emitter.integers(0, kv_heads, 1, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, 1, -1, dim)
         if heads == kv_heads:
             parts.append(groups)
         else:
@@ -113,17 +120,12 @@ def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
         mask = np.where(np.tri(tokens).astype(bool), 0, -np.inf).astype(np.float32)
         scores = emitter.emit("Add", [scores, emitter.constant(mask)])
     weighted = emitter.emit("MatMul", [emitter.emit("Softmax", [scores], axis=-1), v])
+    _, tokens, features = shape(node.outputs[0])
     if heads != kv_heads:
-        tokens = shape(node.outputs[0])[1]
-        target = emitter.integers(0, heads, tokens, _dim(node, heads))
+        target = emitter.integers(0, heads, tokens, features // heads)
         weighted = emitter.emit("Reshape", [weighted, target])
     rows = emitter.emit("Transpose", [weighted], perm=[0, 2, 1, 3])
-    target = emitter.integers(0, 0, heads * _dim(node, heads))
-    emitter.emit("Reshape", [rows, target], node.outputs[0].name)
-
-
-def _dim(node: ir.Node, heads: int) -> int:
-    return shape(node.outputs[0])[-1] // heads
+    emitter.emit("Reshape", [rows, emitter.integers(0, 0, features)], node.outputs[0].name)
 
 
 def _function(emitter: Emitter, name: str, x: str, output: str | None = None) -> str:
@@ -266,6 +268,7 @@ LOWERINGS: dict[str, Lowering] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

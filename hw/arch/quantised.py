@@ -110,8 +110,8 @@ class AddLinear(Operation):
 
     @property
     def row_macs(self) -> int:
-        """Multiply-accumulates of a row."""
-        return self.weight.size
+        """Multiply-accumulates of a row; channels of zeros, which another product makes, have none."""
+        return int(self.weight.any(1).sum()) * self.weight.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,8 @@ class Norm(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Operation):
-    """Activation: softmax(query @ key.T) @ value for each of `heads` heads of equal width.
+    """Activation: softmax(query @ key.T) @ value for each of `heads` heads, of one width in queries and
+    keys, and of one in values and results.
 
     query : None stands for one row of zeros, so that the result is the mean of the value rows.
     heads of key and value are `key_heads`; query head h uses key head h * key_heads // heads.

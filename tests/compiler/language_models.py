@@ -38,6 +38,8 @@ MODELS = {
     "glm4-moe": ("Glm4MoeConfig", dict(ROUTED, n_group=2, topk_group=1, head_dim=8)),
     "dots1": ("Dots1Config", dict(ROUTED, n_routed_experts=16, n_group=4, topk_group=2, head_dim=8)),
     "minimax-m2": ("MiniMaxM2Config", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "youtu": ("YoutuConfig", dict(LATENT, q_lora_rank=24)),
+    "minicpm3": ("MiniCPM3Config", dict(LATENT, q_lora_rank=24)),
     "deepseek-v3": ("DeepseekV3Config", dict(LATENT, q_lora_rank=24, n_group=2, topk_group=1)),
 }
 
