@@ -18,6 +18,7 @@ from moeware.compiler.choices import describe, substitute
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
+from moeware.compiler.qdq import take_out
 
 OPSETS = range(17, 25)
 
@@ -216,6 +217,7 @@ def _forget_shapes(proto: onnx.ModelProto) -> None:
 def _simplify(proto: onnx.ModelProto) -> ir.Model:
     model = ir.from_proto(proto)
     passes.NameFixPass()(model)
+    take_out(model)
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(3):
         onnxscript.optimizer.optimize_ir(

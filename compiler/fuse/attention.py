@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.grids import inherit_traced
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import (
@@ -22,8 +23,9 @@ from moeware.compiler.fuse.trace import (
 
 @dataclass(frozen=True)
 class _Heads:
-    """Rows of heads selected from a value of rows: head h is columns ``columns[h]`` of ``root``."""
+    """``value``, heads selected from a value of rows: head h is columns ``columns[h]`` of ``root``."""
 
+    value: ir.Value
     root: ir.Value
     columns: np.ndarray  # [heads, dim]
     tokens: int
@@ -192,7 +194,7 @@ def _select(value: ir.Value, heads: int = 0, transposed: bool = False) -> _Heads
         width = total // tokens
         rows = np.arange(tokens)[None, :, None] * width
         if columns.max() < width and (numbers == rows + columns[:, None]).all():
-            return _Heads(trace.root, columns, tokens, trace.scale, trace.nodes)
+            return _Heads(value, trace.root, columns, tokens, trace.scale, trace.nodes)
     return None
 
 
@@ -269,7 +271,9 @@ def _rows(model: ir.Model, at: ir.Node, part: _Heads, factor: float) -> ir.Value
     shape = (1, part.tokens, len(columns))
     node = _linear(part)
     if node is None or (_is_whole(part) and factor == 1.0):
-        return Builder(model, at, []).resolve(part.root, shape)
+        whole = Builder(model, at, []).resolve(part.root, shape)
+        inherit_traced(part.value, whole, part.scale)
+        return whole
     build = Builder(model, at, [node])
     x, weight, bias = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
     assert x is not None and weight is not None and bias is not None
@@ -281,4 +285,5 @@ def _rows(model: ir.Model, at: ir.Node, part: _Heads, factor: float) -> ir.Value
     features = static_shape(x)
     assert features is not None
     (result,) = build.node("Linear", inputs, [(*features[:-1], len(columns))])
+    inherit_traced(part.value, result, part.scale / factor)
     return build.reshape(result, shape)

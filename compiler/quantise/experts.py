@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
-from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.kept_weights import kept_weights, usable_integers
 from moeware.compiler.quantise.state import State
 from moeware.compiler.scales import (
     FUNCTION,
@@ -15,7 +15,7 @@ from moeware.compiler.scales import (
     function_table,
     shifted_grid,
 )
-from moeware.compiler.weights import Tensor, quantise_weights, scaled_weights
+from moeware.compiler.weights import Tensor, quantise_weights
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 
@@ -28,7 +28,10 @@ class Experts(State):
     def _Route(self, node, k, normalise):
         source = self._tensor(node.inputs[0])
         # One step for all experts: their logits are compared with one another.
-        weight, bias, accumulator = quantise_weights(*self._constants(node), source, per_tensor=True)
+        weight, bias = self._constants(node)
+        integers = usable_integers(self.kept, weight, per_tensor=True)
+        kept = integers and kept_weights(self.kept, *integers, bias, source)
+        weight, bias, accumulator = kept or quantise_weights(weight, bias, source, per_tensor=True)
         octave = 1 << numerics.OCTAVE_BITS
         multiplier, shift = encode_scale(float(accumulator[0]) * math.log2(math.e) * octave)
         self._add(q.Route(name=node.name, output=node.outputs[0].name, source=source.tensor,
@@ -46,11 +49,10 @@ class Experts(State):
         after = shifted_grid(self._expert_samples(node, "activation"))
         bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
                          for e in range(len(w1))], np.uint8)
-        limit = np.array([WEIGHT_BITS[each] for each in bits.tolist()])
-        up, up_affine = scaled_weights(w1, b1 - before[1], source, before[0], limit=limit)
+        up, up_affine = self._scaled_weights(w1, b1 - before[1], source, before[0], 8, bits)
         mean = self._expert_samples(node, "activation").mean(0)
         hidden = Tensor("", after[0], offset=after[1], mean=mean)
-        down, down_affine = scaled_weights(w2, b2, hidden, self.stream_step, 16, limit=limit)
+        down, down_affine = self._scaled_weights(w2, b2, hidden, self.stream_step, 16, bits)
         self._add(q.Experts(
             name=node.name, output=output, source=source.tensor, residual=stream.tensor,
             route=node.inputs[1].name, up=up,

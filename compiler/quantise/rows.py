@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes
 from moeware.compiler.errors import CompileError
-from moeware.compiler.precision import WEIGHT_BITS
+from moeware.compiler.kept_weights import kept_norm
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
     FUNCTION,
@@ -16,7 +16,7 @@ from moeware.compiler.scales import (
     grid,
     shifted_grid,
 )
-from moeware.compiler.weights import Tensor, scaled_weights, smoothed_norm
+from moeware.compiler.weights import Tensor, smoothed_norm
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import NormMode
@@ -28,21 +28,38 @@ class Rows(State):
     """Rules for LayerNorm, Linear and Pointwise."""
 
     def _LayerNorm(self, node, epsilon):
-        value, source = node.outputs[0], self._tensor(node.inputs[0])
+        value = node.outputs[0]
         gamma, beta = (array.astype(np.float64) for array in self._constants(node))
         channels = len(gamma)
+        users = self._consumers(value)
+        # A grid of the only row that is used is one of them all.
+        seen = users[0].outputs[0] if [user.op_type for user in users] == ["TakeToken"] else value
+        if value.name in self.kept.grids:
+            seen = value
+        kept = self._kept_grid(seen, self.calibration.rows(seen.name), free=True)
+        if kept or self._keeps_weights(value):
+            # Nothing is folded into weights that are kept; beta still can be, as it goes into a bias.
+            step, offset = kept or (grid(without(self.calibration.rows(value.name), beta)), beta)
+            affine, gain, shift = kept_norm(gamma, beta, step, offset)
+            self._emit_norm(node, epsilon, affine, Tensor(value.name, step, gain, shift))
+            return
         live = np.abs(gamma) > 1e-12 * np.abs(gamma).max(initial=0.0)
         demand = self._demand(value, channels) * np.abs(gamma)
         smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand)
         scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
         multiplier, shift = encode_scales(scale)
-        integer_epsilon = round(epsilon * (channels / source.step) ** 2)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
+        self._emit_norm(node, epsilon, affine,
+                        Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta))
+
+    def _emit_norm(self, node, epsilon, affine, tensor: Tensor) -> None:
+        value, source = node.outputs[0], self._tensor(node.inputs[0])
+        integer_epsilon = round(epsilon * (len(affine.bias) / source.step) ** 2)
         self.norms[value.name] = (
             q.Norm(name=node.name, output=value.name, source=source.tensor,
                    first_row=source.first_row, rows=source.rows, mode=NormMode.LAYER,
                    epsilon=integer_epsilon, affine=affine),
-            Tensor(value.name, step, np.where(live, gamma, 0.0) / smooth, beta, rows=source.rows))
+            dataclasses.replace(tensor, rows=source.rows))
         if any(user.op_type != "TakeToken" for user in self._consumers(value)):
             self.values[value.name] = self._norm(value.name, value.name, 0, source.rows)
 
@@ -76,7 +93,9 @@ class Rows(State):
         samples, shift = self.calibration.rows(value.name), None
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
-        if roles and roles <= {1, 2}:
+        # A key's offset adds one number to all scores of a row, a value's passes through.
+        kept = self._kept_grid(value, samples, free=bool(roles) and roles <= {1, 2})
+        if kept is None and roles and roles <= {1, 2}:
             samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
             bias = np.zeros_like(bias)
             if roles == {1, 2}:
@@ -88,6 +107,7 @@ class Rows(State):
                 samples = without(samples, lifted)
                 shift = None if shift is None else shift + lifted
                 bias = -lifted
+        if roles and roles <= {1, 2}:
             # The attention unit has one stride for query, key and value: shared heads are repeated.
             a = attributes(users[0])
             if a["heads"] != a["kv_heads"]:
@@ -96,16 +116,19 @@ class Rows(State):
                 weight, bias, samples = weight[order], bias[order], samples[..., order]
                 shift = None if shift is None else shift[order]
         gain = None
-        if len(users) == len(consumers) == 1 and roles == {2}:
+        whole = kept or any(self._keeps_weights(user.outputs[0]) for user in users)
+        if len(users) == len(consumers) == 1 and roles == {2} and not whole:
             gain = self._value_gain(users[0], samples, shift)
             samples, weight, bias = samples / gain, weight / gain[:, None], bias / gain
-        self._emit_linear(node, value, weight, bias, grid(samples), shift=shift, gain=gain)
+        step, offset = kept or (grid(samples), 0.0)
+        self._emit_linear(node, value, weight, bias - offset, step, after=(step, offset), shift=shift,
+                          gain=gain)
 
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
                      shift=None, gain=None, mean=0.0) -> None:
         source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
-        integer, affine = scaled_weights(weight, bias, source, step, limit=WEIGHT_BITS[bits])
+        integer, affine = self._scaled_weights(weight, bias, source, step, bits=bits)
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))
         step, offset = after or (step, 0.0)
@@ -116,12 +139,17 @@ class Rows(State):
         linear = self.pending.pop(node.inputs[0].name, None)
         if linear is None:
             raise CompileError(f"Node {node.name!r} must follow a Linear of its own")
-        before = shifted_grid(self.calibration.rows(node.inputs[0].name), of=FUNCTION[function])
+        argument = self.calibration.rows(node.inputs[0].name)
         samples = self.calibration.rows(node.outputs[0].name)
         weight, bias = self._constants(linear)
         # Only what multiplies by weights can take an offset along.
         plain = all(user.op_type == "Linear" for user in self._consumers(node.outputs[0]))
-        after = shifted_grid(samples) if plain else (grid(samples), 0.0)
+        kept = self._kept_grid(node.outputs[0], samples, free=plain)
+        after = kept or (shifted_grid(samples) if plain else (grid(samples), 0.0))
+        before = self._kept_grid(node.inputs[0], argument, free=True)
+        if before is None and kept and function == "relu":
+            before = kept  # cut at 0 by itself: one rounding, as in the file
+        before = before or shifted_grid(argument, of=FUNCTION[function])
         self._emit_linear(linear, node.outputs[0], weight, bias - before[1], before[0],
                           table=function_table(function, before, after), after=after,
                           mean=samples.mean(0))
