@@ -137,16 +137,15 @@ class Kept:
         used = set(np.ravel(steps).tolist())
         self.note((name for name, scales in self.weights.items() if used & set(scales)), reason)
 
-    def settle(self, steps: Iterable) -> None:
-        """Note why grids are lost that no rule has looked at, from where their values are in the
-        `partition.Step`s."""
+    def settle(self, steps: Iterable, unnoted: str = "no layer of the accelerator uses it") -> None:
+        """Note what becomes of grids that no rule has looked at, by where their values are in the
+        `partition.Step`s; `unnoted` of those for which the accelerator has a place."""
         for step in steps:
-            for node in step.nodes:
-                for value in node.outputs:
-                    grid = self.grids.get(str(value.name))
-                    if grid is not None and not set(grid.names) & set(self.noted):
-                        reason = _reason(node) if step.kind == "fpga" else _HOST
-                        self.note(grid.names, reason)
+            for value in _values(step.nodes):
+                grid = self.grids.get(str(value.name))
+                if grid is not None and not set(grid.names) & set(self.noted):
+                    place = _HOST if step.kind == "host" else _reason(value)
+                    self.note(grid.names, unnoted if place is None else place)
 
     def report(self) -> dict:
         """scales, kept (their numbers), others (names in the file by reason)."""
@@ -163,10 +162,22 @@ class Kept:
 _HOST = "computed on the host, in float"
 
 
-def _reason(node: ir.Node) -> str:
-    """Why the accelerator has no int8 grid for what a node makes."""
-    if node.op_type in ("PatchEmbed", "ClassToken", "AddConstant", "Add", "TakeToken"):
+def _values(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    every = (value for node in nodes for value in (*node.inputs, *node.outputs))
+    return [value for value in dict.fromkeys(every) if value is not None]
+
+
+def _reason(value: ir.Value) -> str | None:
+    """Why the accelerator has no int8 grid for a value, or None."""
+    node, users = value.producer(), {user.op_type for user in value.consumers()}
+    if node is None or users & {"PatchEmbed"}:
+        return None
+    first = node.inputs[0] and node.inputs[0].producer()
+    on_row = node.op_type == "TakeToken" and (first is None or first.op_type != "LayerNorm")
+    if on_row or node.op_type in ("PatchEmbed", "ClassToken", "AddConstant", "Add"):
         return "the residual stream has 16 bits, on one grid"
-    if any(user.op_type == "Add" for user in node.outputs[0].consumers()):
+    if "Add" in users:
         return "what is added to the residual stream has 16 bits, and is not rounded before"
-    return "a result of the model has 16 bits"
+    if value.is_graph_output() or node.op_type == "Linear" and not users & {"Attention", "Pointwise"}:
+        return "a result of a device step has 16 bits"
+    return None

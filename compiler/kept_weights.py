@@ -4,6 +4,8 @@ Nothing may be folded into such weights: a normalised tensor in front of them ha
 beta, on the file's grid or, where the file has none, on one grid for all channels.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from moeware.compiler.kept import Kept
@@ -12,7 +14,20 @@ from moeware.compiler.weights import LARGEST_BIAS, Tensor
 from moeware.hw.arch.numerics import NORM_FRACTION_BITS
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["kept_norm", "kept_weights", "usable_integers"]
+__all__ = ["kept_norm", "kept_weights", "scaled", "survey", "usable_integers"]
+
+# Places of the weights of an operator.
+_WEIGHTS = {"PatchEmbed": (1,), "Linear": (1,), "Route": (1,), "Experts": (3, 5)}
+
+
+def survey(kept: Kept, steps: Iterable) -> None:
+    """Note what can be told before there are samples: a grid without a reason can be kept, unless
+    samples saturate on it. steps : `partition.Step`s."""
+    for node in (node for step in steps if step.kind == "fpga" for node in step.nodes):
+        for place in _WEIGHTS.get(node.op_type, ()):
+            usable_integers(kept, node.inputs[place].const_value.numpy(),
+                            per_tensor=node.op_type == "Route")
+    kept.settle(steps, "")
 
 
 def usable_integers(kept: Kept, weight: np.ndarray, bits: int = 8, *, per_tensor: bool = False

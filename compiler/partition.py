@@ -81,6 +81,10 @@ _MAY_FOLLOW = {
     "route": ("Experts",),
     "experts": ("Add",),
 }
+_INTEGERS = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
+    "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits",
+)  # fmt: skip
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
@@ -169,6 +173,11 @@ def _add_broken(variable: list[ir.Value], given: list[_Kind]) -> str | None:
 def _plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     domain = f"{node.domain}." if node.domain else ""
+    if node.op_type in _INTEGERS or node.op_type.startswith(("QLinear", "QAttention")):
+        return (
+            f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
+            f"not read; export in QDQ format (static, quant_format=QuantFormat.QDQ)"
+        )
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "
