@@ -36,22 +36,23 @@ class Grid:
         """An equal grid for the tensors of both."""
         return dataclasses.replace(self, names=tuple(dict.fromkeys((*self.names, *other.names))))
 
-    def offset(self, samples: np.ndarray, free: bool) -> tuple[float | None, str]:
+    def offset(self, samples: np.ndarray, places: Sequence[str]) -> tuple[float | None, str]:
         """Offset with which int8 integers are this grid, and why there is none.
 
-        The integers must saturate where the file's do, or no sample may saturate in either. free :
-        whether the place in the graph takes an offset other than 0.
+        The integers must saturate where the file's do, or no sample may saturate in either. places :
+        of 0 among the integers that the place in the graph takes, "middle" or "any", best first.
         """
         if self.most - self.least > 255:
             return None, "more than 8 bits, which activations have"
         steps = np.rint(np.asarray(samples, np.float64) / self.step)
         low, high = int(steps.min(initial=0)), int(steps.max(initial=0))
-        for middle in (0, self.least + 128) if free else (0,):
+        for place in places:
+            middle = self.least + 128 if place == "any" else 0
             least, most = middle - 128, middle + 127
             inside = max(least, self.least) <= low and high <= min(most, self.most)
             if (least, most) == (self.least, self.most) or inside:
                 return middle * self.step, ""
-        if free:
+        if "any" in places:
             return None, f"{self.most - self.least + 1} levels, at whose ends samples saturate"
         return None, (f"zero point {-128 - self.least} of int8 where the accelerator has none, and "
                       f"samples from {low} to {high} steps")

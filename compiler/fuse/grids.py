@@ -60,6 +60,6 @@ def collect_grids(model: ir.Model) -> None:
     owner = {source: node for node in model.graph for source in sources(node)}
     for name in sorted(named):
         node = owner.get(kept.places.get(name, ""))
-        kept.lost.setdefault(name, f"inside of {node.op_type} operators, which round elsewhere" if node
-                             else "inside of an operator of the accelerator")
+        kept.lost.setdefault(name, "inside of " + (node.op_type if node else "an operator")
+                             + ", which rounds at other places")
     kept.write(model)

@@ -63,7 +63,7 @@ class Attention(State):
     def _kept_mean(self, output: ir.Value, samples: np.ndarray, shift, gain) -> float | None:
         """Step of the grid that a mean of values came with."""
         if shift is None and gain is None:
-            kept = self._kept_grid(output, samples, free=False)
+            kept = self._kept_grid(output, samples, "middle")
             return kept and kept[0]
         if output.name in self.kept.grids:
             self.kept.note(self.kept.grids[output.name].names,

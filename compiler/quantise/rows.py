@@ -36,7 +36,7 @@ class Rows(State):
         seen = users[0].outputs[0] if [user.op_type for user in users] == ["TakeToken"] else value
         if value.name in self.kept.grids:
             seen = value
-        kept = self._kept_grid(seen, self.calibration.rows(seen.name), free=True)
+        kept = self._kept_grid(seen, self.calibration.rows(seen.name), "any", "middle")
         if kept or self._keeps_weights(value):
             # Nothing is folded into weights that are kept; beta still can be, as it goes into a bias.
             step, offset = kept or (grid(without(self.calibration.rows(value.name), beta)), beta)
@@ -93,8 +93,10 @@ class Rows(State):
         samples, shift = self.calibration.rows(value.name), None
         users = [user for user in consumers if user.op_type == "Attention"]
         roles = {user.inputs.index(value) for user in users}
-        # A key's offset adds one number to all scores of a row, a value's passes through.
-        kept = self._kept_grid(value, samples, free=bool(roles) and roles <= {1, 2})
+        # A key's offset adds one number to all scores of a row; a value's passes through, but the mean
+        # behind it can have a grid of the file only without.
+        places = ("middle", "any") if roles == {1} or roles == {2} else ("middle",)
+        kept = self._kept_grid(value, samples, *places)
         if kept is None and roles and roles <= {1, 2}:
             samples, shift = without(samples, bias), None if roles == {1} else bias.astype(np.float64)
             bias = np.zeros_like(bias)
@@ -144,9 +146,10 @@ class Rows(State):
         weight, bias = self._constants(linear)
         # Only what multiplies by weights can take an offset along.
         plain = all(user.op_type == "Linear" for user in self._consumers(node.outputs[0]))
-        kept = self._kept_grid(node.outputs[0], samples, free=plain)
+        places = ("any", "middle") if plain else ("middle",)
+        kept = self._kept_grid(node.outputs[0], samples, *places)
         after = kept or (shifted_grid(samples) if plain else (grid(samples), 0.0))
-        before = self._kept_grid(node.inputs[0], argument, free=True)
+        before = self._kept_grid(node.inputs[0], argument, "any", "middle")
         if before is None and kept and function == "relu":
             before = kept  # cut at 0 by itself: one rounding, as in the file
         before = before or shifted_grid(argument, of=FUNCTION[function])

@@ -93,14 +93,14 @@ class State:
             found = self._emit_embedding(value.name, found)
         return found
 
-    def _kept_grid(self, value: ir.Value, samples: np.ndarray, *, free: bool
+    def _kept_grid(self, value: ir.Value, samples: np.ndarray, *places: str
                    ) -> tuple[float, float] | None:
-        """Step and offset of the grid that a value came with, where this place has such; free : it may
-        have an offset."""
+        """Step and offset of the grid that a value came with, where this place in the graph has such;
+        arguments as of `Grid.offset`."""
         grid = self.kept.grids.get(value.name)
         if grid is None:
             return None
-        offset, reason = grid.offset(samples, free)
+        offset, reason = grid.offset(samples, places)
         self.kept.note(grid.names, reason)
         return None if offset is None else (grid.step, offset)
 
@@ -146,7 +146,7 @@ class State:
             low, high = float(samples.min(initial=0)), float(samples.max(initial=0))
             step = (high - low) / 255 or 1.0
             offset, mean = low + 128 * step, float(samples.mean())
-            step, offset = self._kept_grid(value, samples, free=True) or (step, offset)
+            step, offset = self._kept_grid(value, samples, "any", "middle") or (step, offset)
             region = Region(memory=Memory.ACTIVATION, rows=rows * columns, channels=channels,
                             address=0)
         else:
