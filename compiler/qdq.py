@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.fuse.trace import attribute, operand
 from moeware.compiler.kept import Grid, Kept
@@ -76,6 +77,7 @@ def _constant(model: ir.Model, node: ir.Node, kept: Kept) -> None:
     scales = _array(model, node.inputs[1])
     if arrays is None or scales is None or arrays[0].dtype != np.float32:
         return
+    _check(node, scales)
     if _integers(node) is ir.DataType.INT32:
         pass  # a bias has the scale of its product
     elif attribute(node, "block_size", 0):
@@ -91,6 +93,14 @@ def _constant(model: ir.Model, node: ir.Node, kept: Kept) -> None:
     value = ir.val(tensor.name, const_value=tensor, dtype=ir.DataType.FLOAT, shape=tensor.shape)
     model.graph.register_initializer(value)
     output.replace_all_uses_with(value)
+
+
+def _check(node: ir.Node, scales: np.ndarray) -> None:
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        raise CompileError(
+            f"Scale of node {node.name!r} ({node.op_type}) must be positive and finite, not "
+            f"{scales.min()}; quantise the model again"
+        )
 
 
 def _stored_name(value: ir.Value) -> str:
@@ -161,6 +171,7 @@ def _pair(model: ir.Model, node: ir.Node, grids: dict[ir.Value, Grid], kept: Kep
               for clip in between if clip.op_type == "Clip"]
     if any(limit is None for pair in limits for limit in pair):
         return
+    _check(node, scale)
     name = str(source.name)
     for each in between:
         if each.op_type == "Clip":
