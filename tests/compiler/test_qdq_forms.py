@@ -8,6 +8,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType
 from torch import nn
 
+from moeware.cli import main
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.kept import Grid, Kept
@@ -128,12 +129,12 @@ SCALES = np.random.default_rng(4).uniform(1e-3, 1e-2, 8).astype(np.float32)
     "a = Transpose(w) b = DequantizeLinear <axis = 0> (a, e) c = Transpose(b) y = MatMul(x, c)",
     "b = DequantizeLinear <axis = 1> (w, e) f = Reshape(x, r) c = Gemm(f, b) y = Unsqueeze(c, o)",
     "b = DequantizeLinear <axis = 1> (w, e) y = Einsum <equation = \"bnd,dh->bnh\"> (x, b)",
-    "q = QuantizeLinear <axis = 1> (f, e, k) b = DequantizeLinear <axis = 1> (q, e, k) "
+    "q = QuantizeLinear <axis = 1> (v, e, k) b = DequantizeLinear <axis = 1> (q, e, k) "
     "y = MatMul(x, b)",
 ], ids=["matmul", "transposed", "gemm", "einsum", "fake quantised"])
 def test_a_weight_keeps_integers_and_scales_to_the_last_bit(tmp_path, body):
     model = fuse(load(text(tmp_path, body, w=WEIGHT, e=SCALES, r=np.array([4, 6]), o=np.array([0]),
-                           k=np.zeros(8, np.int8), f=WEIGHT * SCALES)))
+                           k=np.zeros(8, np.int8), v=WEIGHT * SCALES)))
     linear, = (node for node in model.graph if node.op_type == "Linear")
     kept = Kept.of(model)
     integers, steps = usable_integers(kept, linear.inputs[1].const_value.numpy())
@@ -285,3 +286,13 @@ def test_what_check_says_beforehand(tmp_path):
 def test_a_float_model_has_no_scales(tmp_path):
     model = fuse(load(exports.export(exports.vit(), tmp_path / "model.onnx")))
     assert Kept.of(model) == Kept() and not model.metadata_props.get("moeware.kept")
+
+
+def test_check_lists_the_reasons(tmp_path, capsys):
+    path = quantise_file(exports.export(exports.vit(), tmp_path / "model.onnx"),
+                         exports.example(16, 1), symmetric=True)
+    assert main(["check", str(path)]) == 0
+    _, total, *reasons = capsys.readouterr().out.splitlines()
+    words = total.split()
+    assert total.startswith("can keep ") and 20 <= int(words[2]) < int(words[4])
+    assert any("residual stream has 16 bits, on one grid: add_" in line for line in reasons)
