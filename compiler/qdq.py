@@ -99,7 +99,7 @@ def _check(node: ir.Node, scales: np.ndarray) -> None:
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise CompileError(
             f"Scale of node {node.name!r} ({node.op_type}) must be positive and finite, not "
-            f"{scales.min()}; quantise the model again"
+            f"{scales.min()}; quantise the model again, without what holds a mask of infinities"
         )
 
 
