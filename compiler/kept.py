@@ -151,8 +151,8 @@ class Kept:
     def report(self) -> dict:
         """scales, kept (their numbers), others (names in the file by reason)."""
         names = {*self.weights, *self.lost}.union(*(grid.names for grid in self.grids.values()))
-        reasons = {name: self.noted.get(name, self.lost.get(name, "no layer of the accelerator has it"))
-                   for name in sorted(names)}
+        unseen = "no layer of the accelerator has it as it stands in the file"
+        reasons = {name: self.noted.get(name, self.lost.get(name, unseen)) for name in sorted(names)}
         others: dict[str, list[str]] = {}
         for name, reason in reasons.items():
             if reason:
