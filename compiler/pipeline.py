@@ -21,6 +21,7 @@ from moeware.compiler.choices import Choices, check_choices, combinations, requi
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
+from moeware.compiler.kept import Kept
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.partition import OPTIONS, describe, partition, report
@@ -61,6 +62,7 @@ class State:
     outputs: Ports = field(default_factory=list)
     placement: str = ""
     report: dict = field(default_factory=dict)
+    kept: dict = field(default_factory=dict)  # what `Kept.report` says
     calibration: Calibration | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
@@ -96,6 +98,7 @@ def _calibrate(state: State) -> None:
 def _quantise(state: State) -> None:
     state.quantised = []
     precision = Precision(state.bits)
+    kept = Kept.joined([Kept.of(model) for model in state.models])
     variants = [partition(model, state.config).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
         for part, *alike in zip(parts, *variants, strict=True):
@@ -106,11 +109,13 @@ def _quantise(state: State) -> None:
                                          for name, reason in part.reasons.items()})
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
-                                [each.nodes for each in alike])
+                                [each.nodes for each in alike], kept)
                 verify_quantised(step)
             step.choice = choice
             state.quantised.append(step)
     precision.check()
+    kept.settle(variants[0])
+    state.kept = kept.report()
 
 
 def _tile(state: State) -> None:
@@ -155,7 +160,8 @@ def _emit(state: State) -> None:
         inputs=state.inputs, outputs=state.outputs, choices=state.choices,
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
-                  "starved_experts": state.calibration.starved, "plans": state.plans})
+                  "starved_experts": state.calibration.starved, "plans": state.plans,
+                  "kept": state.kept})
 
 
 def _device(state: State) -> list[QuantisedStep]:

@@ -158,7 +158,7 @@ def _replace(
     if not _proven(model, root, y, turn):
         return False
     heads, dim = turn.inputs.shape
-    part = Heads(root, turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
+    part = Heads(root, root, turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
     x = gather_rows(model, at, part)
     if x is None:
         return False

@@ -49,7 +49,7 @@ class Projections(State):
         order = order.ravel()
 
         source = self._tensor(linear.inputs[0])
-        weight, bias = (array.astype(np.float64)[order] for array in self._constants(linear))
+        weight, bias = (array[order] for array in self._constants(linear))
         samples = self.calibration.rows(linear.outputs[0].name)
         step = float(HEADROOM * np.abs(samples).max() / 32767) or 1.0
         mode, groups, epsilon, scale = NormMode.SCALE, 1, 0, np.full(len(order), step)
@@ -63,12 +63,13 @@ class Projections(State):
             gamma = gamma[order]
             scale = np.abs(gamma) / (1 << numerics.NORM_FRACTION_BITS)
             # Multipliers have no sign: the weights take it.
-            sign = np.where(gamma < 0, -1.0, 1.0)
+            sign = np.where(gamma < 0, -1, 1).astype(weight.dtype)
             weight, bias = weight * sign[:, None], bias * sign
         self._add_linear(linear, linear.outputs[0].name, source, step, residual=None,
                          constants=(weight, bias))
 
-        target = grid(self.calibration.rows(value.name))
+        samples = self.calibration.rows(value.name)
+        target, _ = self._kept_grid(value, samples, "middle") or (grid(samples), 0.0)
         rotation = None
         if rotary is not None:
             rotation, largest = _factors(*self._constants(rotary))

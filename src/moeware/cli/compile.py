@@ -72,12 +72,13 @@ def _estimate(program, arguments) -> dict:
 def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
-    from moeware.cli.tables import estimate_table
+    from moeware.cli.tables import estimate_table, kept_lines
     lines = [facts["placement"],
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     lines += sorted(set(facts["metadata"]["plans"]))
+    lines += kept_lines(facts["metadata"]["kept"], "kept")
     lines.append(estimate_table(facts["estimate"]))
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
