@@ -1,7 +1,7 @@
 """Export forms times models: how much of each file runs on the accelerator, and how far the canonical
 graph is from the file.
 
-Every file is exported anew, into a temporary folder. The largest difference is that of the outputs of
+Configurations are those with all options of the gateware. Every file is exported anew, into a temporary folder. The largest difference is that of the outputs of
 the canonical graph in float32 to ONNX Runtime's on the file, over two inputs, relative to the largest
 output.
 """
@@ -26,7 +26,11 @@ from moeware.compiler.partition import partition, report
 from moeware.compiler.reference import evaluate
 
 sys.path.insert(0, str(ROOT))
-from tests.compiler import exports
+from tests.compiler import exports, language_models
+from tests.compiler.contrib import to_qmoe
+from tests.compiler.test_contrib_moe import TOP_2
+from tests.compiler.test_contrib_moe import write as write_contrib
+from tests.compiler.test_functions import divide
 from tests.compiler.test_soft_experts import SoftMoe
 
 Export = Callable[[Path], object]  # writes a file
@@ -52,6 +56,30 @@ def vits() -> Iterator[tuple[str, str, Export]]:
     for how in (DYNAMO, TORCHSCRIPT):
         yield case("ViT, dense, timm-like", how=how)
         yield case("ViT, nn.MultiheadAttention", how=how, attention=exports.TorchAttention())
+
+
+def contrib() -> Iterator[tuple[str, str, Export]]:
+    """Vision transformers with ONNX Runtime's own experts, and with local functions."""
+    exporter = "TorchScript, opset 17"
+    yield "ViT, com.microsoft.MoE", exporter, lambda path: write_contrib(path, TOP_2)
+    for bits, block in ((8, 0), (4, 0), (4, 16)):
+        change = to_qmoe(bits, block, **TOP_2)
+        name = f"ViT, com.microsoft.QMoE, {bits} bits" + (f", blocks of {block}" if block else "")
+        yield name, exporter, lambda path, change=change: write_contrib(path, {}, change=change)
+
+    def functions(path: Path) -> None:
+        exports.export(exports.vit(mixer=exports.Moe("loop")), path, **DYNAMO)
+        divide(path)
+    yield "ViT, experts: loop, in local functions", "dynamo, opset 20", functions
+
+
+def decoders() -> Iterator[tuple[str, str, Export]]:
+    """Language models of Hugging Face, experts as batched_mm."""
+    for name in language_models.MODELS:
+        for opset, attention in ((20, "eager"), (23, "sdpa")):
+            yield (f"{name}, {attention}", f"dynamo, opset {opset}",
+                   lambda path, name=name, opset=opset, attention=attention: language_models.export(
+                       language_models.build(name, attention=attention), path, opset))
 
 
 def measure(path: Path) -> dict:
@@ -85,9 +113,10 @@ def _example(value, seed: int) -> np.ndarray:
 def main() -> None:
     torch.manual_seed(0)
     rows, shares, differences, seconds = [], [], [], []
+    cases = [*vits(), *contrib(), *decoders()]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number, (form, exporter, write) in enumerate(tqdm(list(vits()), unit="file")):
+        for number, (form, exporter, write) in enumerate(tqdm(cases, unit="file")):
             path = Path(folder) / f"{number}.onnx"
             write(path)
             found = measure(path)

@@ -2,7 +2,7 @@
 
 Each fact is taken from where the compiler has it: forms from the section "Forms" in the docstring of
 the rule that reads them (`compiler/fuse`), operands from the table in `compiler/canonical.py`, limits
-from the rules there that every node is checked by, what reads what from `compiler/partition.py`.
+from the rules there that every node is checked by, what reads what from `compiler/kinds.py`.
 `--check` only compares.
 """
 
@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
-from moeware.compiler import canonical, canonical_rules, partition
+from moeware.compiler import canonical, canonical_rules, kinds
 from moeware.compiler.fuse import RULES
 from moeware.compiler.fuse.trace import LAYOUT
 from moeware.compiler.read import OPSETS
@@ -66,12 +66,13 @@ def _forms() -> dict[str, list[str]]:
                 if operator in canonical.OPERATORS:
                     found[operator].append(first)
             continue
-        for operator, items in re.findall(r"^(\w+)\n((?:[ ]+.*\n?)+)", forms, re.MULTILINE):
-            if operator not in canonical.OPERATORS:
-                raise ValueError(f"Forms of {rule.__name__} must be of canonical operators "
-                                 f"({', '.join(canonical.OPERATORS)}), not of {operator!r}")
-            found[operator] += [" ".join(item.split())
-                                for item in re.split(r"^\s*- ", items, flags=re.MULTILINE)[1:]]
+        for names, items in re.findall(r"^(\w+(?:, \w+)*)\n((?:[ ]+.*\n?)+)", forms, re.MULTILINE):
+            for operator in names.split(", "):
+                if operator not in canonical.OPERATORS:
+                    raise ValueError(f"Forms of {rule.__name__} must be of canonical operators "
+                                     f"({', '.join(canonical.OPERATORS)}), not of {operator!r}")
+                found[operator] += [" ".join(item.split())
+                                    for item in re.split(r"^\s*- ", items, flags=re.MULTILINE)[1:]]
     return found
 
 
@@ -95,9 +96,9 @@ def _operands() -> dict[str, tuple[list[str], list[str]]]:
 
 def _place(operator: str) -> tuple[str, str, str]:
     """Where an operator runs, what it reads there, and what it gives."""
-    if operator not in partition._READS:
+    if operator not in kinds.READS:
         return "host", "", ""
-    reads, gives = partition._READS[operator]
+    reads, gives = kinds.READS[operator]
     return "accelerator", ", ".join(reads), gives
 
 

@@ -30,7 +30,7 @@ def test_the_page_is_current():
 
 def test_every_operator_is_described(operators):
     forms, operands = operators._forms(), operators._operands()
-    assert set(operators.partition._READS) <= set(forms) <= set(canonical.OPERATORS)
+    assert set(operators.kinds.READS) <= set(forms) <= set(canonical.OPERATORS)
     assert set(operands) == set(canonical.OPERATORS) and all(forms.values())
     assert all(map(operators._limits, canonical.OPERATORS))
     for operator, (_, _, attributes) in canonical._SIGNATURES.items():
@@ -59,7 +59,7 @@ def test_a_changed_rule_makes_the_page_stale(operators, monkeypatch):
 
 
 def test_what_the_partition_does_not_read_is_for_the_host(operators, monkeypatch):
-    reads = {name: kinds for name, kinds in operators.partition._READS.items() if name != "Add"}
-    monkeypatch.setattr(operators.partition, "_READS", reads)
+    reads = {name: kinds for name, kinds in operators.kinds.READS.items() if name != "Add"}
+    monkeypatch.setattr(operators.kinds, "READS", reads)
     assert operators._place("Add") == ("host", "", "")
-    assert operators._place("Attention") == ("accelerator", "linear", "attention")
+    assert operators._place("Pointwise") == ("accelerator", "linear", "function")

@@ -57,7 +57,13 @@ def is_contrib_moe(node: ir.Node) -> bool:
 
 
 def fuse_contrib_moe(model: ir.Model) -> None:
-    """Replace each proven ``MoE`` and ``QMoE`` by ``Route`` and ``Experts``."""
+    """Replace each proven ``MoE`` and ``QMoE`` by ``Route`` and ``Experts``.
+
+    Forms
+    -----
+    Route, Experts
+        - ``com.microsoft.MoE``; ``com.microsoft.QMoE`` of 4 or 8 bits, per row or per block
+    """
     for node in list(model.graph):
         if not is_contrib_moe(node):
             continue

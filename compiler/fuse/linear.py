@@ -205,9 +205,17 @@ def split_linear(model: ir.Model) -> None:
 
 
 def fuse_multiply(model: ir.Model) -> None:
-    """Replace the product of two values that Linears or functions make by ``Multiply``."""
+    """Replace the product of two values that Linears or functions make by ``Multiply``.
+
+    Forms
+    -----
+    Multiply
+        - ``Mul`` of a Linear and a function of another one, in either order (GLU, SwiGLU, GEGLU), the
+          two packed in one Linear or apart
+    """
     for node in list(model.graph):
-        if not is_op(node, "Mul") or any(made_by(value, "Linear", "Pointwise") is None for value in node.inputs):
+        factors = [made_by(value, "Linear", "Pointwise") for value in node.inputs]
+        if not is_op(node, "Mul") or None in factors:
             continue
         a, b = node.inputs
         assert a is not None and b is not None

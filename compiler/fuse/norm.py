@@ -56,7 +56,13 @@ def fuse_norm(model: ir.Model) -> None:
 
 
 def fuse_head_norm(model: ir.Model) -> None:
-    """Replace root-mean-square norms of each head by ``RMSNorm`` of rows in groups."""
+    """Replace root-mean-square norms of each head by ``RMSNorm`` of rows in groups.
+
+    Forms
+    -----
+    RMSNorm
+        - either form over the last axis of heads (query and key norms)
+    """
     for node in list(model.graph):
         norm = _match(model, node) if node.graph is not None else None
         part = select_rows(norm.x) if norm is not None and norm.beta is None else None

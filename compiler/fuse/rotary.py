@@ -31,6 +31,13 @@ def fuse_rotary(model: ir.Model) -> None:
 
     Rows of the weights before it are permuted so that pairs are channels c and c + dim/2; channels
     that pass are turned by an angle of zero. The order of the result is restored behind it.
+
+    Forms
+    -----
+    Rotary
+        - ``RotaryEmbedding`` of the standard (opset 23 on) or of ONNX Runtime, with constant positions
+        - products with constant cosines and sines, and sums, of halves (rotate_half), of neighbours,
+          of complex pairs written out; of a part of each head; in any layout of heads
     """
     done: set[ir.Node] = set()
     for node in reversed(list(model.graph)):

@@ -14,7 +14,14 @@ from moeware.compiler.fuse.trace import attribute, constant, is_op, static_shape
 
 
 def fuse_shared_expert(model: ir.Model) -> None:
-    """Replace a feed-forward network times a sigmoid of one Linear by ``Route`` and experts."""
+    """Replace a feed-forward network times a sigmoid of one Linear by ``Route`` and experts.
+
+    Forms
+    -----
+    Route, Experts, GatedExperts
+        - a feed-forward network that all tokens pass, times the ``Sigmoid`` of one Linear of the token
+          (shared expert)
+    """
     for node in list(model.graph):
         if not is_op(node, "Mul"):
             continue

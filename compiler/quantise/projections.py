@@ -42,11 +42,9 @@ class Projections(State):
         value = node.outputs[0]
         linear, norm, rotary = projection(value)
         del self.pending[linear.outputs[0].name]
-        order = head_channels(self._consumers(value)[0], value)
-        heads, width = order.shape
-        if rotary is not None:  # a pair's channels side by side
-            order = order.reshape(heads, 2, width // 2).swapaxes(1, 2)
-        order = order.ravel()
+        attention = self._consumers(value)[0]
+        heads, width = head_channels(attention, value).shape
+        order = _order(attention, value).ravel()
 
         source = self._tensor(linear.inputs[0])
         weight, bias = (array[order] for array in self._constants(linear))
@@ -68,19 +66,51 @@ class Projections(State):
         self._add_linear(linear, linear.outputs[0].name, source, step, residual=None,
                          constants=(weight, bias))
 
-        samples = self.calibration.rows(value.name)
-        target, _ = self._kept_grid(value, samples, "middle") or (grid(samples), 0.0)
+        gain, kept = self._score_gain(attention, value), self._kept_scores(value)
+        target = kept or grid(self.calibration.rows(value.name)[:, order] / gain)
         rotation = None
         if rotary is not None:
             rotation, largest = _factors(*self._constants(rotary))
             scale = scale * largest * (1 << numerics.PAIR_BITS)
-        multiplier, shift = encode_scales(scale / target)
+        multiplier, shift = encode_scales(scale / (gain * target))
         affine = q.Affine(bias=np.zeros(len(order), np.int32), multiplier=multiplier, shift=shift)
         self._add(q.Norm(name=node.name, output=value.name, source=linear.outputs[0].name, first_row=0,
                          rows=source.rows, mode=mode, epsilon=epsilon, affine=affine, groups=groups,
                          rotation=rotation))
-        self.values[value.name] = Tensor(value.name, target, rows=source.rows)
+        self.values[value.name] = Tensor(value.name, target, gain, rows=source.rows)
         self.columns[value.name] = order
+
+    def _score_gain(self, attention: ir.Node, value: ir.Value) -> np.ndarray:
+        """Factors that the channels of queries or keys are divided by, reciprocal to each other, so that
+        scores stay and what is loud in one is shared by both (SmoothQuant, section 4, alpha = 1/2); one
+        for both channels of a pair, which a rotation mixes."""
+        queries, keys = attention.inputs[:2]
+        plain = any(projection(each)[1:] == (None, None) for each in (queries, keys))
+        if plain or self._kept_scores(queries) or self._kept_scores(keys):
+            return np.ones(_order(attention, value).size)  # a plain Linear or a grid of the file
+        loud = []
+        for each in (queries, keys):
+            samples = self.calibration.rows(each.name)[:, _order(attention, each)]
+            loud.append(np.sqrt(np.square(samples).sum(-1)).max(0))
+        gain = np.ones(loud[0].shape)
+        usable = (loud[0] > 0) & (loud[1] > 0)
+        gain[usable] = np.sqrt(loud[0][usable] / loud[1][usable])
+        gain = np.repeat(np.clip(gain, 1 / 64, 64), _order(attention, value).shape[-1], -1).ravel()
+        return gain if value is queries else 1 / gain
+
+    def _kept_scores(self, value: ir.Value) -> float | None:
+        """Step of the grid that queries or keys came with."""
+        kept = self._kept_grid(value, self.calibration.rows(value.name), "middle")
+        return kept and kept[0]
+
+
+def _order(attention: ir.Node, value: ir.Value) -> np.ndarray:
+    """Channels [heads, pairs, 2] of turned queries or keys, a pair side by side; of others
+    [heads, width, 1]."""
+    order = head_channels(attention, value)
+    if projection(value)[2] is None:
+        return order[..., None]
+    return order.reshape(len(order), 2, -1).swapaxes(1, 2)
 
 
 def _factors(cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, float]:
