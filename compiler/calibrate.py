@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import shape
+from moeware.compiler.canonical import ROUTED, shape
 from moeware.compiler.errors import CompileError
+from moeware.compiler.influence import influence
 from moeware.compiler.reference import evaluate
 
-__all__ = ["Calibration", "calibrate", "check_samples", "load_samples", "merged"]
+__all__ = ["FEW_TOKENS", "Calibration", "calibrate", "check_samples", "load_samples", "merged"]
 
 KEPT_ROWS = 4096  # token rows of a tensor that are kept for choosing its grid
 BATCH = 32  # frames evaluated at once
@@ -23,7 +24,10 @@ FEW_TOKENS = 8  # an expert that saw fewer is reported
 class Calibration:
     """Samples of every tensor of the canonical graph.
 
-    samples : float32 [rows, features] by value name, at most `KEPT_ROWS` rows spread over the data;
+    samples : float32 [rows, features] by value name, at most `KEPT_ROWS` rows spread over the data; of
+    each expert so many, too, however rarely it is chosen (see `reference.evaluate`), the rows that
+    enter it among them, ``{node}/expert{e}/input``, and ``/weight`` [rows, 1], what the square of an
+    error in its result counts for: the square of the gate weight times the row's `influence`;
     tokens : tokens that reached each expert, int64 [experts] by the name of their node;
     frames : calibration inputs seen.
     """
@@ -165,27 +169,33 @@ def calibrate(model: ir.Model, samples: dict[str, np.ndarray], progress=None) ->
             stride[name] = max(1, len(rows) * result.frames // (BATCH * KEPT_ROWS))
         parts.setdefault(name, []).append(rows[::stride[name]].copy())
 
-    experts = {node.outputs[0].name: node for node in model.graph
-               if node.op_type in ("Experts", "GatedExperts")}
+    experts = {node.outputs[0].name: node for node in model.graph if node.op_type in ROUTED}
     for node in experts.values():
         result.tokens[node.name] = np.zeros(shape(node.inputs[3])[0], np.int64)
+    heard = influence(model, samples)
+    routed = {value.name for node in experts.values() for value in node.inputs[:3]}
     for start in range(0, result.frames, BATCH):
         feeds = {name: array[start:start + BATCH] for name, array in samples.items()}
-        indices: dict[str, np.ndarray] = {}
+        seen: dict[str, np.ndarray] = {}
 
         def keep(name: str, array: np.ndarray) -> None:
-            if array.dtype.kind == "i":
-                indices[name] = array
+            if name in routed:
+                seen[name] = array
             record(name, array)
 
         for name, array in feeds.items():
-            record(name, array.astype(np.float32))
+            keep(name, array.astype(np.float32))
         evaluate(model, feeds, record=keep)
         for node in experts.values():
-            chosen = indices.get(node.inputs[1].name)
-            if chosen is not None:
-                counts = result.tokens[node.name]
-                counts += np.bincount(np.ravel(chosen), minlength=len(counts))
+            x, chosen, gates = (seen[value.name].reshape(-1, seen[value.name].shape[-1])
+                                for value in node.inputs[:3])
+            counts = result.tokens[node.name]
+            counts += np.bincount(chosen.ravel(), minlength=len(counts))
+            for expert in range(len(counts)):
+                rows, slots = np.nonzero(chosen == expert)
+                record(f"{node.name}/expert{expert}/input", x[rows])
+                weight = gates[rows, slots]**2 * heard[node.name][rows % len(heard[node.name])]
+                record(f"{node.name}/expert{expert}/weight", weight[:, None])
         if progress:
             progress(len(next(iter(feeds.values()))))
     for name, arrays in parts.items():

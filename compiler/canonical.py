@@ -63,6 +63,7 @@ __all__ = [
     "NORMALISATIONS",
     "OPERATORS",
     "REASON",
+    "ROUTED",
     "attributes",
     "is_canonical",
     "projection",
@@ -94,6 +95,7 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "MeanTokens": (1, 1, ()),
 }
 OPERATORS = tuple(_SIGNATURES)
+ROUTED = ("Experts", "GatedExperts")  # that read a Route
 
 
 def is_canonical(node: ir.Node) -> bool:

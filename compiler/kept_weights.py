@@ -9,13 +9,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from moeware.compiler.kept import Kept
+from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.scales import encode_scales
-from moeware.compiler.weights import LARGEST_BIAS, Tensor
+from moeware.compiler.weights import LARGEST_BIAS, Tensor, scaled_weights
 from moeware.hw.arch.numerics import NORM_FRACTION_BITS
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["kept_norm", "kept_weights", "scaled", "survey", "usable_integers"]
+__all__ = ["NARROW", "give_up", "kept_norm", "kept_or_scaled", "kept_weights", "survey", "usable_integers"]
 
+NARROW = "weights of {} bits were asked for"
 # Places of the weights of an operator.
 _WEIGHTS = {"PatchEmbed": (1,), "Linear": (1,), "Route": (1,), "Experts": (3, 5),
             "GatedExperts": (3, 5, 7), "SoftExperts": (2, 4)}
@@ -41,7 +43,7 @@ def usable_integers(kept: Kept, weight: np.ndarray, bits: int = 8, *, per_tensor
     integers, steps = found
     reason = ""
     if bits < 8:
-        reason = f"weights of {bits} bits were asked for"
+        reason = NARROW.format(bits)
     elif integers.min() < -128 or integers.max() > 127:
         reason = "weights with a zero point have 9 bits, those of the accelerator 8"
     elif per_tensor and len(set(steps[steps > 0].tolist())) > 1:
@@ -83,12 +85,25 @@ def kept_weights(kept: Kept, integers: np.ndarray, steps: np.ndarray, bias: np.n
     return integers.astype(np.int8), whole.astype(np.int32), accumulator
 
 
-def scaled(weights: tuple[np.ndarray, np.ndarray, np.ndarray], step: float
-           ) -> tuple[np.ndarray, Affine]:
-    """Weights of `kept_weights`, and the scale to the grid `step`."""
-    integers, bias, accumulator = weights
+def kept_or_scaled(kept: Kept, weight: np.ndarray, bias: np.ndarray, source: Tensor,
+                   step: float | np.ndarray, result_bits: int = 8, bits: int = 8
+                   ) -> tuple[np.ndarray, Affine]:
+    """The integers that weights came with, and the scale to the grid `step`; where these cannot be
+    kept, `scaled_weights` of so many bits."""
+    integers = usable_integers(kept, weight, bits)
+    found = integers and kept_weights(kept, *integers, bias, source)
+    if not found:
+        return scaled_weights(weight, bias, source, step, result_bits, limit=WEIGHT_BITS[bits])
+    integers, bias, accumulator = found
     multiplier, shift = encode_scales(accumulator / step)
     return integers, Affine(bias=bias, multiplier=multiplier, shift=shift)
+
+
+def give_up(kept: Kept, weight: np.ndarray, reason: str) -> None:
+    """Note why weights are none that they came with."""
+    found = kept.integers(weight)
+    if found:
+        kept.note_weight(found[1], reason)
 
 
 def kept_norm(gamma: np.ndarray, beta: np.ndarray, step: float, offset: np.ndarray | float

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import attributes, is_canonical, projection
+from moeware.compiler.canonical import ROUTED, attributes, is_canonical, projection
 
 __all__ = ["MAY_FOLLOW", "READS", "STREAMS", "Kind", "result", "rule_broken"]
 
@@ -44,7 +44,7 @@ READS: dict[str, tuple[tuple[str, ...], str]] = {
 STREAMS = ("start", "stream")
 MAY_FOLLOW = {
     "norm": (
-        "Linear", "Route", "Experts", "GatedExperts", "SoftExperts", "MeanTokens", "TakeToken"
+        "Linear", "Route", *ROUTED, "SoftExperts", "MeanTokens", "TakeToken"
     ),
     "norm row": ("Linear",),
     "row": ("LayerNorm", "RMSNorm"),
@@ -54,7 +54,7 @@ MAY_FOLLOW = {
     "function": ("Linear", "Multiply"),
     "product": ("Linear",),
     "attention": ("Linear",),
-    "route": ("Experts", "GatedExperts"),
+    "route": ROUTED,
     "experts": ("Add",),
 }
 
@@ -86,7 +86,7 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
         return "RMSNorm of the residual stream must have 1 group; normalise whole rows"
     if node.op_type == "Attention":
         return _attention_broken(node, given)
-    if node.op_type in ("Experts", "GatedExperts") and given_names[1:] != ["route", "route"]:
+    if node.op_type in ROUTED and given_names[1:] != ["route", "route"]:
         return f"{node.op_type} must read a Route; use softmax and top-k over a linear gate"
     if node.op_type == "Multiply":
         return _multiply_broken(node, given_names)

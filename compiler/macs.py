@@ -4,7 +4,7 @@ import math
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import is_canonical, shape
+from moeware.compiler.canonical import ROUTED, is_canonical, shape
 
 __all__ = ["macs"]
 
@@ -18,7 +18,7 @@ def macs(node: ir.Node) -> int:
             return math.prod(outputs[0]) * shapes[1][1]
         if node.op_type == "Route":
             return math.prod(shapes[0]) * shapes[1][0]
-        if node.op_type in ("Experts", "GatedExperts"):
+        if node.op_type in ROUTED:
             layers = 2 if node.op_type == "Experts" else 3
             return math.prod(shapes[1]) * layers * math.prod(shapes[3][1:])
         if node.op_type == "SoftExperts":

@@ -71,7 +71,7 @@ def _attention(inputs, attrs, name, record) -> Outputs:
     )
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = (q * attrs["scale"]) @ k.transpose(-1, -2)
-    record(f"{name}/scores", scores.numpy())
+    record(f"{name}/scores", scores.detach().numpy())
     if attrs["causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -math.inf)
@@ -88,7 +88,7 @@ def _multiply(inputs, attrs, name, record) -> Outputs:
 
 def _route(inputs, attrs, name, record) -> Outputs:
     logits = torch.nn.functional.linear(*inputs)
-    record(f"{name}/logits", logits.numpy())
+    record(f"{name}/logits", logits.detach().numpy())
     # A stable sort breaks ties to the lower index; torch.topk promises no order.
     indices = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
     weights = torch.softmax(logits, -1).gather(-1, indices)
@@ -115,7 +115,7 @@ def _experts(inputs, attrs, name, record) -> Outputs:
         output = torch.nn.functional.linear(activation, w2[expert], b2[expert])
         result.index_add_(0, chosen, output * weights.flatten(0, 1)[chosen, slots][:, None])
         for part, array in (*parts, ("output", output)):
-            record(f"{name}/expert{expert}/{part}", array.numpy())
+            record(f"{name}/expert{expert}/{part}", array.detach().numpy())
     return (result.reshape(x.shape),)
 
 
@@ -128,10 +128,10 @@ def _soft_experts(inputs, attrs, name, record) -> Outputs:
     activation = FUNCTIONS[attrs["function"]](hidden)
     output = torch.einsum("bseh,edh->bsed", activation, w2) + b2
     results = output.transpose(1, 2).flatten(1, 2)
-    record(f"{name}/filled", filled.numpy())
-    record(f"{name}/hidden", hidden.transpose(1, 2).flatten(1, 2).numpy())
-    record(f"{name}/activation", activation.transpose(1, 2).flatten(1, 2).numpy())
-    record(f"{name}/results", results.numpy())
+    record(f"{name}/filled", filled.detach().numpy())
+    record(f"{name}/hidden", hidden.transpose(1, 2).flatten(1, 2).detach().numpy())
+    record(f"{name}/activation", activation.transpose(1, 2).flatten(1, 2).detach().numpy())
+    record(f"{name}/results", results.detach().numpy())
     return (torch.softmax(logits, -1) @ results,)
 
 

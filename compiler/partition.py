@@ -227,14 +227,18 @@ def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
 
 def describe(parts: Partition) -> str:
     """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``, with the cause that keeps
-    the most nodes on the host."""
+    the most MACs on the host, or of equals the most nodes."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
     line = f"fpga {counts['fpga_nodes']}/{total} nodes, {share:.1f} % of MACs"
     if not counts["host"]:
         return line
-    ((cause, _),) = Counter(parts.causes.values()).most_common(1)
+    causes, stakes, followers = parts.causes, Counter(), Counter()
+    for entry in counts["host"]:
+        stakes[causes[str(entry["node"])]] += entry["macs"]
+        followers[causes[str(entry["node"])]] += 1
+    cause = max(followers, key=lambda each: (stakes[each], followers[each]))
     return f"{line}; host {counts['host_nodes']} ({cause.rule})"
 
 

@@ -24,6 +24,7 @@ from moeware.compiler.fuse import fuse
 from moeware.compiler.kept import Kept
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
+from moeware.compiler.mixed_precision import Allocation, allocate_bits
 from moeware.compiler.partition import OPTIONS, describe, partition, report
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
@@ -47,7 +48,8 @@ TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "FLOAT16": "tenso
 class State:
     """What the stages hand on; every stage fills in what it makes.
 
-    models : one for each of `combinations(choices)`; quantised : the steps of all of them.
+    models : one for each of `combinations(choices)`; quantised : the steps of all of them; upper : the
+    same with the upper halves of nested weights.
     """
 
     path: Path
@@ -56,6 +58,8 @@ class State:
     trace: bool = False
     frames: int = 1
     bits: Mapping[str, int] = field(default_factory=dict)
+    expert_bits: float | None = None
+    nested: bool = False
     choices: dict[str, list[int]] = field(default_factory=dict)
     models: list[ir.Model] = field(default_factory=list)
     inputs: Ports = field(default_factory=list)
@@ -64,7 +68,9 @@ class State:
     report: dict = field(default_factory=dict)
     kept: dict = field(default_factory=dict)  # what `Kept.report` says
     calibration: Calibration | None = None
+    allocation: Allocation | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
+    upper: list[QuantisedStep | HostStep] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)  # by device step
     program: Program | None = None
@@ -97,7 +103,7 @@ def _calibrate(state: State) -> None:
 
 def _quantise(state: State) -> None:
     state.quantised = []
-    precision = Precision(state.bits)
+    precision, layers = Precision(state.bits, state.expert_bits, state.nested), []
     kept = Kept.joined([Kept.of(model) for model in state.models])
     variants = [partition(model, state.config).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
@@ -110,10 +116,24 @@ def _quantise(state: State) -> None:
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
                                 [each.nodes for each in alike], kept)
-                verify_quantised(step)
+                layers += step.layers
             step.choice = choice
             state.quantised.append(step)
     precision.check()
+    if state.expert_bits is not None:
+        state.allocation = allocate_bits(
+            layers, state.expert_bits, state.config, state.calibration.frames * len(state.models))
+    if state.nested:
+        if not layers:
+            raise CompileError("Experts must be on the accelerator for nested weights: this model has "
+                               "none there (`moeware check` says why)")
+        state.upper = [step.settle_nested() if isinstance(step, QuantisedStep) else step
+                       for step in state.quantised]
+    for step in _device(state):
+        step.settle(state.allocation.bits if state.allocation else {})
+    for step in [*state.quantised, *state.upper]:
+        if isinstance(step, QuantisedStep):
+            verify_quantised(step)
     kept.settle(variants[0])
     state.kept = kept.report()
 
@@ -161,7 +181,13 @@ def _emit(state: State) -> None:
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
                   "starved_experts": state.calibration.starved, "plans": state.plans,
-                  "kept": state.kept})
+                  "kept": state.kept,
+                  "expert_bits": state.allocation and state.allocation.to_dict()})
+    if state.upper:
+        half = replace(state, quantised=state.upper, upper=[])
+        for name in ("tile", "schedule", "allocate", "emit"):
+            STAGES[name](half)
+        state.program.upper = half.program
 
 
 def _device(state: State) -> list[QuantisedStep]:
@@ -177,6 +203,7 @@ STAGES: dict[str, Callable[[State], None]] = {
 
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
                   trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
+                  expert_bits: float | None = None, nested: bool = False,
                   choices: Choices | None = None, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
@@ -192,6 +219,10 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
         of one is at work beside the products of another. Its latency is that of all.
     bits : of weights, by layer or kind, as `compiler.precision.Precision` takes them:
         ``{"experts": 4}`` halves the bytes that experts' weights move.
+    expert_bits : average bits of all experts' weights, from 2 to 8: each expert gets 8, 4 or 2 of them
+        such that the outputs lose least (see `mixed_precision`). Experts named in `bits` keep theirs.
+    nested : experts have 8 bits of which the upper 4 are good weights, too: `Program.upper` is the
+        program with these, and a file holds them once.
     choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
         of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
         one of them; they share all constants that are equal. Samples are calibrated with each.
@@ -216,8 +247,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     first, last = names.index(start), names.index(stop)
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
-    state = State(Path(path), config, samples, trace, frames, bits or {},
-                  check_choices(choices or {}))
+    state = State(Path(path), config, samples, trace, frames, bits or {}, expert_bits,
+                  nested, check_choices(choices or {}))
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -287,4 +318,5 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
                            f"{state.choices}: start at load")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
     state.frames, state.bits = wanted.frames, wanted.bits
+    state.expert_bits, state.nested = wanted.expert_bits, wanted.nested
     return state

@@ -1,5 +1,6 @@
 """Real scales as integers: multiplier and shift, int8 grids with the least error, pointwise tables."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -111,12 +112,16 @@ def _erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(math.erf, otypes=[np.float64])(x)
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
+@functools.cache
+def _gelu_knots() -> tuple[np.ndarray, np.ndarray]:
     # A grid has 256 points at most, and samples are many: interpolating a fine table keeps the
     # error below 1e-7, far under a step of int8.
     knots = np.linspace(-9, 9, 1 << 14)
-    values = 0.5 * knots * (1 + _erf(knots / math.sqrt(2)))
-    return np.where(x > 9, x, np.interp(x, knots, values, left=0.0))
+    return knots, 0.5 * knots * (1 + _erf(knots / math.sqrt(2)))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return np.where(x > 9, x, np.interp(x, *_gelu_knots(), left=0.0))
 
 
 FUNCTION: dict[str, Callable[[np.ndarray], np.ndarray]] = {

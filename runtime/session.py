@@ -30,6 +30,7 @@ class Session:
     Parameters
     ----------
     program : the program, or the path of its file.
+    expert_bits : 8 or 4, of a program with nested experts (None: as it is, 8).
     device : "auto" (a board if one answers, otherwise PyTorch), a name that `open_device` knows, or
         a device.
     strict : refuse nodes on the host, and PyTorch in place of a board that was asked for.
@@ -44,13 +45,15 @@ class Session:
     DeviceError
         The device is not there, or of another configuration than the program.
     ProgramError, OSError
-        The file is not a program, or cannot be read.
+        The file is not a program, or cannot be read; it has no experts of so many bits.
     """
 
     def __init__(self, program: Program | str | os.PathLike, device: str | Device = "auto", *,
                  strict: bool = False, fallback: bool = True, port: str | None = None,
-                 timeout_s: float = 10.0):
+                 timeout_s: float = 10.0, expert_bits: int | None = None):
         self.program = program if isinstance(program, Program) else Program.load(program)
+        if expert_bits is not None:
+            self.program = self.program.with_expert_bits(expert_bits)
         self._fallback = fallback and not strict
         self._counters: list[dict[str, int]] = []
         if strict:

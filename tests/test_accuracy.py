@@ -181,6 +181,21 @@ def test_the_first_degraded_layer(moe, tmp_path):
     assert first is not None and first.layer == "AddConstant_0"
 
 
+def test_nested_and_mixed_bits(tmp_path):
+    """Grids are those of the integers that a program holds, whatever bits its experts have."""
+    path, program = compiled(vit(mixer=Moe("loop")), tmp_path, nested=True)
+    mixed = moeware.compile(path, CONFIG, {"image": example(64, seed=1)}, expert_bits=4)
+    found = {bits: moeware.compare(path, each, {"image": IMAGES}, least_agreement=0.8)
+             for bits, each in ((8, program), (4, program.upper), ("mixed", mixed))}
+    for bits, accuracy in found.items():
+        assert accuracy.degraded is None, bits
+        assert [layer.layer for layer in accuracy.layers] == [
+            layer.layer for layer in found[8].layers]
+    noise = {bits: next(tensor for tensor in accuracy.tensors if tensor.layer == "Experts_0")
+             .rms_error for bits, accuracy in found.items()}
+    assert noise[8] < noise[4] and noise[8] < noise["mixed"]
+
+
 def test_parts_on_the_host(tmp_path):
     def norm():
         return nn.LayerNorm(exports.DIM)

@@ -102,6 +102,48 @@ def test_run(moe, folder):
     assert status == 0 and "2 frames in" in out and "linear0 [2, 2, 4]" in out
 
 
+def test_bits_of_experts(moe, folder):
+    """An average, with its table; nested, with both widths from one file."""
+    model = (str(DIGITS / "digits.onnx"), "--config", "config.json", "--calibration", "samples.npz")
+    result = facts(moe("compile", *model, "--expert-bits", "3", "-o", "mixed.moe", "--json"))
+    bits = result["metadata"]["expert_bits"]
+    assert bits["wanted"] == 3 and bits["average"] <= 3 and list(bits["layers"]) == ["Experts_0", "Experts_1"]
+    text = compile_command.text(result)
+    assert "bits of experts' weights: 3.00 on average" in text and "with 2 bits for each" in text
+    status, _, errors = moe("compile", *model, "--expert-bits", "1")
+    assert status == 1 and "must be between 2 and 8, not 1" in errors and "Traceback" not in errors
+
+    result = facts(moe("compile", *model, "--nested", "-o", "nested.moe", "--json"))
+    assert result["upper_estimate"]["cycles"] < result["estimate"]["cycles"]
+    assert "with --expert-bits 4:" in compile_command.text(result)
+    images = ("samples.npz", "--array", "images")
+    outputs = []
+    for more in ((), ("--expert-bits", "8"), ("--expert-bits", "4")):
+        facts(moe("run", "nested.moe", *images, *more, "--device", "torch", "-o", "out.npz", "--json"))
+        outputs.append(np.load(folder / "out.npz")["logits"])
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert 0 < np.abs(outputs[2] - outputs[0]).max() < np.abs(outputs[0]).max() / 5
+    noise = []
+    for bits in ("8", "4"):
+        result = facts(moe("compare", str(DIGITS / "digits.onnx"), "nested.moe", *images, "--frames", "9",
+                           "--expert-bits", bits, "--json"))
+        noise.append(next(layer["rms_error"] for layer in result["layers"]
+                          if layer["layer"] == "Experts_0"))
+    assert noise[0] < noise[1]
+    status, _, errors = moe("run", "mixed.moe", *images, "--expert-bits", "4")
+    assert status == 1 and "compile it so (--nested)" in errors
+
+
+def test_starved_experts_come_with_a_remedy():
+    found = {"program": "x.moe", "placement": "", "file_bytes": 1, "config_digest": "0x0", "image_bytes": 1,
+             "dram_bytes": 1, "macs_per_frame": 1, "upper_estimate": None,
+             "estimate": {"cycles": 1, "steps": [], "seconds": 1, "clock_hz": 1, "dram": "sdram"},
+             "metadata": {"plans": [], "expert_bits": None,
+                          "starved_experts": ["Experts_0/expert3: 0 tokens"]}}
+    assert "reached: Experts_0/expert3: 0 tokens; " in compile_command.text(found)
+    assert "Calibrate with more inputs" in compile_command.text(found)
+
+
 def test_compile_simulate_and_demo(moe, folder, monkeypatch):
     model = str(DIGITS / "digits.onnx")
     result = facts(moe("compile", model, "--config", "config.json", "--calibration", "samples.npz",

@@ -231,6 +231,8 @@ def _measure(
             gamma = gamma * array.reshape(-1)
         else:
             beta = array.reshape(-1)
+    if not centred and beta.any():
+        return None  # RMSNorm has none: the value before it is the norm
     sample = np.random.default_rng(1).normal(size=shape).astype(np.float32) * 2 + 1
     results = run(model, {x: sample}, [y])
     if results is None:

@@ -112,8 +112,9 @@ class Builder:
 
 
 def flat_root(value: ir.Value) -> ir.Value:
-    """The earliest value that holds the elements of ``value`` in the same order."""
-    return [trace.root for trace in traces(value) if same_elements(trace)][-1]
+    """The earliest value that holds the elements of ``value`` in the same order; itself where its
+    shape is not known."""
+    return [value, *(trace.root for trace in traces(value) if same_elements(trace))][-1]
 
 
 def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:

@@ -48,7 +48,10 @@ def fuse_rotary(model: ir.Model) -> None:
             continue
         root, _, _ = expanded
         for y in _reshapes(node.outputs[0]):
-            _, terms, nodes = expand(y)  # type: ignore[misc]
+            expanded = expand(y)
+            if expanded is None:  # its shape is not known
+                break
+            _, terms, nodes = expanded
             turn = _match(_split(terms, rotary_heads(node)), root)
             if turn is not None and _replace(model, root, y, turn, nodes):
                 done.update(nodes)

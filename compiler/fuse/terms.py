@@ -51,15 +51,21 @@ class Terms:
 
     def scaled(self, factor: np.ndarray) -> "Terms":
         """The terms times ``factor``, which may broadcast them."""
-        factors = self.factors * factor
-        return Terms(np.broadcast_to(self.places, factors.shape), factors)
+        spread = self.spread(np.broadcast_shapes(self.shape, factor.shape))
+        return Terms(spread.places, spread.factors * factor)
+
+    def spread(self, shape: tuple[int, ...]) -> "Terms":
+        """The terms broadcast to ``shape``, which may have more axes."""
+        ones = (1,) * (len(shape) - len(self.shape))
+        parts = (part.reshape(2, *ones, *self.shape) for part in (self.places, self.factors))
+        return Terms(*(np.broadcast_to(part, (2, *shape)) for part in parts))
 
     def plus(self, other: "Terms") -> "Terms | None":
         """The sum of both; None where an element would have more than two terms."""
         shape = np.broadcast_shapes(self.shape, other.shape)
-        parts = (self, other)
-        places = np.concatenate([np.broadcast_to(part.places, (2, *shape)) for part in parts])
-        factors = np.concatenate([np.broadcast_to(part.factors, (2, *shape)) for part in parts])
+        parts = (self.spread(shape), other.spread(shape))
+        places = np.concatenate([part.places for part in parts])
+        factors = np.concatenate([part.factors for part in parts])
         for first in range(2):
             for second in range(2, 4):
                 same = (places[first] == places[second]) & (places[first] >= 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.canonical import DOMAIN, ROUTED
 from moeware.compiler.fuse.rebuild import Builder, token_shape
 from moeware.compiler.fuse.trace import (
     Trace,
@@ -138,7 +138,7 @@ def join_branches(model: ir.Model) -> None:
             branches = [branch for branch in inner.inputs if branch is not None]
             whole = len(value.uses()) == 1 and not value.is_graph_output()
             if not whole or not all(
-                _is(branch.producer(), "Linear", "Experts", "GatedExperts") for branch in branches
+                _is(branch.producer(), "Linear", *ROUTED) for branch in branches
             ):
                 continue
             shape = static_shape(stream)

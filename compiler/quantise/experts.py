@@ -1,22 +1,24 @@
 """Routing and experts."""
 
 import math
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.calibrate import FEW_TOKENS
 from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.kept_weights import kept_weights, usable_integers
-from moeware.compiler.quantise.gated import STAGES, gated_layers
-from moeware.compiler.quantise.state import State
-from moeware.compiler.scales import (
-    FUNCTION,
-    encode_scale,
-    function_table,
-    shifted_grid,
+from moeware.compiler.quantise.expert_layer import ExpertLayer
+from moeware.compiler.quantise.hidden import (
+    GATED_STAGES,
+    STAGES,
+    Hidden,
+    gated_hidden,
+    plain_hidden,
 )
+from moeware.compiler.quantise.state import State
+from moeware.compiler.scales import encode_scale
 from moeware.compiler.weights import Tensor, quantise_weights
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
@@ -46,43 +48,40 @@ class Experts(State):
     _GatedExperts = _Experts
 
     def _experts(self, node: ir.Node, stream: Tensor, output: str) -> None:
-        function = attributes(node)["function"]
-        source = self._tensor(node.inputs[0])
-        w1, b1, w2, b2, *third = self._constants(node, 3)
-        bits = np.array([self.precision.of(f"{node.name}/expert{e}", node.name, "experts")
-                         for e in range(len(w1))], np.uint8)
-        quantiser = partial(self._scaled_weights, bits=bits)
-        samples = self._expert_samples(node)
-        if third:
-            demand = np.max([np.abs(variant[node.name].inputs[5].const_value.numpy()).max(1)
-                             for variant in self.variants], 0)
-            made = gated_layers((w1, b1), third, source, function, samples, demand, quantiser,
-                                whole=self._has_integers(node, 5))
-            layers = {name: getattr(made, name)
-                      for name in ("up", "up_affine", "gate", "gate_affine", "table")}
-            w2 = w2 if made.gain is None else w2 * made.gain[:, None]
-            hidden = Tensor("", made.step, mean=made.mean[:, None])
-        else:
-            activation = np.concatenate([each["activation"] for each in samples])
-            before = shifted_grid(np.concatenate([each["hidden"] for each in samples]),
-                                  of=FUNCTION[function])
-            after = shifted_grid(activation)
-            up, up_affine = quantiser(w1, b1 - before[1], source, before[0])
-            layers = {"up": up, "up_affine": up_affine,
-                      "table": function_table(function, before, after)}
-            hidden = Tensor("", after[0], offset=after[1], mean=activation.mean(0))
-        down, down_affine = quantiser(w2, b2, hidden, self.stream_step, 16)
-        self._add(q.Experts(
-            name=node.name, output=output, source=source.tensor, residual=stream.tensor,
-            route=node.inputs[1].name, down=down, down_affine=down_affine, bits=bits, **layers))
+        source, constants = self._tensor(node.inputs[0]), self._constants(node, 3)
+        layer = ExpertLayer(
+            name=node.name, function=attributes(node)["function"], constants=constants, kept=self.kept,
+            source=source, hidden=self._hidden(node), stream_step=self.stream_step,
+            rows=self._expert_rows(node), tokens=self.calibration.tokens[node.name],
+            fixed=[self.precision.of_expert(node.name, e) for e in range(len(constants[0]))],
+            rest={"output": output, "source": source.tensor, "residual": stream.tensor,
+                  "route": node.inputs[1].name})
+        self.result.layers.append(layer)
+        self._add(layer.operation([bits or 8 for bits in layer.fixed]))
 
-    def _expert_samples(self, node: ir.Node) -> list[dict[str, np.ndarray]]:
-        """Samples [rows, hidden] of every expert, by stage; without rows where none reached it."""
-        experts, hidden, _ = shape(node.inputs[3])
-        none = np.zeros((0, hidden), np.float32)
-        found = [{stage: self.calibration.samples.get(f"{node.name}/expert{e}/{stage}", none)
-                  for stage in STAGES} for e in range(experts)]
-        if not any(len(each["hidden"]) for each in found):
+    def _hidden(self, node: ir.Node) -> list[Hidden]:
+        function = attributes(node)["function"]
+        if node.op_type == "Experts":
+            return plain_hidden(function, {stage: self._of_experts(node, stage) for stage in STAGES})
+        demand = np.max([np.abs(variant[node.name].inputs[5].const_value.numpy()).max(1)
+                         for variant in self.variants], 0)
+        return gated_hidden(function, {stage: self._of_experts(node, stage) for stage in GATED_STAGES},
+                            demand, whole=self._has_integers(node, 5))
+
+    def _expert_rows(self, node: ir.Node) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows that reach each expert and their weights; where they are too few to tell, what reaches
+        the layer, with equal weights."""
+        inputs, weights = (self._of_experts(node, stage) for stage in ("input", "weight"))
+        layer, mean = self.calibration.rows(node.inputs[0].name), np.concatenate(weights).mean()
+        return [(rows, weight[:, 0]) if len(rows) >= FEW_TOKENS else (layer, np.full(len(layer), mean))
+                for rows, weight in zip(inputs, weights, strict=True)]
+
+    def _of_experts(self, node: ir.Node, stage: str) -> list[np.ndarray]:
+        """Samples [rows, channels] of each expert; without rows where none reached it."""
+        found = [self.calibration.samples.get(f"{node.name}/expert{e}/{stage}")
+                 for e in range(shape(node.inputs[3])[0])]
+        some = next((samples for samples in found if samples is not None), None)
+        if some is None:
             raise CompileError(f"Node {node.name!r} must be reached by the calibration data: no "
                                "token was routed to any of its experts")
-        return found
+        return [some[:0] if samples is None else samples for samples in found]

@@ -63,7 +63,7 @@ class Projections(State):
             # Multipliers have no sign: the weights take it.
             sign = np.where(gamma < 0, -1, 1).astype(weight.dtype)
             weight, bias = weight * sign[:, None], bias * sign
-        self._add_linear(linear, linear.outputs[0].name, source, step, residual=None,
+        self._add_linear(linear, linear.outputs[0].name, step, residual=None,
                          constants=(weight, bias))
 
         gain, kept = self._score_gain(attention, value), self._kept_scores(value)

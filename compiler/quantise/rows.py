@@ -1,15 +1,14 @@
 """What works row by row: normalisation, products, pointwise functions."""
 
 import dataclasses
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import attributes
+from moeware.compiler.canonical import attributes, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.kept_weights import kept_norm
-from moeware.compiler.quantise.gated import STAGES, gated_layers
+from moeware.compiler.quantise.hidden import GATED_STAGES, gated_hidden
 from moeware.compiler.quantise.projections import head_channels
 from moeware.compiler.quantise.state import MEETS, State, without
 from moeware.compiler.scales import (
@@ -139,8 +138,8 @@ class Rows(State):
 
     def _emit_linear(self, node, value, weight, bias, step, *, table=None, after=None,
                      shift=None, gain=None, mean=0.0) -> None:
-        source = self._tensor(node.inputs[0])
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         integer, affine = self._scaled_weights(weight, bias, source, step, bits=bits)
         self._add(q.Linear(name=node.name, output=value.name, source=source.tensor, weight=integer,
                            affine=affine, table=table, bits=bits))
@@ -180,24 +179,26 @@ class Rows(State):
         if gate.op_type == "Pointwise":
             function = attributes(gate)["function"]
             gate = self.pending.pop(gate.inputs[0].name)
-        up, source = operands[1], self._tensor(operands[1].inputs[0])
+        up = operands[1]
         stages = (gate.outputs[0], operands[0].outputs[0], up.outputs[0], value)
-        samples = {stage: self.calibration.rows(each.name) for stage, each in zip(STAGES, stages)}
-        layers = [[array[None] for array in self._constants(layer)] for layer in (gate, up)]
-        bits = self.precision.of(up.name, gate.name, "linear")
+        samples = {stage: [self.calibration.rows(each.name)]
+                   for stage, each in zip(GATED_STAGES, stages)}
         places = {"hidden": ("any", "middle") if function else (), "activation": ("middle",),
                   "product": ("middle",)}
-        grids = {stage: self._kept_grid(each, samples[stage], *places[stage])
-                 for stage, each in zip(STAGES, stages) if places.get(stage)}
-        made = gated_layers(*layers, source, function, [samples],
-                            self._demand(value, samples["product"].shape[-1])[None],
-                            partial(self._scaled_weights, bits=bits), grids,
-                            whole=self._keeps_weights(value))
-        if grids["product"] and made.step != grids["product"][0]:
+        grids = {stage: self._kept_grid(each, samples[stage][0], *places[stage])
+                 for stage, each in zip(GATED_STAGES, stages) if places.get(stage)}
+        demand = self._demand(value, shape(value)[-1])
+        hidden, = gated_hidden(function, samples, demand[None], grids, whole=self._keeps_weights(value))
+        if grids["product"] and hidden.made.step != grids["product"][0]:
             self.kept.note(self.kept.grids[value.name].names,
                            "on it the factor of the product has more than 16 bits")
-        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=made.up[0],
-                           affine=made.up_affine.part(0), table=made.table, bits=bits,
-                           gate=made.gate[0], gate_affine=made.gate_affine.part(0)))
-        self.values[value.name] = Tensor(value.name, made.step, mean=made.mean[0], rows=source.rows,
-                                         gain=None if made.gain is None else made.gain[0])
+        bits = self.precision.of(up.name, gate.name, "linear")
+        source = self._linear_source(up, bits)
+        weight, bias = self._constants(gate)
+        step, offset = hidden.before
+        gate_weight, gate_affine = self._scaled_weights(weight, bias - offset, source, step, bits=bits)
+        weight, affine = self._scaled_weights(*self._constants(up), source, hidden.factor, 16, bits)
+        self._add(q.Linear(name=up.name, output=value.name, source=source.tensor, weight=weight,
+                           affine=affine, table=hidden.table, bits=bits, gate=gate_weight,
+                           gate_affine=gate_affine))
+        self.values[value.name] = dataclasses.replace(hidden.made, tensor=value.name, rows=source.rows)

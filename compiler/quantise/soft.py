@@ -7,15 +7,9 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes
+from moeware.compiler.quantise.hidden import STAGES, plain_hidden
 from moeware.compiler.quantise.state import HEADROOM, State
-from moeware.compiler.scales import (
-    FUNCTION,
-    encode_scale,
-    encode_scales,
-    function_table,
-    grid,
-    shifted_grid,
-)
+from moeware.compiler.scales import encode_scale, encode_scales, grid
 from moeware.compiler.weights import Tensor, scaled_weights
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
@@ -50,23 +44,20 @@ class SoftExperts(State):
         wide = float(HEADROOM * np.abs(result_rows).max() / 32767) or 1.0
         results = self._stored(f"{name}/biases", np.repeat(b2, len(slots) // experts, 0), wide)
 
-        hidden, activation = (self.calibration.rows(f"{name}/{stage}")
-                              for stage in ("hidden", "activation"))
-        function = attributes(node)["function"]
-        before, after = shifted_grid(hidden, of=FUNCTION[function]), shifted_grid(activation)
-        table = function_table(function, before, after)
+        hidden, = plain_hidden(attributes(node)["function"], {
+            stage: [self.calibration.rows(f"{name}/{stage}")] for stage in STAGES})
         count = len(slots) // experts
         for e in range(experts):
             own = f"{name}/expert{e}"
-            bits = self.precision.of(own, name, "experts")
+            bits = self.precision.of_soft_expert(name, e)
             queries = self._rows_of(f"{own}/slots", stored, slot_step, e * count, count)
             self._mix(f"{own}/filled", queries, tokens, tokens, filled_step)
             rows = Tensor(f"{own}/filled", filled_step, tokens.gain, rows=count)
-            up, affine = self._scaled_weights(w1[e], b1[e] - before[1], rows, before[0], bits=bits)
+            step, offset = hidden.before
+            up, affine = self._scaled_weights(w1[e], b1[e] - offset, rows, step, bits=bits)
             self._add(q.Linear(name=f"{own}/up", output=f"{own}/hidden", source=rows.tensor,
-                               weight=up, affine=affine, table=table, bits=bits))
-            made = Tensor(f"{own}/hidden", after[0], offset=after[1], mean=activation.mean(0),
-                          rows=count)
+                               weight=up, affine=affine, table=hidden.table, bits=bits))
+            made = dataclasses.replace(hidden.made, tensor=f"{own}/hidden", rows=count)
             down, affine = self._scaled_weights(w2[e], np.zeros_like(b2[e]), made, wide, 16, bits)
             self._add(q.AddLinear(name=f"{own}/down", output=f"{own}/results", source=made.tensor,
                                   residual=results.tensor, first_row=e * count, weight=down,

@@ -1,8 +1,10 @@
 """A device step while it is quantised: its ends, its grids, what has been emitted."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +13,10 @@ from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, projection, shape
 from moeware.compiler.errors import CompileError
 from moeware.compiler.kept import Kept
-from moeware.compiler.kept_weights import kept_weights, scaled, usable_integers
-from moeware.compiler.precision import WEIGHT_BITS, Precision
-from moeware.compiler.weights import Tensor, scaled_weights
+from moeware.compiler.kept_weights import kept_or_scaled
+from moeware.compiler.precision import Precision
+from moeware.compiler.quantise.expert_layer import ExpertLayer
+from moeware.compiler.weights import Tensor, informed
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
@@ -29,14 +32,37 @@ MEETS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 7)}
 
 @dataclass
 class QuantisedStep:
-    """A device step before it has addresses (those of its ports' regions are 0). choice, grids : as
-    of `DeviceStep`."""
+    """A device step before it has addresses (those of its ports' regions are 0).
+
+    choice, grids : as of `DeviceStep`; layers : its experts while their bits are open, none after.
+    """
 
     operations: list[q.Operation] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     choice: dict[str, int] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    layers: list[ExpertLayer] = field(default_factory=list)
+
+    def settle(self, bits: Mapping[str, Sequence[int]]) -> None:
+        """Give experts these bits, by the name of their layer, or leave them those they have."""
+        self._exchange([layer.operation(bits[layer.name]) for layer in self.layers
+                        if layer.name in bits])
+        self.layers = []
+
+    def settle_nested(self) -> "QuantisedStep":
+        """Give experts nested weights of 8 bits; returns the step with the upper 4 of them."""
+        pairs = [layer.nested() for layer in self.layers]
+        self.layers = []
+        upper = dataclasses.replace(self, operations=list(self.operations))
+        self._exchange([whole for whole, _ in pairs])
+        upper._exchange([half for _, half in pairs])
+        return upper
+
+    def _exchange(self, operations: Sequence[q.Experts]) -> None:
+        """These operations in place of those that have their outputs."""
+        known = {operation.output: operation for operation in operations}
+        self.operations = [known.get(each.output, each) for each in self.operations]
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,7 @@ class State:
         self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # value of a norm -> all its rows
         self.columns: dict[str, np.ndarray] = {}
         self.added: dict[str, tuple[str, str]] = {}
+        self._scaled_weights = partial(kept_or_scaled, kept)
         self.stream_step = self._stream_step()
 
     # Consumers, grids, weights
@@ -132,20 +159,17 @@ class State:
         return False
 
     def _has_integers(self, node: ir.Node, *places: int) -> bool:
-        """Whether weights of a node came as integers, in any variant."""
-        return any(self.kept.integers(variant[node.name].inputs[place].const_value.numpy()) is not None
-                   for variant in self.variants for place in places)
+        """Whether weights of a node came as integers, in any variant, and have 8 bits."""
+        return not self._is_narrow(node) and any(
+            self.kept.integers(variant[node.name].inputs[place].const_value.numpy()) is not None
+            for variant in self.variants for place in places)
 
-    def _scaled_weights(self, weight: np.ndarray, bias: np.ndarray, source: Tensor,
-                        step: float | np.ndarray, result_bits: int = 8, bits: int | np.ndarray = 8
-                        ) -> tuple[np.ndarray, q.Affine]:
-        """`scaled_weights` of so many bits, or the integers that the weights came with."""
-        integers = usable_integers(self.kept, weight, int(np.min(bits)))
-        found = integers and kept_weights(self.kept, *integers, bias, source)
-        if found:
-            return scaled(found, step)
-        limit = np.vectorize(WEIGHT_BITS.get)(bits)
-        return scaled_weights(weight, bias, source, step, result_bits, limit=limit)
+    def _is_narrow(self, node: ir.Node) -> bool:
+        """Whether the user wants weights of a node to be others than any of 8 bits."""
+        if node.op_type in ("Experts", "GatedExperts"):
+            bits = (self.precision.of_expert(node.name, e) or 8 for e in range(shape(node.inputs[3])[0]))
+            return self.precision.nested or all(each < 8 for each in bits)
+        return node.op_type == "Linear" and self.precision.of(node.name, "linear") < 8
 
     def _add(self, operation: q.Operation) -> None:
         self.result.operations.append(operation)
@@ -210,14 +234,22 @@ class State:
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
         step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
-        self._add_linear(node, value.name, source, step, residual=None)
+        self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
 
-    def _add_linear(self, node: ir.Node, output: str, source: Tensor, step: float, *,
+    def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
+        """What a Linear reads, as its weights want to know it."""
+        source, value = self._tensor(node.inputs[0]), node.inputs[0]
+        if bits == 8 or node.op_type == "PatchEmbed":  # samples of images are not of patches
+            return source
+        return informed(source, self.calibration.rows(value.name))
+
+    def _add_linear(self, node: ir.Node, output: str, step: float, *,
                     residual: str | None, first_row: int = 0,
                     constants: Sequence[np.ndarray] | None = None) -> None:
         """constants : weight and bias in place of the node's own."""
         bits = self.precision.of(node.name, "linear")
+        source = self._linear_source(node, bits)
         weight, affine = self._scaled_weights(*(constants or self._constants(node)), source, step, 16,
                                               bits)
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,

@@ -38,11 +38,10 @@ class Stream(State):
 
     def _emit_embedding(self, name: str, start: Embedding) -> Tensor:
         node = start.patches
-        image = self._tensor(node.inputs[0])
         constant = np.clip(np.rint(start.constant / self.stream_step), -32768, 32767)
         self._add(q.Constant(name=node.name, output=f"{name}/constant",
                              value=constant.astype(np.int16)))
-        self._add_linear(node, name, image, self.stream_step, residual=f"{name}/constant",
+        self._add_linear(node, name, self.stream_step, residual=f"{name}/constant",
                          first_row=start.first_row)
         tensor = Tensor(name, self.stream_step, rows=len(start.constant))
         self.values[name] = tensor
@@ -56,8 +55,7 @@ class Stream(State):
         stream, name = self._tensor(other), node.outputs[0].name
         source_node = self.pending.pop(branch.name)
         if source_node.op_type == "Linear":
-            source = self._tensor(source_node.inputs[0])
-            self._add_linear(source_node, name, source, self.stream_step, residual=stream.tensor)
+            self._add_linear(source_node, name, self.stream_step, residual=stream.tensor)
         elif source_node.op_type == "SoftExperts":
             self._soft_experts(source_node, stream, name)
         else:

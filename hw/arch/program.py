@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import layout, quantised
+from . import layout, nested, quantised
 from .config import Config
 from .grid import Grid
 from .isa import Memory
@@ -204,7 +204,8 @@ class Program:
     inputs, outputs : (name, shape without the batch axis, onnx type) of the model; placement : the
     line that says what runs where; metadata : JSON-able facts for reports. choices : inputs of the
     model that are one integer for a whole run, such as its task, and the values that they may have;
-    every combination of values has its own steps.
+    every combination of values has its own steps. upper : the same model with experts of 4 bits, the
+    upper halves of those here, where they are nested.
     """
 
     config: Config
@@ -216,6 +217,21 @@ class Program:
     placement: str
     metadata: dict = field(default_factory=dict)
     choices: dict[str, list[int]] = field(default_factory=dict)
+    upper: "Program | None" = None
+
+    def with_expert_bits(self, bits: int) -> "Program":
+        """The program with all bits of nested experts, 8, or with their upper 4.
+
+        Raises
+        ------
+        ProgramError
+            Experts are not nested, or have no such number of bits.
+        """
+        if self.upper is None or bits not in (8, 4):
+            raise ProgramError(f"Bits of experts must be 8 or 4, of a program that was compiled with "
+                               f"nested experts, not {bits!r}"
+                               + ("" if self.upper else ": compile it so (--nested)"))
+        return self if bits == 8 else self.upper
 
     def steps_of(self, choice: Mapping[str, int] | None = None) -> list[DeviceStep | HostStep]:
         """The steps of a run, in order. choice : a value for each of `choices`; None: the first."""
@@ -225,7 +241,27 @@ class Program:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file; an existing one is replaced only by a complete new one."""
-        arrays: dict[str, np.ndarray] = {"image": np.frombuffer(self.image, np.uint8)}
+        arrays: dict[str, np.ndarray] = {}
+        manifest = self._to_arrays("image", arrays)
+        arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+        payload = io.BytesIO()
+        np.savez_compressed(payload, **arrays)
+        body = payload.getvalue()
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(FORMAT + hashlib.sha256(body).digest() + body)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _to_arrays(self, image: str, arrays: dict[str, np.ndarray],
+                   known: Mapping[str, str] | None = None) -> dict:
+        """The program as JSON-able facts; its image, and its other arrays that are not `known` (see
+        `quantised.to_arrays`), are added to `arrays`."""
+        arrays[image] = np.frombuffer(self.image, np.uint8)
         steps = []
         for step in self.steps:
             if isinstance(step, HostStep):
@@ -242,24 +278,27 @@ class Program:
                     "outputs": [dataclasses.asdict(port) for port in step.outputs],
                     "probes": [dataclasses.asdict(probe) for probe in step.probes],
                     "grids": {name: _kept(grid, arrays) for name, grid in step.grids.items()},
-                    "operations": quantised.to_arrays(step.operations, arrays)})
-        arrays["manifest"] = np.frombuffer(json.dumps({
+                    "operations": quantised.to_arrays(step.operations, arrays, known)})
+        manifest = {
             "config": self.config.to_dict(), "digest": self.config.digest,
             "dram_bytes": self.dram_bytes, "steps": steps, "inputs": self.inputs,
             "outputs": self.outputs, "placement": self.placement, "choices": self.choices,
-            "metadata": self.metadata}).encode(), np.uint8)
-        payload = io.BytesIO()
-        np.savez_compressed(payload, **arrays)
-        body = payload.getvalue()
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(FORMAT + hashlib.sha256(body).digest() + body)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            "metadata": self.metadata}
+        if self.upper is not None:
+            operations = [op for step in self._device_steps for op in step.operations]
+            manifest["upper"] = self.upper._to_arrays("upper_image", arrays,
+                                                      quantised.halves(operations))
+            entries, upper_entries = ([step.entry for step in program._device_steps]
+                                      for program in (self, self.upper))
+            common = nested.common_weights(self.config, self.image, entries, self.upper.image,
+                                           upper_entries)
+            arrays["common_weights"] = common
+            arrays["upper_image"] = nested.left_out(self.config, self.upper.image, common)
+        return manifest
+
+    @property
+    def _device_steps(self) -> list[DeviceStep]:
+        return [step for step in self.steps if isinstance(step, DeviceStep)]
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Program":
@@ -283,14 +322,14 @@ class Program:
         try:
             with np.load(io.BytesIO(body), allow_pickle=False) as archive:
                 arrays = dict(archive)
-            return cls._from_arrays(arrays)
+            manifest = json.loads(arrays["manifest"].tobytes())
+            return cls._from_arrays(manifest, arrays["image"].tobytes(), arrays)
         except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ProgramError(f"{path} was written by another version of moeware ({error}): "
                                "compile the model again") from error
 
     @classmethod
-    def _from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Program":
-        manifest = json.loads(arrays["manifest"].tobytes())
+    def _from_arrays(cls, manifest: dict, image: bytes, arrays: dict[str, np.ndarray]) -> "Program":
         config = Config.from_dict(manifest["config"])
         if config.digest != manifest["digest"]:
             raise ProgramError(f"its configuration has the digest {config.digest:#010x} here and "
@@ -316,9 +355,13 @@ class Program:
                     operations=quantised.from_arrays(entry["operations"], arrays)))
         tensors = {side: [(name, tuple(shape), kind) for name, shape, kind in manifest[side]]
                    for side in ("inputs", "outputs")}
-        return cls(config=config, image=arrays["image"].tobytes(),
-                   dram_bytes=manifest["dram_bytes"], steps=steps, placement=manifest["placement"],
-                   metadata=manifest["metadata"], choices=manifest["choices"], **tensors)
+        upper = None
+        if "upper" in manifest:
+            upper = cls._from_arrays(manifest["upper"], nested.made_again(
+                config, image, arrays["upper_image"].tobytes(), arrays["common_weights"]), arrays)
+        return cls(config=config, image=image, dram_bytes=manifest["dram_bytes"], steps=steps,
+                   placement=manifest["placement"], metadata=manifest["metadata"],
+                   choices=manifest["choices"], upper=upper, **tensors)
 
 
 _GRID_ARRAYS = ("gain", "shift", "columns")

@@ -13,11 +13,13 @@ An operation never changes a tensor; `output` is a new name. Arithmetic is that 
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from .isa import NormMode
+from .nested import upper_half
 
 __all__ = [
     "OPERATIONS",
@@ -30,7 +32,9 @@ __all__ = [
     "Norm",
     "Operation",
     "Route",
+    "array_key",
     "from_arrays",
+    "halves",
     "keep",
     "to_arrays",
 ]
@@ -203,20 +207,34 @@ OPERATIONS = {kind.__name__: kind
               for kind in (Constant, Linear, AddLinear, Norm, Attention, Route, Experts)}
 
 
-def keep(array: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
-    """Add an array to `arrays`, equal ones once; returns its key, which depends on nothing else."""
+def array_key(array: np.ndarray) -> str:
+    """What equal arrays are kept under."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
     digest.update(np.ascontiguousarray(array).ravel())
-    key = f"array-{digest.hexdigest()}"
+    return f"array-{digest.hexdigest()}"
+
+
+def keep(array: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
+    """Add an array to `arrays`, equal ones once; returns its key, which depends on nothing else."""
+    key = array_key(array)
     arrays[key] = array
     return key
 
 
-def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray]) -> list[dict]:
-    """JSON-able description of the operations; their arrays are added to `arrays` (see `keep`)."""
+def halves(operations: list[Operation]) -> dict[str, str]:
+    """Keys of the upper halves of experts' weights, and the keys of the weights."""
+    return {array_key(upper_half(weight)): array_key(weight) for op in operations
+            if isinstance(op, Experts) for weight in (op.gate, op.up, op.down) if weight is not None}
+
+
+def to_arrays(operations: list[Operation], arrays: dict[str, np.ndarray],
+              known: Mapping[str, str] | None = None) -> list[dict]:
+    """JSON-able description of the operations; their arrays are added to `arrays` (see `keep`), but for
+    those that are the upper `halves` of others there."""
     def store(value):
         if isinstance(value, np.ndarray):
-            return {"array": keep(value, arrays)}
+            whole = (known or {}).get(array_key(value))
+            return {"upper": whole} if whole else {"array": keep(value, arrays)}
         if isinstance(value, Affine):
             return {"affine": {f.name: store(getattr(value, f.name))
                                for f in dataclasses.fields(value)}}
@@ -232,6 +250,8 @@ def from_arrays(description: list[dict], arrays) -> list[Operation]:
     def load(value):
         if isinstance(value, dict) and "array" in value:
             return arrays[value["array"]]
+        if isinstance(value, dict) and "upper" in value:
+            return upper_half(arrays[value["upper"]])
         if isinstance(value, dict):
             return Affine(**{name: load(part) for name, part in value["affine"].items()})
         return value

@@ -70,7 +70,7 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     config : as `find_config` takes it.
     calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
     options : as `moeware.compiler.pipeline.compile_model` takes them, for example
-        ``choices={"task": [0, 1]}``; None is returned where they
+        ``choices={"task": [0, 1]}``, ``expert_bits=3.0`` or ``nested=True``; None is returned where they
         stop before the last stage.
 
     Raises

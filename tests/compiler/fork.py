@@ -1,5 +1,6 @@
 """Run something in a process of its own that is measured, and ended where it takes too much."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -32,6 +33,7 @@ def forked(work: Callable[[], Iterator[Outcome]]) -> tuple[str, str, float, floa
     child = os.fork()
     if not child:
         os.close(reading)
+        faulthandler.disable()  # its end is told by its status, not on the terminal
         with os.fdopen(writing, "w", buffering=1) as file:
             try:
                 _limit()

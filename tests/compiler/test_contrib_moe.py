@@ -183,7 +183,7 @@ def test_refused(tmp_path, name):
     assert str(parts.reasons[node.name]).startswith(f"node `{node.name}`: ")
     what, how = str(parts.reasons[node.name]).split("; ")
     assert reason in what + how and remedy in what + how
-    assert f"(MoE: {what.split(': ', 1)[1]}" in describe(parts)
+    assert f"({what.split(': ', 1)[1]})" in describe(parts)
     if runs:
         run_steps(fused, parts, {"image": model().images(2, 4)})
     elif runs is False:

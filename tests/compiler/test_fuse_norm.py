@@ -82,6 +82,12 @@ def test_without_gamma(tmp_path):
     check(write(tmp_path, Norm(lambda x, g, e: form(x, 1.0, e))), ["RMSNorm"], frames=1)
 
 
+def test_a_constant_added_behind_is_not_lost(tmp_path):
+    form = FORMS["rsqrt"]
+    model = check(write(tmp_path, Norm(lambda x, g, e: form(x, g, e) + g.flip(0))), frames=1)
+    assert operators_of(model) == ["RMSNorm", "AddConstant"]
+
+
 @pytest.mark.parametrize("form", [
     lambda x, g, e: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + e) * g,
     lambda x, g, e: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + e) * g,

@@ -66,7 +66,7 @@ def test_without_gateware_they_run_on_the_host_and_say_why():
     for operator in ("Multiply", "GatedExperts"):
         assert f"{operator} needs gateware that this configuration does not have; use one with " \
             "Config.products = 1" in str(reasons[operator])
-    assert "(Multiply needs gateware" in describe(parts)
+    assert "(GatedExperts needs gateware" in describe(parts)
     assert reasons["PatchEmbed"] is None and reasons["Linear"] is None
     assert report(parts)["fpga_mac_share"] > 0
 

@@ -92,6 +92,7 @@ def files(tmp_path_factory):
     def get(kind: str, setting: str):
         if (kind, setting) not in made:
             path = tmp_path_factory.mktemp("qdq") / "model.onnx"
+            torch.manual_seed(4)  # of layers that are made before `vit` seeds
             model = {"swiglu": lambda: exports.vit(mixer=Swiglu(), norm=norm),
                      "bilinear": lambda: exports.vit(mixer=Swiglu(lambda x: x), norm=norm),
                      "turned": lambda: exports.vit(attention=Turned(), mixer=Swiglu(), norm=norm),
@@ -140,7 +141,7 @@ def test_gated_experts_keep_the_weights_of_their_file(files, setting):
 @pytest.mark.parametrize("setting", ["symmetric, per channel", "uint8"])
 @pytest.mark.parametrize("kind", ["swiglu", "turned", "experts"])
 def test_it_answers_like_its_file(files, kind, setting):
-    """As a ViT in `test_qdq` does, and within the same bounds."""
+    """As a ViT in `test_qdq` does, and as near; ONNX Runtime itself may be far from the float model."""
     path, images = files(kind, setting), exports.example(48, 3)
     program = compile_model(path, WITH, {"image": exports.example(16, 1)})
     assert program.placement.endswith("100.0 % of MACs")
@@ -150,6 +151,6 @@ def test_it_answers_like_its_file(files, kind, setting):
     theirs = np.concatenate([exports.run_onnx(path, image=image[None])[0] for image in images])
     lost, file_lost, apart = (np.sqrt(np.square(a - b).mean()) / real.std()
                               for a, b in ((ours, real), (theirs, real), (ours, theirs)))
-    assert lost <= file_lost + 0.01 and apart <= np.hypot(lost, file_lost) + 0.01 < 0.08
+    assert lost <= min(file_lost + 0.01, 0.08) and apart <= np.hypot(lost, file_lost) + 0.01
     assert not {name for reason, names in program.metadata["kept"]["others"].items()
                 for name in names if reason == "no layer of the accelerator uses it"}

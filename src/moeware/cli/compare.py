@@ -7,7 +7,7 @@ a layer adds to the residual stream stands before the stream with it. No gatewar
 integers are those of every device.
 """
 
-from moeware.cli.input_options import add_input_options
+from moeware.cli.input_options import add_input_options, read_program
 
 HELP = "compare a program with the float model, layer by layer"
 
@@ -29,7 +29,7 @@ def run(arguments) -> dict:
     from moeware.accuracy_plot import plot
     from moeware.cli.inputs import read_inputs
     from moeware.cli.progress import frames_bar
-    program = moeware.Program.load(arguments.program)
+    program = read_program(arguments)
     feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames,
                         choice=dict(arguments.choose))
     with frames_bar("compare") as progress:

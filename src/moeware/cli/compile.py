@@ -24,6 +24,12 @@ def configure(parser) -> None:
                         help="bits of a layer's weights, 8, 4 or 2; LAYER is a layer's name, one of "
                         "its experts (Experts_1/expert3), or 'experts' or 'linear' for all such "
                         "layers; repeatable")
+    parser.add_argument("--expert-bits", type=float, metavar="AVERAGE",
+                        help="average bits of experts' weights, from 2 to 8: each expert gets 8, 4 or "
+                        "2, whatever loses least")
+    parser.add_argument("--nested", action="store_true",
+                        help="experts of 8 bits whose upper 4 are good weights, too: compare, run, "
+                        "simulate and profile take --expert-bits 4")
     add_choices_option(parser)
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
@@ -44,8 +50,10 @@ def run(arguments) -> dict:
     with stages_bar("compile") as progress:
         program = moeware.compile(
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
-            frames=arguments.frames, bits=dict(arguments.bits), choices=dict(arguments.choices),
-            dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress)
+            frames=arguments.frames, bits=dict(arguments.bits),
+            expert_bits=arguments.expert_bits, nested=arguments.nested,
+            choices=dict(arguments.choices), dump=arguments.dump, start=arguments.start,
+            stop=arguments.stop, progress=progress)
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
     output = Path(arguments.output or Path(arguments.model).with_suffix(".moe").name)
@@ -55,7 +63,9 @@ def run(arguments) -> dict:
             "image_bytes": len(program.image), "dram_bytes": program.dram_bytes,
             "macs_per_frame": sum(getattr(step, "macs", 0) for step in program.steps_of()),
             "choices": program.choices,
-            "estimate": _estimate(program, arguments), "metadata": program.metadata}
+            "estimate": _estimate(program, arguments),
+            "upper_estimate": program.upper and _estimate(program.upper, arguments),
+            "metadata": program.metadata}
 
 
 def _estimate(program, arguments) -> dict:
@@ -72,15 +82,21 @@ def _estimate(program, arguments) -> dict:
 def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
-    from moeware.cli.tables import estimate_table, kept_lines
+    from moeware.cli.tables import estimate_table, expert_bits_table, kept_lines
     lines = [facts["placement"],
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     lines += sorted(set(facts["metadata"]["plans"]))
     lines += kept_lines(facts["metadata"]["kept"], "kept")
+    if facts["metadata"]["expert_bits"]:
+        lines.append(expert_bits_table(facts["metadata"]["expert_bits"]))
     lines.append(estimate_table(facts["estimate"]))
+    if facts["upper_estimate"]:
+        lines.append(f"with --expert-bits 4: {facts['upper_estimate']['cycles']:,} cycles a frame")
     starved = facts["metadata"].get("starved_experts", [])
     if starved:
-        lines.append(f"hardly calibrated experts: {', '.join(starved)}")
+        lines.append(f"experts that few or no calibration tokens reached: {', '.join(starved)}; their "
+                     "grids and narrow weights are for the layer's average token. Calibrate with more "
+                     "inputs, or with such as use them")
     return "\n".join(lines)

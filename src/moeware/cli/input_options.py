@@ -3,7 +3,7 @@ one integer for a whole run, such as a task."""
 
 import argparse
 
-__all__ = ["add_choices_option", "add_input_options"]
+__all__ = ["add_choices_option", "add_input_options", "read_program"]
 
 
 def add_choices_option(parser) -> None:
@@ -19,10 +19,20 @@ def add_input_options(parser) -> None:
     parser.add_argument("program", help="program file from `moeware compile`")
     parser.add_argument("inputs", help=".npz or .npy file, arrays [frames, ...]")
     parser.add_argument("--array", help="array of the .npz file, for a model with one input")
+    parser.add_argument("--expert-bits", type=int, choices=(8, 4), metavar="BITS",
+                        help="8 or 4, of a program compiled with --nested (default: 8)")
     parser.add_argument("--choose", action="append", type=_value, default=[],
                         metavar="INPUT=VALUE",
                         help="value of an input that is chosen per run (task=1), where the inputs' "
                         "file does not hold it; repeatable")
+
+
+def read_program(arguments):
+    """The program of `add_input_options`, with the bits that experts are to have."""
+    from moeware.hw.arch.program import Program
+    program = Program.load(arguments.program)
+    return (program if arguments.expert_bits is None
+            else program.with_expert_bits(arguments.expert_bits))
 
 
 def _values(text: str) -> tuple[str, list[int]]:

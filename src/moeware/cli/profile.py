@@ -7,7 +7,7 @@ https://ui.perfetto.dev) and roofline.png. On a board only its counters can be h
 import json
 from pathlib import Path
 
-from moeware.cli.input_options import add_input_options
+from moeware.cli.input_options import add_input_options, read_program
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "show where the cycles of a run go"
@@ -26,8 +26,7 @@ def configure(parser) -> None:
 
 def run(arguments) -> dict:
     from moeware.cli.inputs import read_inputs
-    from moeware.hw.arch.program import Program
-    program = Program.load(arguments.program)
+    program = read_program(arguments)
     if arguments.frame < 0:
         raise ValueError(f"Frame to profile must be 0 or more, not {arguments.frame}")
     feeds = read_inputs(arguments.inputs, program, array=arguments.array, first=arguments.frame,

@@ -27,7 +27,8 @@ def run(arguments) -> dict:
     from moeware.cli.progress import frames_bar
     session = moeware.Session(
         arguments.program, arguments.device, strict=arguments.strict, port=arguments.port,
-        fallback=not arguments.no_fallback, timeout_s=arguments.timeout)
+        fallback=not arguments.no_fallback, timeout_s=arguments.timeout,
+        expert_bits=arguments.expert_bits)
     feeds = read_inputs(arguments.inputs, session.program, array=arguments.array,
                         frames=arguments.frames, choice=dict(arguments.choose))
     began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import time
 
-from moeware.cli.input_options import add_input_options
+from moeware.cli.input_options import add_input_options, read_program
 
 HELP = "run a program on the golden device or on simulated gateware; compare devices"
 DEVICES = {"RTL": "rtl", "golden": "golden", "PyTorch": "torch"}  # as people know them
@@ -20,9 +20,8 @@ def configure(parser) -> None:
 
 def run(arguments) -> dict:
     from moeware.cli.inputs import read_inputs
-    from moeware.hw.arch.program import Program
     from moeware.runtime.device import open_device
-    program = Program.load(arguments.program)
+    program = read_program(arguments)
     feeds = read_inputs(arguments.inputs, program, array=arguments.array, frames=arguments.frames,
                         choice=dict(arguments.choose))
     wanted = arguments.device or (DEVICES.values() if arguments.compare else ["rtl"])

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-__all__ = ["counter_table", "estimate_table", "idle_table", "kept_lines", "layer_table", "table", "working_line"]
+__all__ = ["counter_table", "estimate_table", "expert_bits_table", "idle_table", "kept_lines",
+           "layer_table", "table", "working_line"]
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
@@ -66,6 +67,18 @@ def working_line(step: dict) -> str:
             f"take {best['linear']:.1%} at best), the attention unit in {shares['attention']:.1%} "
             f"(at best {best['attention']:.1%}), the bus moves a word in {shares['bus']:.1%}, and "
             f"none of them works in {working['nothing'] / cycles:.1%}")
+
+
+def expert_bits_table(found: dict) -> str:
+    """Bits of each expert, and what they cost; `found` is `mixed_precision.Allocation.to_dict`."""
+    alike = ", ".join(f"{error:.2%} with {bits} bits for each"
+                      for bits, error in found["uniform_errors"].items())
+    return "\n".join([
+        f"bits of experts' weights: {found['average']:.2f} on average, {found['bytes']:,} bytes; "
+        f"relative error of the outputs from experts about {found['error']:.2%} ({alike})",
+        table([["layer", "average", "bits of expert 0, 1, …"], *(
+            [layer, f"{sum(bits) / len(bits):.2f}", " ".join(map(str, bits))]
+            for layer, bits in found["layers"].items())], right=(1,))])
 
 
 def idle_table(step: dict, most: int = 10) -> str:
