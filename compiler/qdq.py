@@ -19,6 +19,7 @@ from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.fuse.trace import attribute, operand
 from moeware.compiler.kept import Grid, Kept
 from moeware.compiler.qoperator import expand_qoperators
+from moeware.compiler.removed_relu import restore_relus
 
 __all__ = ["take_out"]
 
@@ -47,6 +48,8 @@ def take_out(model: ir.Model) -> None:
     for node in list(model.graph):
         if _is(node, "DequantizeLinear") and node.inputs[0] not in variable:
             _constant(model, node, kept)
+    restore_relus(model, {node for node in model.graph if _starts_at_zero(model, node)})
+    variable = _variable(model)
     for node in list(model.graph):
         if _is(node, "QuantizeLinear") and node.inputs[0] in variable:
             _pair(model, node, grids, kept)
@@ -208,6 +211,17 @@ def _find_ends(integers: ir.Value, ends: list[ir.Node], between: list[ir.Node]) 
 def _zero(model: ir.Model, node: ir.Node) -> np.ndarray | None:
     zero = operand(node, 2)
     return np.zeros((), np.uint8) if zero is None else _array(model, zero)
+
+
+def _starts_at_zero(model: ir.Model, node: ir.Node) -> bool:
+    """Whether a node quantises to integers of which the least stands for 0. Where all samples were 0,
+    onnxruntime's quantiser writes the scale 1 and zero point 0, which says nothing."""
+    if not _is(node, "QuantizeLinear"):
+        return False
+    scale, zero, kind = _array(model, node.inputs[1]), _zero(model, node), _integers(node)
+    if scale is None or zero is None or kind not in _RANGES or (scale == 1).all():
+        return False
+    return bool((zero == _RANGES[kind][0]).all())
 
 
 def _keep(node, name, scale, zero, limits, grids: dict[ir.Value, Grid], kept: Kept) -> None:

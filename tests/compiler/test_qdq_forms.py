@@ -16,6 +16,7 @@ from moeware.compiler.kept_weights import survey, usable_integers
 from moeware.compiler.load import load
 from moeware.compiler.partition import partition
 from moeware.compiler.pipeline import compile_model
+from moeware.compiler.reference import evaluate
 from moeware.runtime.session import Session
 from moeware.sim.golden import GoldenDevice
 
@@ -74,6 +75,61 @@ def test_a_clip_between_the_halves_narrows_the_grid(tmp_path):
     assert operators(model) == ["Neg", "Neg"]
     grid = Kept.of(model).grids["a"]
     assert (grid.least, grid.most) == (-5, 122)
+
+
+PAIR = "b = QuantizeLinear(a, s, n) c = DequantizeLinear(b, s, n) y = Neg(c)"
+
+
+@pytest.mark.parametrize("lowest", [np.uint8(0), np.int8(-128)])
+@pytest.mark.parametrize("before", [
+    "a = MatMul(x, w)", "d = MatMul(x, w) a = Add(d, p)", "d = Neg(x) a = Transpose(d)",
+    "d = MatMul(x, w) e = QuantizeLinear(d, s, z) f = DequantizeLinear(e, s, z) a = Add(f, p)"])
+def test_a_relu_that_is_but_saturation_comes_back(tmp_path, before, lowest):
+    """onnxruntime's quantiser leaves out a Relu before integers that start at 0."""
+    path = text(tmp_path, f"{before} {PAIR}", n=lowest, w=-np.eye(6, dtype=np.float32),
+                p=np.full(6, 0.5, np.float32))
+    model = load(path)
+    assert operators(model)[-2:] == ["Relu", "Neg"]
+    relu = model.graph[-2]
+    assert Kept.of(model).grids == Kept.of(model).grids | {relu.outputs[0].name: Grid(
+        ("a",), float(np.float32(0.1)), 0, 255)}
+    x = np.random.default_rng(1).normal(size=(1, 4, 6)).astype(np.float32)
+    ours, = evaluate(fuse(model), {"x": x}).values()
+    assert np.abs(ours - exports.run_onnx(path, x=x)[0]).max() <= 0.1001  # of two roundings
+
+
+@pytest.mark.parametrize("before", [
+    "a = Softmax(x)", "a = Mul(x, x)", "d = Mul(x, x) a = Add(d, p)", "d = Pow(x, v) a = ReduceMean(d)",
+    "d = QuantizeLinear(x, s, z) e = DequantizeLinear(d, s, z) f = DequantizeLinear(d, s, z) "
+    "a = Mul(e, f)", "d = Softmax(x) a = MatMul(d, w)", "d = Erf(x) a = Add(d, o)"])
+def test_what_is_positive_by_itself_needs_no_relu(tmp_path, before):
+    model = load(text(tmp_path, f"{before} {PAIR}", n=np.uint8(0), v=np.float32(2),
+                      o=np.float32(1), w=np.eye(6, dtype=np.float32), p=np.full(6, 0.5, np.float32)))
+    assert "Relu" not in operators(model) and "QuantizeLinear" not in operators(model)
+
+
+def test_samples_that_were_all_0_say_nothing(tmp_path):
+    """As of an expert that no calibration token reached."""
+    model = load(text(tmp_path, f"a = MatMul(x, w) {PAIR.replace('s, n', 'e, n')}", n=np.uint8(0),
+                      e=np.float32(1), w=np.eye(6, dtype=np.float32)))
+    assert operators(model) == ["MatMul", "Neg"]
+
+
+def test_an_image_saturates_as_it_enters(tmp_path):
+    model = load(text(tmp_path, PAIR.replace("(a", "(x"), n=np.uint8(0)))
+    assert operators(model) == ["Neg"]
+
+
+@pytest.mark.parametrize("form", [QuantFormat.QDQ, QuantFormat.QOperator])
+@pytest.mark.parametrize("activation", [QuantType.QInt8, QuantType.QUInt8])
+def test_a_relu_that_the_quantiser_left_out(tmp_path, form, activation):
+    torch.manual_seed(3)
+    path = exports.export(exports.vit(mixer=exports.Mlp(nn.ReLU())), tmp_path / "model.onnx")
+    path = quantise_file(path, exports.example(16, 1), form=form, activation=activation)
+    assert "Relu" not in {node.op_type for node in onnx.load(str(path)).graph.node}
+    step, kept = quantised_step(path, exports.example(16, 1))
+    assert any(getattr(op, "table", None) is not None for op in step.operations)
+    assert not kept.noted[kept.grids["Pointwise_0"].names[0]]
 
 
 @pytest.mark.parametrize("body", [
