@@ -19,6 +19,7 @@ from moeware.compiler.fuse.embed import (
     fuse_patch_embed,
     fuse_tokens,
 )
+from moeware.compiler.fuse.grids import attach_grids, collect_grids
 from moeware.compiler.fuse.linear import (
     fold_output_scale,
     fuse_linear,
@@ -81,6 +82,7 @@ def fuse(model: ir.Model) -> ir.Model:
     """
     names = [value.name for value in model.graph.outputs]
     model.opset_imports[DOMAIN] = 1
+    attach_grids(model)
     for rule in RULES:
         try:
             rule(model)
@@ -114,3 +116,4 @@ def _finish(model: ir.Model, output_names: list[str]) -> None:
     for value, name in zip(model.graph.outputs, output_names):
         value.name = name
     passes.NameFixPass()(model)
+    collect_grids(model)

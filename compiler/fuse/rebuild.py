@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.grids import inherit
 from moeware.compiler.fuse.trace import same_elements, static_shape, traces
 
 
@@ -111,6 +112,7 @@ class Builder:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of ``old`` read ``new`` (reshaped to the shape of ``old``)."""
+        inherit(old, new)
         shape = static_shape(old)
         if shape is not None:
             new = self.reshape(new, shape)

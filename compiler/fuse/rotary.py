@@ -181,7 +181,7 @@ def _replace(
     if not _proven(model, roots, y, turn):
         return False
     heads, dim = turn.inputs.shape
-    part = Heads(roots[0], turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
+    part = Heads(roots[0], roots[0], turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
     x = join_rows(model, at, roots, part) if len(roots) > 1 else gather_rows(model, at, part)
     if x is None:
         return False

@@ -65,8 +65,8 @@ class Projections(State):
             sign = np.where(gamma < 0, -1.0, 1.0)
         rows = self._product(base, order, sign, step)
 
-        gain = self._score_gain(attention, value)
-        target = grid(self.calibration.rows(value.name)[:, order] / gain)
+        gain, kept = self._score_gain(attention, value), self._kept_scores(value)
+        target = kept or grid(self.calibration.rows(value.name)[:, order] / gain)
         rotation = None
         if rotary is not None:
             rotation, largest = _factors(*self._constants(rotary))
@@ -105,8 +105,9 @@ class Projections(State):
         scores stay and what is loud in one is shared by both (SmoothQuant, section 4, alpha = 1/2); one
         for both channels of a pair, which a rotation mixes."""
         queries, keys, values = attention.inputs
-        if value is values or any(projection(each)[1:] == (None, None) for each in (queries, keys)):
-            return np.ones(_order(attention, value).size)  # the other one is a plain Linear
+        plain = any(projection(each)[1:] == (None, None) for each in (queries, keys))
+        if value is values or plain or self._kept_scores(queries) or self._kept_scores(keys):
+            return np.ones(_order(attention, value).size)  # a plain Linear or a grid of the file
         loud = []
         for each in (queries, keys):
             samples = self.calibration.rows(each.name)[:, _order(attention, each)]
@@ -116,6 +117,11 @@ class Projections(State):
         gain[usable] = np.sqrt(loud[0][usable] / loud[1][usable])
         gain = np.repeat(np.clip(gain, 1 / 64, 64), _order(attention, value).shape[-1], -1).ravel()
         return gain if value is queries else 1 / gain
+
+    def _kept_scores(self, value: ir.Value) -> float | None:
+        """Step of the grid that queries or keys came with."""
+        kept = self._kept_grid(value, self.calibration.rows(value.name), "middle")
+        return kept and kept[0]
 
 
 def _order(attention: ir.Node, value: ir.Value) -> np.ndarray:
