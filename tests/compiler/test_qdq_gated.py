@@ -167,7 +167,7 @@ def test_it_answers_like_its_file(files, kind, setting):
     """As a ViT in `test_qdq` does, and as near; ONNX Runtime itself may be far from the float model."""
     path, images = files(kind, setting), exports.example(48, 3)
     program = compile_model(path, WITH, {"image": exports.example(16, 1)})
-    assert program.placement.endswith("100.0 % of MACs")
+    assert "100.0 % of MACs" in program.placement
     ours, = Session(program, GoldenDevice()).run(None, {"image": images})
     np.testing.assert_array_equal(ours, Session(program, "torch").run(None, {"image": images})[0])
     real = exports.run_onnx(path.with_name("model.onnx"), image=images)[0]
