@@ -13,12 +13,16 @@ AddConstant   x, constant[N, D]
 LayerNorm     x, gamma[D], beta[D]                    epsilon
 RMSNorm       x, gamma[D]                             epsilon, groups
 Linear        x, weight[N, K], bias[N]
+Join          a, b, columns[N]
 Rotary        x, cos[N, dim/2], sin[N, dim/2]         heads
 Attention     q, k, v  ([B, N, heads*dim])            heads, kv_heads, scale, causal
 Pointwise     x                                       function (see ``FUNCTIONS``)
 Multiply      a, b
 Add           a, b
-Route         x, weight[E, D], bias[E]                k, normalise ("chosen" or "all")
+Route         x, weight[E, D], bias[E],               k, score ("softmax" or "sigmoid"),
+              correction[E]                           normalise ("chosen" or "all"),
+                                                      groups, chosen_groups,
+                                                      group_score ("max" or "pair")
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
@@ -32,12 +36,21 @@ MeanTokens    x
 ``PatchEmbed`` orders patches row-major and the features of a patch (channel, y, x).
 ``RMSNorm`` divides each of ``groups`` equal parts of a row by the root of its mean square (plus
 epsilon), then multiplies by gamma.
+``Join`` takes channels of a and b, side by side, in the order that ``columns`` (int64) names them in, some
+several times: heads that are put together of two Linears (multi-head latent attention: DeepSeek-AI
+2024, DeepSeek-V2, section 2.1).
 ``Rotary`` turns channels c and c + dim/2 of each head, a pair, by the angle of row and pair:
 ``(a, b) -> (a cos - b sin, b cos + a sin)``. Rows of weights are permuted where a model pairs
 channels otherwise.
-``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``.
-``Route`` returns ``(indices int64, weights)``: the k largest of ``softmax(Wx + b)``, ties to the
-lower index; "chosen" divides the weights by their sum (equal to softmax over the chosen logits).
+``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``; heads of values, and of
+the result, may have another size than those of queries and keys.
+``Route`` returns ``(indices int64, weights)``: the k experts whose score, of ``Wx + b``, plus
+correction is largest, ties to the lower index, and their scores without it; "chosen" divides these
+by their sum (for softmax equal to softmax over the chosen logits). Where there are several
+``groups`` of experts that follow one another, only those of the ``chosen_groups`` best are chosen
+from; a group is as good as its largest corrected score or, for "pair", the sum of its two largest
+(DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2). A constant factor of the weights belongs
+into the experts' second layer.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
@@ -62,6 +75,7 @@ __all__ = [
     "FUNCTIONS",
     "NORMALISATIONS",
     "OPERATORS",
+    "PLAIN_ROUTE",
     "REASON",
     "ROUTED",
     "attributes",
@@ -73,6 +87,8 @@ __all__ = [
 ]
 
 DOMAIN = "moeware"
+# Attributes of a Route that compares softmax scores alone, beside k and normalise.
+PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
 REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -82,12 +98,13 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "LayerNorm": (3, 1, ("epsilon",)),
     "RMSNorm": (2, 1, ("epsilon", "groups")),
     "Linear": (3, 1, ()),
+    "Join": (3, 2, ()),
     "Rotary": (3, 1, ("heads",)),
     "Attention": (3, 3, ("heads", "kv_heads", "scale", "causal")),
     "Pointwise": (1, 1, ("function",)),
     "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
-    "Route": (3, 1, ("k", "normalise")),
+    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
     "SoftExperts": (6, 1, ("function",)),
@@ -126,12 +143,12 @@ def shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def projection(value: ir.Value) -> tuple[ir.Node | None, ir.Node | None, ir.Node | None]:
-    """The Linear, RMSNorm and Rotary that make ``value`` one after the other, as attention reads it;
-    None for each that is not there."""
+    """The Linear or Join, the RMSNorm and the Rotary that make ``value`` one after the other, as
+    attention reads it; None for each that is not there."""
     found: list[ir.Node | None] = []
-    for kind in ("Rotary", "RMSNorm", "Linear"):
+    for kinds in (("Rotary",), ("RMSNorm",), ("Linear", "Join")):
         node = value.producer()
-        found.insert(0, node if node is not None and node.op_type == kind else None)
+        found.insert(0, node if node is not None and node.op_type in kinds else None)
         if found[0] is not None and found[0].inputs[0] is not None:
             value = found[0].inputs[0]
     return found[0], found[1], found[2]

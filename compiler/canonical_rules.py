@@ -5,7 +5,9 @@ from collections.abc import Callable
 FUNCTIONS = (
     "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu", "hard_swish", "sigmoid", "tanh",
 )  # fmt: skip
+SCORES = ("softmax", "sigmoid")
 NORMALISATIONS = ("chosen", "all")
+GROUP_SCORES = ("max", "pair")
 
 Shapes = list[tuple[int, ...]]
 # Raises, naming the rule, where the condition does not hold.
@@ -52,6 +54,12 @@ def _linear(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> N
     require(outputs[0] == (*inputs[0][:-1], inputs[2][0]), "output is [B, tokens, N]")
 
 
+def _join(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
+    a, b, columns = inputs
+    require(len(a) == 3 and a[:-1] == b[:-1], "a and b have the same rows")
+    require(outputs[0] == (*a[:-1], *columns), "output is [B, N, number of columns]")
+
+
 def _rotary(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
     (_, tokens, features), cos, sin = inputs
     require(attrs["heads"] > 0 and features % (2 * attrs["heads"]) == 0, "a head has pairs")
@@ -64,8 +72,10 @@ def _attention(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -
     require(heads % kv_heads == 0, "kv_heads divides heads")
     require(inputs[0][-1] % heads == 0, "heads divides the features of q")
     require(inputs[1][-1] * heads == inputs[0][-1] * kv_heads, "q and k have heads of one size")
-    require(inputs[1] == inputs[2], "k and v have one shape")
-    require(outputs[0] == inputs[0], "output has the shape of q")
+    require(inputs[1][:-1] == inputs[2][:-1], "k and v have the same rows")
+    require(inputs[2][-1] % kv_heads == 0, "kv_heads divides the features of v")
+    require(outputs[0] == (*inputs[0][:-1], inputs[2][-1] // kv_heads * heads),
+            "output has the rows of q and heads of the size of v's")
     require(attrs["causal"] in (0, 1), "causal is 0 or 1")
 
 
@@ -82,8 +92,16 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     experts = inputs[1][0]
     require(inputs[1] == (experts, inputs[0][-1]), "weight is [E, D]")
     require(inputs[2] == (experts,), "bias is [E]")
-    require(1 <= attrs["k"] <= experts, "k is between 1 and E")
+    require(inputs[3] == (experts,), "correction is [E]")
+    groups, chosen_groups = attrs["groups"], attrs["chosen_groups"]
+    require(groups >= 1 and experts % groups == 0, "groups divides E")
+    require(1 <= chosen_groups <= groups, "chosen_groups is between 1 and groups")
+    size = experts // groups
+    require(1 <= attrs["k"] <= chosen_groups * size, "k is between 1 and the experts of the groups")
+    require(attrs["score"] in SCORES, f"score is one of {SCORES}")
     require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
+    require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
+    require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
 
 
@@ -131,6 +149,7 @@ RULES: dict[str, Callable[[Shapes, Shapes, dict, Require], None]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

@@ -136,6 +136,7 @@ class Linear(Engine):
     PRODUCTS = 2  # more, where results can be multiplied by each other
     ACTIVATE, RESIDUAL, ACCUMULATE = 1, 1, 6
     ROUTE, ROUTE_ROW = 41, 18  # the router's latency; cycles of a row at least
+    FORMS, GROUPS = 23, 1  # more latency with `Config.router_forms`; with groups, beside the experts
 
     def __init__(self, clock: Clock, config: Config):
         super().__init__(clock, config)
@@ -153,6 +154,7 @@ class Linear(Engine):
         groups = -(-i.channels // outputs)
         tail = i.channels - (groups - 1) * outputs
         self._fetched = max(self._fetched, start + self.ROWS + self.QUEUED * i.queued)
+        alone = i.over_chosen | i.sigmoid  # only the chosen are weighed
         routed = 0
         for first in range(0, work.rows, c.tokens):
             rows = min(c.tokens, work.rows - first)
@@ -166,7 +168,7 @@ class Linear(Engine):
             self._array = max(end, left - i.source_words)
             self._released = [self._released[1], end]
             if i.target == Target.ROUTER:
-                each = max(i.channels + (0 if i.over_chosen else i.chosen), self.ROUTE_ROW)
+                each = max(i.channels + (0 if alone else i.chosen), self.ROUTE_ROW)
                 for row in range(rows):  # its logits come one row after another
                     came = left - last * (rows - 1 - row) // rows + self._latency
                     routed = max(routed + each, came)
@@ -174,7 +176,8 @@ class Linear(Engine):
                 Target.RESIDUAL: self.RESIDUAL + self.ACCUMULATE * i.accumulate}[i.target]
         self._done = max(self._done + 1, left + self._latency + more)
         if i.target == Target.ROUTER:
-            self._done = (routed + self.ROUTE + 2 * i.chosen
-                          + i.channels * (1 if i.over_chosen else 2))
+            self._done = (routed + self.ROUTE + 2 * i.chosen + i.channels * (1 if alone else 2)
+                          + self.FORMS * c.router_forms
+                          + (i.channels + self.GROUPS if i.group else 0))
             free = self._done + 1
         return free, self._done

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-__all__ = ["FUNCTIONS", "OPERATORS", "Record"]
+__all__ = ["FUNCTIONS", "OPERATORS", "Record", "route"]
 
 Record = Callable[[str, np.ndarray], None]
 
@@ -58,6 +58,11 @@ def _linear(inputs, attrs, name, record) -> Outputs:
     return (torch.nn.functional.linear(*inputs),)
 
 
+def _join(inputs, attrs, name, record) -> Outputs:
+    a, b, columns = inputs
+    return (torch.cat([a, b], -1)[..., columns],)
+
+
 def _rotary(inputs, attrs, name, record) -> Outputs:
     x, cos, sin = inputs
     first, second = x.unflatten(-1, (attrs["heads"], 2, -1)).unbind(-2)
@@ -90,14 +95,36 @@ def _multiply(inputs, attrs, name, record) -> Outputs:
 
 
 def _route(inputs, attrs, name, record) -> Outputs:
-    logits = torch.nn.functional.linear(*inputs)
+    *layer, correction = inputs
+    logits = torch.nn.functional.linear(*layer)
     record(f"{name}/logits", logits.detach().numpy())
-    # A stable sort breaks ties to the lower index; torch.topk promises no order.
-    indices = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : attrs["k"]]
-    weights = torch.softmax(logits, -1).gather(-1, indices)
+    return route(logits, correction, attrs)
+
+
+def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Outputs:
+    """Indices int64 and weights, [..., k], of logits [..., E] by the attributes of ``Route``."""
+    sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
+    scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
+    # Scores rise with the logits, but saturate: logits are compared where nothing is added.
+    compared = scores + correction if pair or correction.any() else logits
+    if attrs["groups"] > 1:
+        groups = compared.unflatten(-1, (attrs["groups"], -1))
+        best = groups.topk(1 + pair, -1).values.sum(-1)
+        seen = torch.zeros_like(best, dtype=torch.bool)
+        seen.scatter_(-1, _largest(best, attrs["chosen_groups"]), True)
+        compared = groups.masked_fill(~seen.unsqueeze(-1), -math.inf).flatten(-2)
+    indices = _largest(compared, attrs["k"])
+    weights = scores.gather(-1, indices)
     if attrs["normalise"] == "chosen":
-        weights = torch.softmax(logits.gather(-1, indices), -1)
-    return indices.contiguous(), weights
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total if sigmoid else torch.softmax(logits.gather(-1, indices), -1)
+    return indices, weights
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest; a stable sort breaks ties to the lower one, topk promises no order."""
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].contiguous()
 
 
 def _experts(inputs, attrs, name, record) -> Outputs:
@@ -153,6 +180,7 @@ OPERATORS: dict[str, Callable[..., Outputs]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moeware.compiler.canonical import is_canonical, sources
+from moeware.compiler.canonical import attributes, is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import static_shape
 from moeware.compiler.kinds import MAY_FOLLOW, READS, STREAMS, Kind, result, rule_broken
@@ -60,8 +60,10 @@ class Partition:
         return found
 
 
-# Operator: the field of `Config` that says whether there is gateware for it.
-OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary"}
+# Operator: the field of `Config` that says whether there is gateware for it; for Route, for more than
+# softmax scores of all experts.
+OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary",
+           "Route": "router_forms"}
 _NORMS = ("LayerNorm", "RMSNorm")
 _NORM_AS_STREAM = (
     "{} of the embedding makes the residual stream that `{}` reads, and norms on the accelerator only "
@@ -86,13 +88,21 @@ def partition(model: ir.Model, config: Config | None = None) -> Partition:
 
 def _without_gateware(model: ir.Model, config: Config) -> Iterator[tuple[ir.Node, Reason]]:
     for node in model.graph:
-        field = OPTIONS.get(node.op_type) if is_canonical(node) else None
+        field = _option(node) if is_canonical(node) else None
         if field is not None and not getattr(config, field):
             yield node, reason_of(
                 node,
                 f"{node.op_type} needs gateware that this configuration does not have; use one "
                 f"with Config.{field} = 1",
             )
+
+
+def _option(node: ir.Node) -> str | None:
+    if node.op_type == "Route":
+        found = attributes(node)
+        if found["score"] == "softmax" and found["groups"] == 1:
+            return None
+    return OPTIONS.get(node.op_type)
 
 
 def _violations(

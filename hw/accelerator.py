@@ -84,6 +84,8 @@ class Accelerator(wiring.Component):
         connect(m, load.table_write, linear.table_write)
         connect(m, linear.route, router.setup)
         connect(m, sliced(m, "logits", linear.logits), router.logits)
+        if config.router_forms:
+            connect(m, linear.corrections, router.corrections)
         connect(m, linear.queue, router.queue)
         m.d.comb += linear.route_done.eq(router.done)
 

@@ -6,10 +6,12 @@ from amaranth.lib.wiring import In, Out
 
 from .arch.config import Config
 from .arch.isa import FIELDS, Opcode
+from .arch.numerics import CORRECTION_BITS
 
 __all__ = [
     "READ_LATENCY",
     "BankedAddress",
+    "Corrections",
     "EngineSignature",
     "Logits",
     "Masked",
@@ -209,6 +211,11 @@ class RouteSetup(data.Struct):
     over_chosen: 1
     multiplier: 16
     shift: 6
+    sigmoid: 1
+    by_score: 1
+    group: 8
+    chosen_groups: 5
+    pair: 1
 
 
 class Logits(data.StructLayout):
@@ -222,3 +229,12 @@ class Logits(data.StructLayout):
     def __init__(self, config: Config):
         super().__init__({"row": 13, "channel": 16,
                           "logits": data.ArrayLayout(signed(32), config.lanes)})
+
+
+class Corrections(data.StructLayout):
+    """Corrections of `lanes` consecutive experts, from `channel` on, of which the linear unit sends
+    those before their logits, again and again."""
+
+    def __init__(self, config: Config):
+        super().__init__({"channel": 16,
+                          "values": data.ArrayLayout(CORRECTION_BITS, config.lanes)})

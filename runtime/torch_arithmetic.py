@@ -6,14 +6,16 @@ with a numerator below 2**49, so one multiplication and one addition give it exa
 the result. A float32 holds integers up to 2**24: sums of int8 products up to a depth of 1,024.
 """
 
+import functools
+
 import numpy as np
 import torch
 
 from moeware.hw.arch import numerics
 from moeware.hw.arch.quantised import Affine
 
-__all__ = ["Product", "Scale", "gate_weight_table", "inverse", "paired", "probability_table",
-           "top_experts"]
+__all__ = ["Product", "Scale", "gate_weight_table", "in_best_groups", "inverse", "paired",
+           "probability_table", "score_table", "top_experts"]
 
 FLOAT32_DEPTH = 1 << (24 - 14)  # int8 products, each at most 2**14, whose sum float32 holds
 
@@ -166,6 +168,13 @@ def gate_weight_table() -> torch.Tensor:
     return torch.from_numpy(numerics.exp2_weight(steps).astype(np.float64))
 
 
+@functools.cache
+def score_table() -> torch.Tensor:
+    """`numerics.sigmoid_scores` of every place on the curve, float64."""
+    places = np.arange(1 << numerics.SIGMOID_BITS)
+    return torch.from_numpy(numerics.sigmoid_scores(places, 2, 1).astype(np.float64))
+
+
 def inverse(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``(r, 2**(1 - e))`` with (r, e) from `numerics.reciprocal` of positive float64 integers.
 
@@ -183,3 +192,11 @@ def top_experts(logits: torch.Tensor, count: int) -> torch.Tensor:
     # No two keys of a row are equal, so the order of equal logits does not depend on topk's.
     keys = logits * experts - torch.arange(experts, dtype=torch.float64)
     return keys.topk(count, dim=-1).indices
+
+
+def in_best_groups(values: torch.Tensor, size: int, count: int, pair: bool) -> torch.Tensor:
+    """`numerics.in_best_groups` of float64 integers [rows, experts] below 2**43."""
+    groups = values.unflatten(1, (-1, size))
+    best = top_experts(groups.topk(1 + pair, dim=-1).values.sum(-1), count)
+    hidden = torch.ones(groups.shape[:2], dtype=torch.bool).scatter_(1, best, False)
+    return groups.masked_fill(hidden.unsqueeze(-1), numerics.HIDDEN).flatten(1)

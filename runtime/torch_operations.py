@@ -21,8 +21,10 @@ from .torch_arithmetic import (
     Product,
     Scale,
     gate_weight_table,
+    in_best_groups,
     inverse,
     paired,
+    score_table,
     top_experts,
 )
 from .torch_attention import attention
@@ -157,13 +159,21 @@ def _(op: quantised.Attention, attended: bool):
 
 @prepare.register
 def _(op: quantised.Route, attended: bool):
-    product, table = Product(op.weight), gate_weight_table()
+    product = Product(op.weight)
     bias = torch.from_numpy(np.asarray(op.bias, np.float64))
-    factor = op.multiplier * 2.0 ** -op.shift
+    weigh = _scores(op) if op.sigmoid else _softmax(op)
 
     def route(values: Values, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = product.sums(values[op.source].flatten(0, 1)).double().add_(bias)
-        experts = top_experts(logits, op.chosen)
+        return weigh(logits)
+    return route
+
+
+def _softmax(op: quantised.Route):
+    table, factor = gate_weight_table(), op.multiplier * 2.0 ** -op.shift
+
+    def weigh(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = top_experts(_grouped(op, logits), op.chosen)
         chosen = logits.gather(1, experts)
         compared = chosen if op.over_chosen else logits
         steps = (chosen[:, :1] - compared).mul_(factor).add_(0.5)
@@ -173,7 +183,28 @@ def _(op: quantised.Route, attended: bool):
         if not op.over_chosen:
             weights = weights.gather(1, experts)
         return experts, weights.mul_(r).mul_(octave).floor_().clamp_(max=65535)
-    return route
+    return weigh
+
+
+def _scores(op: quantised.Route):
+    table, factor = score_table(), op.multiplier * 2.0 ** -op.shift
+    correction = None if op.correction is None else torch.from_numpy(op.correction.astype(np.float64))
+    one = torch.full((1, 1), 65536.0, dtype=torch.float64)
+
+    def weigh(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place = logits.abs().mul_(factor).add_(0.5).clamp_(max=len(table) - 1).to(torch.int32)
+        scores = table.index_select(0, place.view(-1)).view(place.shape)
+        scores = torch.where(logits < 0, 65536 - scores, scores)
+        compared = logits if correction is None else scores + correction
+        experts = top_experts(_grouped(op, compared), op.chosen)
+        weights = scores.gather(1, experts)
+        r, octave = inverse(weights.sum(-1, keepdim=True) if op.over_chosen else one)
+        return experts, weights.mul_(r).mul_(octave).floor_().clamp_(max=65535)
+    return weigh
+
+
+def _grouped(op: quantised.Route, compared: torch.Tensor) -> torch.Tensor:
+    return in_best_groups(compared, op.group, op.chosen_groups, op.pair) if op.group else compared
 
 
 @prepare.register

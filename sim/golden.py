@@ -14,6 +14,8 @@ from moeware.runtime.device import runs
 
 __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
+_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")  # with Config.router_forms
+
 
 class GoldenError(ValueError):
     """An instruction that no accelerator could execute; names its number and the rule it breaks."""
@@ -166,7 +168,7 @@ class Machine:
         param = self._params(i.param, i.channels)
         value = (source @ weight.T + param["bias"]).astype(np.int32).astype(np.int64)
         if i.target == Target.ROUTER:
-            self._route(i, value)
+            self._route(i, value, param)
             return
         target = entries[:, 0] if i.scatter else own
         if i.target == Target.ACTIVATION:
@@ -210,16 +212,33 @@ class Machine:
         weight = words.transpose(0, 2, 3, 1, 4).reshape(groups * wide * c.outputs, -1)
         return weight[:i.channels].astype(np.int64)
 
-    def _route(self, i: Instruction, logits: np.ndarray) -> None:
+    def _route(self, i: Instruction, logits: np.ndarray, param: np.ndarray) -> None:
         if not i.append:
             self.queues = [[] for _ in range(self.config.max_experts)]
-        chosen = numerics.chosen_experts(logits, i.chosen)
-        weights = numerics.gate_weights(logits, chosen, i.multiplier, i.shift,
-                                        over_chosen=bool(i.over_chosen))
+        self._check_form(i)
+        form = {name: getattr(i, name) for name in ("chosen", "over_chosen", "multiplier", "shift",
+                                                    *_ROUTER_FORM)}
+        chosen, weights = numerics.route(logits, layout.corrections(param), **form)
         for token, (experts, gates) in enumerate(zip(chosen.tolist(), weights.tolist()),
                                                  i.destination):
             for expert, gate in zip(experts, gates):
                 self.queues[expert].append((token, gate))
+
+    def _check_form(self, i: Instruction) -> None:
+        """Refuse what the router has no gateware for."""
+        used = {name: getattr(i, name) for name in _ROUTER_FORM if getattr(i, name)}
+        if used and not self.config.router_forms:
+            raise ValueError(f"LINEAR's {', '.join(used)} must be 0 where Config.router_forms is 0, "
+                             f"not {', '.join(map(str, used.values()))}")
+        if i.by_score and not i.sigmoid or i.pair and not i.by_score:
+            raise ValueError("LINEAR.by_score must come with sigmoid, and pair with by_score")
+        if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
+                        or i.chosen > i.chosen_groups * i.group
+                        or i.chosen_groups * i.group > i.channels):
+            raise ValueError(
+                f"LINEAR.group must divide its {i.channels} channels, and its {i.chosen_groups} chosen "
+                f"groups must be 1 to {self.config.max_chosen}, hold the {i.chosen} chosen experts "
+                f"and exist, not be groups of {i.group}")
 
     def _attention(self, i: Instruction) -> None:
         rows, keys = np.arange(i.rows), np.arange(i.keys)

@@ -20,6 +20,7 @@ from moeware.compiler.fuse.embed import (
     fuse_patch_embed,
     fuse_tokens,
 )
+from moeware.compiler.fuse.grids import attach_grids, collect_grids
 from moeware.compiler.fuse.linear import (
     fold_output_scale,
     fuse_linear,
@@ -31,6 +32,7 @@ from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
 from moeware.compiler.fuse.rotary import fuse_rotary
+from moeware.compiler.fuse.scatter import rewrite_scatter
 from moeware.compiler.fuse.shared import fuse_shared_expert
 from moeware.compiler.fuse.soft_moe import fuse_soft_moe
 from moeware.compiler.fuse.tokens import (
@@ -49,6 +51,7 @@ RULES = (
     fuse_contrib_moe,
     fuse_soft_moe,
     rewrite_einsum,
+    rewrite_scatter,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,
@@ -82,6 +85,7 @@ def fuse(model: ir.Model) -> ir.Model:
     """
     names = [value.name for value in model.graph.outputs]
     model.opset_imports[DOMAIN] = 1
+    attach_grids(model)
     for rule in RULES:
         try:
             rule(model)
@@ -115,3 +119,4 @@ def _finish(model: ir.Model, output_names: list[str]) -> None:
     for value, name in zip(model.graph.outputs, output_names):
         value.name = name
     passes.NameFixPass()(model)
+    collect_grids(model)

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from moeware.compiler.canonical import NORMALISATIONS, REASON
+from moeware.compiler.canonical import REASON
 from moeware.compiler.fuse.contrib_weights import Refused, bits_of, expert_weights
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe import replace_moe
@@ -30,6 +30,7 @@ from moeware.compiler.fuse.moe_proof import (
 )
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.rebuild import flat_root
+from moeware.compiler.fuse.routers import plain_forms
 from moeware.compiler.fuse.trace import (
     attribute,
     is_op,
@@ -93,7 +94,7 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
         )
     proof = _prove(node, weights)
     tokens = size(x) // features
-    replace_moe(model, x, node.outputs[0], router, attribute(node, "k", 1), tokens, proof)
+    replace_moe(model, x, node.outputs[0], router, tokens, proof)
 
 
 def _check_form(node: ir.Node) -> None:
@@ -152,19 +153,20 @@ def _prove(node: ir.Node, weights: ExpertWeights) -> Proof:
     generator = np.random.default_rng(7)
     count = max(_ROWS, len(weights.w1))
     rows = sample_rows(generator, count, weights)
-    scores = sample_scores(generator, count, len(weights.w1))
     wanted = "chosen" if attribute(node, "normalize_routing_weights", 0) else "all"
+    routers = plain_forms(len(weights.w1), attribute(node, "k", 1))
+    routers.sort(key=lambda router: router.attributes["normalise"] != wanted)
+    scores = sample_scores(generator, count, routers[0])
     form = nearest_form(
         rows,
         scores,
         _run(node, rows, scores),
         [weights],
-        attribute(node, "k", 1),
+        routers,
         [_FUNCTIONS[attribute(node, "activation_type", "relu")]],
-        sorted(NORMALISATIONS, key=lambda name: name != wanted),
     )
     if form.error < _tolerance(node):
-        return Proof(weights, form.function, form.normalise, [node])
+        return Proof(weights, form.function, form.router, [node])
     raise Refused(
         "ONNX Runtime computes something else with these attributes than softmax, top-k and "
         "experts of two layers; write the experts as plain operators"

@@ -156,11 +156,13 @@ def _per_feature(array: np.ndarray, features: int) -> bool:
 
 
 def fold_output_scale(model: ir.Model) -> None:
-    """Fold a constant factor, one or for each feature (layer scale), into the Linear or the experts
-    before it.
+    """Fold a constant factor, one or for each feature (layer scale), into the Linear, the experts or
+    the norm before it.
 
     Forms
     -----
+    LayerNorm, RMSNorm
+        - with a ``Mul`` or ``Div`` by a constant, one or for each feature, after it
     Linear
         - with a ``Mul`` or ``Div`` by a constant, one or for each output, after it
     Experts, GatedExperts
@@ -182,18 +184,25 @@ def fold_output_scale(model: ir.Model) -> None:
         factor = np.broadcast_to(factor.reshape(-1).astype(np.float32), shape[-1])
         factor = 1 / factor if is_op(node, "Div") else factor
         build = Builder(model, node, [source, node])
-        inputs, place = list(source.inputs), _SCALED[source.op_type]
-        weight, bias = constant(inputs[place]), constant(inputs[place + 1])
-        assert weight is not None and bias is not None
-        inputs[place] = build.weight(weight * factor[:, None])
-        inputs[place + 1] = build.weight(bias * factor, "bias")
+        inputs = list(source.inputs)
+        for place, name in _SCALED[source.op_type].items():
+            array = constant(inputs[place])
+            assert array is not None
+            of_rows = factor[:, None] if name == "weight" else factor
+            inputs[place] = build.weight(array * of_rows, name)
         attributes = {name: entry.value for name, entry in source.attributes.items()}
         (result,) = build.node(source.op_type, inputs, [shape], attributes)  # type: ignore
         build.replace(node.outputs[0], result)
 
 
-# Canonical operators that a factor can be folded into: where their last weight is.
-_SCALED = {"Linear": 1, "Experts": 5, "GatedExperts": 5}
+# Canonical operators that a factor can be folded into: the constants that it scales, by their place.
+_SCALED = {
+    "LayerNorm": {1: "gamma", 2: "beta"},
+    "RMSNorm": {1: "gamma"},
+    "Linear": {1: "weight", 2: "bias"},
+    "Experts": {5: "weight", 6: "bias"},
+    "GatedExperts": {5: "weight", 6: "bias"},
+}
 
 
 def _only_read(value: ir.Value) -> bool:

@@ -7,7 +7,7 @@ form proves or rejects the proposal (`moe_proof`), so the loop over experts, the
 and the gather of stacked weights need no pattern each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -17,6 +17,7 @@ from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_proof import Proof, prove
 from moeware.compiler.fuse.rebuild import Builder, flat_root
 from moeware.compiler.fuse.region import inputs_of, region
+from moeware.compiler.fuse.routers import RouterForm, match_router, plain_forms
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
 
 
@@ -28,6 +29,9 @@ def fuse_moe(model: ir.Model) -> None:
     Route
         - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
           weights divided by their sum or not
+        - ``TopK`` of their ``Sigmoid``, with a constant added for the choice or not
+        - ``TopK`` among the experts of the best groups, a group's score being its largest, or the sum
+          of its two largest (DeepSeek-V2, -V3)
     Experts, GatedExperts
         - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
         - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
@@ -90,15 +94,10 @@ def _descendants(value: ir.Value) -> list[ir.Node]:
 
 def _reason(top_k: ir.Node) -> str:
     """Why the choice of ``top_k`` is that of no recognised mixture."""
-    if _before(top_k, "Sigmoid"):
-        return (
-            "a router that scores by sigmoid is no softmax over its choice or over all experts, "
-            "which are those that the accelerator makes; route by softmax and top-k"
-        )
     if _router(top_k) is None:
         return (
-            "a router that chooses among other scores than those of one linear gate (of groups of "
-            "experts, masked, or corrected) is not supported; route by softmax and top-k"
+            "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected "
+            "by constants or limited to the best groups, is not supported; route by softmax and top-k"
         )
     return (
         "what follows this choice computes no weighted sum of two-layer or gated experts; write "
@@ -120,15 +119,24 @@ def _before(node: ir.Node, *operators: str) -> bool:
 
 def _fuse(model: ir.Model, top_k: ir.Node) -> bool:
     """Replace the mixture behind ``top_k``; whether it was proven to be one."""
-    found = _router(top_k)
-    if found is None:
+    found, k = _router(top_k), constant(operand(top_k, 1))
+    if k is None or k.size != 1 or attribute(top_k, "largest", 1) != 1:
         return False
-    logits, router = found
+    if found is not None:
+        logits, layer = found
+        forms = plain_forms(len(layer.weight), int(k.reshape(())))
+        if _fuse_routed(model, logits, layer, forms):
+            return True
+    match = match_router(model, top_k)
+    return match is not None and _fuse_routed(model, match.logits, match.layer, [match.form])
+
+
+def _fuse_routed(
+    model: ir.Model, logits: ir.Value, router: LinearMatch, forms: Sequence[RouterForm]
+) -> bool:
+    """Replace the mixture that ``logits`` decide by one of ``forms``; whether one was proven."""
     features = router.weight.shape[1]
-    k = constant(operand(top_k, 1))
-    if static_shape(router.x) is None or k is None or k.size != 1:
-        return False
-    if attribute(top_k, "largest", 1) != 1:
+    if static_shape(router.x) is None:
         return False
     x_size = size(router.x)
     if x_size <= 0 or x_size % features:
@@ -138,9 +146,9 @@ def _fuse(model: ir.Model, top_k: ir.Node) -> bool:
         if size(y) not in (x_size, -1) or y is logits:
             continue
         for x in _expert_inputs(router.x, y, logits, x_size):
-            proof = prove(model, x, logits, y, len(router.weight), features, int(k.reshape(())))
+            proof = prove(model, x, logits, y, features, forms)
             if proof is not None:
-                replace_moe(model, x, y, router, int(k.reshape(())), tokens, proof)
+                replace_moe(model, x, y, router, tokens, proof)
                 return True
     return False
 
@@ -203,7 +211,6 @@ def replace_moe(
     x: ir.Value,
     y: ir.Value,
     router: LinearMatch,
-    k: int,
     tokens: int,
     proof: Proof,
 ) -> None:
@@ -211,7 +218,7 @@ def replace_moe(
     last = y.producer()
     assert last is not None
     features = router.weight.shape[1]
-    shape, chosen = (1, tokens, features), (1, tokens, k)
+    shape, chosen = (1, tokens, features), (1, tokens, proof.router.attributes["k"])
     weights = proof.weights
     after_route = _descendants(router.nodes[-1].outputs[0])
     routing = [node for node in proof.nodes if node in after_route and _is_routing(node)]
@@ -220,12 +227,13 @@ def replace_moe(
         build.resolve(router.x, shape),
         build.weight(router.weight),
         build.weight(router.bias, "bias"),
+        build.weight(proof.router.correction, "correction"),
     ]
     indices, factors = build.node(
         "Route",
         inputs,
         [chosen, chosen],
-        {"k": k, "normalise": proof.normalise},
+        proof.router.attributes,
         [ir.DataType.INT64, ir.DataType.FLOAT],
     )
     build = Builder(model, last, [node for node in proof.nodes if node not in routing])

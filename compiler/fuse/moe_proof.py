@@ -14,9 +14,9 @@ import onnx_ir as ir
 import torch
 from torch.nn.functional import linear
 
-from moeware.compiler.canonical import NORMALISATIONS
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, run
+from moeware.compiler.fuse.routers import RouterForm
 from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
 from moeware.compiler.operators import FUNCTIONS
 
@@ -29,6 +29,7 @@ _ROUNDING = float(np.finfo(np.float32).eps)
 # Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
 _HIDDEN = 2.0
 _FEW = 8  # rows, where there are fewer experts
+_DRAWS = 16  # of a row's logits, of which one is taken
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Proof:
 
     weights: ExpertWeights
     function: str
-    normalise: str
+    router: RouterForm
     nodes: list[ir.Node]
 
 
@@ -48,13 +49,22 @@ class Form:
     error: float
     weights: ExpertWeights
     function: str
-    normalise: str
+    router: RouterForm
 
 
 def prove(
-    model: ir.Model, x: ir.Value, logits: ir.Value, y: ir.Value, experts: int, features: int, k: int
+    model: ir.Model,
+    x: ir.Value,
+    logits: ir.Value,
+    y: ir.Value,
+    features: int,
+    routers: Sequence[RouterForm],
 ) -> Proof | None:
-    """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None."""
+    """The canonical form that makes ``y`` of ``x`` and ``logits`` as the graph does, or None.
+
+    routers: forms that the router may have; where there are several, all choose the same.
+    """
+    experts = len(routers[0].correction)
     inside = set(region([y], [x, logits])[0])
     nodes = [node for node in model.graph if node in inside]
     proposals = propose_weights(nodes, x, experts, features)
@@ -66,7 +76,7 @@ def prove(
     tokens = int(np.prod(x_shape)) // features
     frames = -(-experts // tokens)  # so many that each expert has a row
     rows = sample_rows(generator, frames * tokens, first)
-    scores = sample_scores(generator, frames * tokens, experts)
+    scores = sample_scores(generator, frames * tokens, routers[0])
     results = []
     for part in np.split(np.arange(len(rows)), frames):
         feeds = {x: rows[part].reshape(x_shape), logits: scores[part].reshape(logits_shape)}
@@ -77,17 +87,19 @@ def prove(
     # More rows would say the same of the form, and cost a run of all proposals each.
     few = slice(max(experts, _FEW))
     results = np.concatenate(results)[few]
+    scales = _scales(nodes)
     for weights in itertools.chain([first], proposals):  # one at a time: they are large
-        found = nearest_form(rows[few], scores[few], results, [weights], k, scales=_scales(nodes))
+        found = nearest_form(rows[few], scores[few], results, [weights], routers, scales=scales)
         if found.error < TOLERANCE:
             break
     else:
         return None
-    return Proof(found.weights, found.function, found.normalise, nodes)
+    return Proof(found.weights, found.function, found.router, nodes)
 
 
 def _scales(nodes: list[ir.Node]) -> list[float]:
-    """Factors that the results may have: 1, and what a constant in the region multiplies by."""
+    """Factors that the results may have beside the router's: 1, and what a constant in the region
+    multiplies by."""
     found = {1.0: None}
     for node in nodes:
         pair = other_operand(node) if is_op(node, "Mul", "Div") else None
@@ -105,12 +117,18 @@ def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeigh
     return rows.astype(np.float32)
 
 
-def sample_scores(generator: np.random.Generator, count: int, experts: int) -> np.ndarray:
-    """Logits ``[count, E]``, float32, of which each expert in turn has the largest."""
-    scores = generator.normal(size=(count, experts)) * 2
-    rows = np.arange(count)
-    scores[rows, rows % experts] = scores.max(-1) + 1
-    return scores.astype(np.float32)
+def sample_scores(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
+    """Logits ``[count, E]``, float32, of which each expert in turn has the largest.
+
+    Where ``router`` may still choose others, each row is the one of several that gives the most weight
+    to the expert whose turn it is.
+    """
+    experts, rows = len(router.correction), np.arange(count)
+    scores = generator.normal(size=(_DRAWS, count, experts)) * 2
+    scores[:, rows, rows % experts] = scores.max(-1) + 1
+    scores = scores.astype(np.float32)
+    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
+    return scores[weights[:, rows, rows % experts].argmax(0), rows]
 
 
 def nearest_form(
@@ -118,22 +136,21 @@ def nearest_form(
     scores: np.ndarray,
     found: np.ndarray,
     proposals: Iterable[ExpertWeights],
-    k: int,
+    routers: Sequence[RouterForm],
     functions: Sequence[str] = tuple(FUNCTIONS),
-    normalisations: Sequence[str] = tuple(NORMALISATIONS),
     scales: Sequence[float] = (1.0,),
 ) -> Form:
     """The canonical form whose results are nearest to ``found``; of equals, the first."""
-    if k == scores.shape[-1]:
-        normalisations = normalisations[:1]  # where all are chosen, there is no difference
-    factors = {name: _combine(scores, k, name) for name in normalisations}
+    if routers[0].attributes["k"] == scores.shape[-1]:
+        routers = routers[:1]  # where all are chosen, there is no difference
+    factors = {router: router.dense(scores.astype(np.float64)) for router in routers}
     forms = _forms(rows, factors, found.astype(np.float64), proposals, functions, scales)
     return min(forms, key=lambda form: form.error)
 
 
 def _forms(
     rows: np.ndarray,
-    factors: dict[str, np.ndarray],
+    factors: dict[RouterForm, np.ndarray],
     found: np.ndarray,
     proposals: Iterable[ExpertWeights],
     functions: Sequence[str],
@@ -152,7 +169,7 @@ def _forms(
                 activation = FUNCTIONS[function](each)
                 activation = activation if third is None else activation * third[expert]
                 outputs.append(linear(activation, down[0][expert], down[1][expert]))
-            for normalise, combined in factors.items():
+            for router, combined in factors.items():
                 value = np.zeros(found.shape)
                 for expert, (places, output) in enumerate(zip(chosen, outputs)):
                     value[places] += combined[places, expert, None] * output.numpy()
@@ -162,7 +179,7 @@ def _forms(
                 size = decided + _ROUNDING / TOLERANCE * np.abs(found).max() + 1e-30
                 error = float(np.abs(scale * value - found).max() / size)
                 error = error if np.isfinite(error) else np.inf
-                yield Form(error, weights.scaled(scale), function, normalise)
+                yield Form(error, weights.scaled(scale * router.factor), function, router)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -181,13 +198,3 @@ def _nearest_scale(value: np.ndarray, found: np.ndarray, scales: Sequence[float]
     square = float((value * value).sum())
     fit = float((value * found).sum()) / square if square > 0 else 1.0
     return min(scales, key=lambda scale: abs(scale - fit))
-
-
-def _combine(scores: np.ndarray, k: int, normalise: str) -> np.ndarray:
-    """Weight of each expert for each token, ``[tokens, experts]``; 0 where it is not chosen."""
-    scores = scores.astype(np.float64)
-    exponents = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = exponents / exponents.sum(-1, keepdims=True)
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    np.put_along_axis(weights, order[:, k:], 0.0, axis=-1)
-    return weights / weights.sum(-1, keepdims=True) if normalise == "chosen" else weights

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.grids import inherit
 from moeware.compiler.fuse.trace import same_elements, static_shape, traces
 
 
@@ -84,6 +85,14 @@ class Builder:
         (*batch, rows, _), columns = static_shape(a) or (), (static_shape(b) or ())[-1]
         return self._insert("MatMul", [a, b], [(*batch, rows, columns)], {}, "", [a.dtype])[0]
 
+    def concat(self, values: list[ir.Value], axis: int) -> ir.Value:
+        """Values behind each other on one axis."""
+        shapes = [static_shape(value) or () for value in values]
+        shape = list(shapes[0])
+        shape[axis] = sum(each[axis] for each in shapes)
+        return self._insert(
+            "Concat", values, [tuple(shape)], {"axis": axis}, "", [values[0].dtype])[0]
+
     def take(self, value: ir.Value, columns: np.ndarray) -> ir.Value:
         """Columns of the last axis of ``value``."""
         shape, indices = static_shape(value), self.weight(columns.astype(np.int64), "columns")
@@ -116,6 +125,7 @@ class Builder:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of ``old`` read ``new`` (reshaped to the shape of ``old``)."""
+        inherit(old, new)
         shape = static_shape(old)
         if shape is not None:
             new = self.reshape(new, shape)

@@ -4,7 +4,7 @@ A match of structure proposes a canonical form; running the region and the form 
 decides. So a form is accepted for what it computes, whatever operators wrote it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -63,11 +63,19 @@ def region(
 def run(
     model: ir.Model, feeds: Mapping[ir.Value, np.ndarray], outputs: list[ir.Value]
 ) -> list[np.ndarray] | None:
-    """Values ``outputs`` when the values ``feeds`` hold the given arrays; None if it cannot run.
+    """Values ``outputs`` when the values ``feeds`` hold the given arrays; None if it cannot run."""
+    call = runner(model, feeds, outputs)
+    return None if call is None else call(feeds)
+
+
+def runner(
+    model: ir.Model, like: Mapping[ir.Value, np.ndarray], outputs: list[ir.Value]
+) -> Callable[[Mapping[ir.Value, np.ndarray]], list[np.ndarray] | None] | None:
+    """`run` for many feeds with the types and shapes of those in ``like``.
 
     Reads standard operators only (a canonical node has no ONNX Runtime kernel).
     """
-    nodes, leaves = region(outputs, feeds)
+    nodes, leaves = region(outputs, like)
     if leaves or any(node.domain == "moeware" for node in nodes):
         return None
     constants = {
@@ -80,7 +88,7 @@ def run(
             onnx.helper.make_tensor_value_info(
                 value.name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
             )
-            for value, array in feeds.items()
+            for value, array in like.items()
         ],
         [onnx.ValueInfoProto(name=value.name) for value in outputs],
         [_tensor(value) for value in constants],
@@ -97,11 +105,18 @@ def run(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+
+    def call(feeds: Mapping[ir.Value, np.ndarray]) -> list[np.ndarray] | None:
+        try:
+            return session.run(None, {value.name: array for value, array in feeds.items()})
+        except Exception:  # noqa: BLE001 - as below
+            return None
+
     try:
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-        return session.run(None, {value.name: array for value, array in feeds.items()})
     except Exception:  # noqa: BLE001 - ONNX Runtime raises many types; no run, no proof
         return None
+    return call
 
 
 def _tensor(value: ir.Value) -> onnx.TensorProto:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.canonical import PLAIN_ROUTE
 from moeware.compiler.fuse.rebuild import Builder, flat_root, made_by
 from moeware.compiler.fuse.trace import attribute, constant, is_op, static_shape
 
@@ -84,9 +85,10 @@ def _mixture(model: ir.Model, at: ir.Node, gate: ir.Node, network: _Network) -> 
     chosen = (*shape[:-1], 2)
     indices, weights = build.node(
         "Route",
-        [x, *_beside_zeros(build, gate, np.concatenate)],
+        [x, *_beside_zeros(build, gate, np.concatenate),
+         build.weight(np.zeros(2, np.float32), "correction")],
         [chosen, chosen],
-        {"k": 2, "normalise": "all"},
+        {"k": 2, "normalise": "all", **PLAIN_ROUTE},
         [ir.DataType.INT64, ir.DataType.FLOAT],
     )
     build = Builder(model, at, [*nodes, at])

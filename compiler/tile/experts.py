@@ -9,6 +9,7 @@ from moeware.compiler.tile.assembly import Run
 from moeware.compiler.tile.lowering import Lowering
 from moeware.compiler.tile.products import activation_layers, require, spread
 from moeware.compiler.tile.tensors import Tensor, chunks
+from moeware.hw.arch import layout
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.isa import Memory, Target
 
@@ -21,14 +22,18 @@ def lower_route(lowering: Lowering, op: q.Route) -> None:
     require(experts, c.max_experts, f"The experts of {op.name}", "max_experts")
     require(op.chosen, c.max_chosen, f"The chosen experts of {op.name}", "max_chosen")
     require(rows, c.max_rows, f"The tokens of {op.name}, of all frames in flight,", "max_rows")
-    affine = q.Affine(bias=op.bias, multiplier=np.zeros(experts, np.uint16),
-                      shift=np.ones(experts, np.uint8))
+    require(op.chosen_groups, c.max_chosen, f"The chosen groups of {op.name}", "max_chosen")
+    require(int(op.sigmoid or op.group > 0), c.router_forms,
+            f"The router {op.name}, with sigmoid scores or groups,", "router_forms")
+    multiplier, shift = np.zeros(experts, np.uint16), np.ones(experts, np.uint8)
+    if op.correction is not None:
+        multiplier, shift = layout.as_scale(op.correction)
+    affine = q.Affine(bias=op.bias, multiplier=multiplier, shift=shift)
     lowering.assembly.product(op.name, spread(op.weight, source), affine,
                               [Run(source.span(a, b), None, {"destination": a, "append": int(a > 0)})
                                for a, b in chunks(c, 0, rows)],
                               unit=experts, first=False, last=False, target=Target.ROUTER,
-                              chosen=op.chosen, over_chosen=int(op.over_chosen), multiplier=op.multiplier,
-                              shift=op.shift, queue_write=True)
+                              queue_write=True, **op.form)
     lowering.macs += source.rows * op.weight.size
 
 

@@ -67,6 +67,12 @@ def _rms_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     emitter.emit("Mul", [rows, gamma], node.outputs[0].name)
 
 
+def _join(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
+    a, b, columns = _names(node)
+    emitter.emit("Gather", [emitter.emit("Concat", [a, b], axis=-1), columns],
+                 node.outputs[0].name, axis=-1)
+
+
 def _rotary(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     x = _names(node)[0]
     cos, sin = (emitter.constant(_array(value)[:, None]) for value in node.inputs[1:])
@@ -91,14 +97,15 @@ def _linear(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     heads, kv_heads = attrs["heads"], attrs["kv_heads"]
     parts = []
-    for name, count in zip(_names(node), (heads, kv_heads, kv_heads)):
+    for value, count in zip(node.inputs, (heads, kv_heads, kv_heads)):
+        name, dim = str(value.name), shape(value)[-1] // count
         split = emitter.emit("Reshape", [name, emitter.integers(0, 0, count, -1)])
         # Queries and keys of one group meet on the axes [B, kv_heads, group, N, dim].
         groups = emitter.emit("Transpose", [split], perm=[0, 2, 1, 3])
         if count == heads and heads != kv_heads:
-            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, dim)
         else:
-            target = emitter.integers(0, kv_heads, 1, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, 1, -1, dim)
         if heads == kv_heads:
             parts.append(groups)
         else:
@@ -113,17 +120,12 @@ def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
         mask = np.where(np.tri(tokens).astype(bool), 0, -np.inf).astype(np.float32)
         scores = emitter.emit("Add", [scores, emitter.constant(mask)])
     weighted = emitter.emit("MatMul", [emitter.emit("Softmax", [scores], axis=-1), v])
+    _, tokens, features = shape(node.outputs[0])
     if heads != kv_heads:
-        tokens = shape(node.outputs[0])[1]
-        target = emitter.integers(0, heads, tokens, _dim(node, heads))
+        target = emitter.integers(0, heads, tokens, features // heads)
         weighted = emitter.emit("Reshape", [weighted, target])
     rows = emitter.emit("Transpose", [weighted], perm=[0, 2, 1, 3])
-    target = emitter.integers(0, 0, heads * _dim(node, heads))
-    emitter.emit("Reshape", [rows, target], node.outputs[0].name)
-
-
-def _dim(node: ir.Node, heads: int) -> int:
-    return shape(node.outputs[0])[-1] // heads
+    emitter.emit("Reshape", [rows, emitter.integers(0, 0, features)], node.outputs[0].name)
 
 
 def _function(emitter: Emitter, name: str, x: str, output: str | None = None) -> str:
@@ -155,19 +157,52 @@ def _pointwise(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 
 def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, _, bias = _names(node)
+    x, _, bias, correction = _names(node)
     weight = emitter.constant(np.ascontiguousarray(_array(node.inputs[1]).T))
     logits = emitter.emit("Add", [emitter.emit("MatMul", [x, weight]), bias])
     indices, factors = (str(value.name) for value in node.outputs)
-    source = logits
-    if attrs["normalise"] == "all":
-        source = emitter.emit("Softmax", [logits], axis=-1)
-    top = factors if attrs["normalise"] == "all" else emitter.name(f"{factors}/logits")
+    sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
+    scores = emitter.emit("Sigmoid", [logits]) if sigmoid else emitter.emit("Softmax", [logits], axis=-1)
+    compared = logits
+    if pair or _array(node.inputs[3]).any():
+        compared = emitter.emit("Add", [scores, correction])
+    if attrs["groups"] > 1:
+        compared = _best_groups(emitter, compared, attrs["groups"], attrs["chosen_groups"], 1 + pair)
+    _top(emitter, compared, attrs["k"], indices)
+    chosen = attrs["normalise"] == "chosen"
+    source = logits if chosen and not sigmoid else scores
+    found = emitter.emit("GatherElements", [source, indices], None if chosen else factors, axis=-1)
+    if chosen and sigmoid:
+        total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
+        emitter.emit("Div", [found, total], factors)
+    elif chosen:
+        emitter.emit("Softmax", [found], factors, axis=-1)
+
+
+def _best_groups(emitter: Emitter, values: str, groups: int, count: int, largest: int) -> str:
+    """Minus infinity where an expert is not in one of the best groups, by their largest values."""
+    parts = emitter.emit("Reshape", [values, emitter.integers(0, 0, groups, -1)])
+    top, best = _top(emitter, parts, largest)[0], f"{values}/groups"
+    total = emitter.emit("ReduceSum", [top, emitter.integers(-1)], keepdims=0)
+    _top(emitter, total, count, best)
+    numbers = emitter.constant(np.arange(groups, dtype=np.int64))
+    hits = emitter.emit("Equal", [emitter.emit("Unsqueeze", [best, emitter.integers(-1)]), numbers])
+    hits = emitter.emit("Cast", [hits], to=TensorProto.FLOAT)
+    seen = emitter.emit("ReduceSum", [hits, emitter.integers(-2)], keepdims=0)
+    seen = emitter.emit("Cast", [emitter.emit("Unsqueeze", [seen, emitter.integers(-1)])],
+                        to=TensorProto.BOOL)
+    least = emitter.constant(np.array(-np.inf, np.float32))
+    shown = emitter.emit("Where", [seen, parts, least])
+    return emitter.emit("Reshape", [shown, emitter.integers(0, 0, -1)])
+
+
+def _top(emitter: Emitter, values: str, count: int, indices: str | None = None) -> tuple[str, str]:
+    """Names of the largest values of each row and of their indices."""
+    names = f"{indices or values}/largest", indices or f"{values}/indices"
     emitter.nodes.append(
-        helper.make_node("TopK", [source, emitter.integers(attrs["k"])], [top, indices], axis=-1)
+        helper.make_node("TopK", [values, emitter.integers(count)], list(names), axis=-1)
     )
-    if attrs["normalise"] == "chosen":
-        emitter.emit("Softmax", [top], factors, axis=-1)
+    return names
 
 
 def _experts(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
@@ -233,6 +268,7 @@ LOWERINGS: dict[str, Lowering] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

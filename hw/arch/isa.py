@@ -115,11 +115,18 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("append", 1),  # the queues keep what they hold; else they are emptied first
         ("chosen", 5),  # experts per token
         ("over_chosen", 1),  # softmax over the chosen experts alone (1) or over all (0)
-        ("multiplier", 16),  # logit difference -> 1/256 octaves
+        ("multiplier", 16),  # logit difference -> 1/256 octaves; sigmoid: logit -> 2**-14 octaves
         ("shift", 6),
         ("product", 1),  # ACTIVATION: words of `lanes` results come in pairs, an even number of them.
         #                  The first of a pair is as without `product`, the second of 16 bits;
         #                  their product, see `numerics.product`, is the one word that is written
+        # With Config.router_forms, else 0:
+        ("sigmoid", 1),  # scores are sigmoids of the logits, not softmax
+        ("by_score", 1),  # sigmoid: choose by score plus correction, not by logit. The correction
+        #                   of a channel is `multiplier` and above it `shift` of its parameters
+        ("group", 8),  # experts of a group, dividing `channels`; 0: there are none
+        ("chosen_groups", 5),
+        ("pair", 1),  # a group is chosen by its two largest values, summed, not by the largest
     ),
     Opcode.ATTENTION: (
         ("rows", 13), ("keys", 13), ("causal", 1),

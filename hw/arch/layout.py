@@ -15,8 +15,8 @@ import numpy as np
 from .config import Config
 from .isa import Memory
 
-__all__ = ["ALIGNMENT", "PARAM", "aligned", "beats", "pack", "pack_params", "transfer_beats", "unpack",
-           "word_bytes"]
+__all__ = ["ALIGNMENT", "PARAM", "aligned", "as_scale", "beats", "corrections", "pack", "pack_params",
+           "transfer_beats", "unpack", "word_bytes"]
 
 PARAM = np.dtype([("bias", "<i4"), ("multiplier", "<u2"), ("shift", "u1"), ("pad", "u1")])
 ALIGNMENT = 128  # bytes; every region that an instruction names starts at a multiple of it
@@ -117,3 +117,14 @@ def pack_params(config: Config, bias, multiplier, shift) -> np.ndarray:
     records["multiplier"][:count] = multiplier
     records["shift"][:count] = shift
     return records.view(np.uint8).reshape(-1, 8 * config.lanes)
+
+
+def corrections(records) -> np.ndarray:
+    """What records of `PARAM` hold for the router: corrections, int64, in the place of a scale."""
+    return records["multiplier"] | (records["shift"].astype(np.int64) & 63) << 16
+
+
+def as_scale(correction) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of `corrections`: multiplier and shift."""
+    correction = np.asarray(correction, np.int64)
+    return (correction & 0xffff).astype(np.uint16), (correction >> 16).astype(np.uint8)

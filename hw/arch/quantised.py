@@ -110,8 +110,8 @@ class AddLinear(Operation):
 
     @property
     def row_macs(self) -> int:
-        """Multiply-accumulates of a row."""
-        return self.weight.size
+        """Multiply-accumulates of a row; channels of zeros, which another product makes, have none."""
+        return int(self.weight.any(1).sum()) * self.weight.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,8 @@ class Norm(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Operation):
-    """Activation: softmax(query @ key.T) @ value for each of `heads` heads of equal width.
+    """Activation: softmax(query @ key.T) @ value for each of `heads` heads, of one width in queries and
+    keys, and of one in values and results.
 
     query : None stands for one row of zeros, so that the result is the mean of the value rows.
     heads of key and value are `key_heads`; query head h uses key head h * key_heads // heads.
@@ -158,9 +159,12 @@ class Attention(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Operation):
-    """Route: `numerics.chosen_experts` and `gate_weights` of ``source @ weight.T + bias``.
+    """Route: `numerics.route` of ``source @ weight.T + bias``.
 
-    weight : int8 [experts, depth]; bias : int32 [experts].
+    weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
+    softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
+    where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
+    group is chosen by its two largest values.
     """
 
     source: str
@@ -170,6 +174,19 @@ class Route(Operation):
     over_chosen: bool
     multiplier: int
     shift: int
+    sigmoid: bool = False
+    correction: np.ndarray | None = None
+    group: int = 0
+    chosen_groups: int = 0
+    pair: bool = False
+
+    @property
+    def form(self) -> dict[str, int]:
+        """How the router decides, as fields of LINEAR and for `numerics.route`."""
+        return {"chosen": self.chosen, "over_chosen": int(self.over_chosen),
+                "multiplier": self.multiplier, "shift": self.shift, "sigmoid": int(self.sigmoid),
+                "by_score": int(self.correction is not None), "group": self.group,
+                "chosen_groups": self.chosen_groups, "pair": int(self.pair)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from ..arch.config import Config
 from ..arch.isa import Opcode, Target
 from ..interfaces import (
     READ_LATENCY,
+    Corrections,
     EngineSignature,
     Logits,
     QueuePort,
@@ -84,6 +85,8 @@ class LinearUnit(wiring.Component):
     queue : Out(QueuePort())
     route : Out(stream.Signature(RouteSetup))
     logits : Out(stream.Signature(Logits(config)))
+    corrections : Out(stream.Signature(Corrections(config), always_ready=True))
+        With `config.router_forms`: parameters of the channels whose logits follow.
     route_done : In(1)
         One cycle, when the router has finished the rows of its last setup.
     """
@@ -110,7 +113,8 @@ class LinearUnit(wiring.Component):
             "route": Out(stream.Signature(RouteSetup)),
             "logits": Out(stream.Signature(Logits(config))),
             "route_done": In(1),
-        })
+        } | ({"corrections": Out(stream.Signature(Corrections(config), always_ready=True))}
+             if config.router_forms else {}))
 
     def elaborate(self, platform):
         m = Module()
@@ -172,6 +176,9 @@ class LinearUnit(wiring.Component):
             writeback.results_valid.eq(scale.results_valid), writeback.results.eq(scale.results),
         ]
 
+        if config.router_forms:
+            self._correct(m, drain, parameters.word)
+
         # Known a cycle late: what every port does reaches here from all over the device.
         ports = (self.activation_read.address, self.activation_write.write,
                  self.residual_read.address, self.residual_write.write,
@@ -181,6 +188,16 @@ class LinearUnit(wiring.Component):
                      works.eq(issue.work.enable | drain.stepped)]
         m.d.comb += self.engine.stalled.eq(refused.any() & ~works)
         return m
+
+    def _correct(self, m, drain, channels):
+        """Sends what stands in the place of a scale with what goes to the router."""
+        payload = self.corrections.p
+        m.d.sync += [
+            self.corrections.valid.eq(drain.valid & (drain.mode.target == Target.ROUTER)),
+            payload.channel.eq(drain.place.channel),
+            *(value.eq(Cat(channel.multiplier, channel.shift))
+              for value, channel in zip(payload["values"], channels)),
+        ]
 
     def _control(self, m, start, fields, ended):
         """Takes instructions, starts the parts, and says when an instruction is done."""
@@ -193,6 +210,9 @@ class LinearUnit(wiring.Component):
             self.route.p.append.eq(fields.append), self.route.p.experts.eq(fields.channels),
             self.route.p.chosen.eq(fields.chosen), self.route.p.over_chosen.eq(fields.over_chosen),
             self.route.p.multiplier.eq(fields.multiplier), self.route.p.shift.eq(fields.shift),
+            self.route.p.sigmoid.eq(fields.sigmoid), self.route.p.by_score.eq(fields.by_score),
+            self.route.p.group.eq(fields.group), self.route.p.pair.eq(fields.pair),
+            self.route.p.chosen_groups.eq(fields.chosen_groups),
         ]
         with m.If(ended):
             m.d.comb += engine.done.eq(1)

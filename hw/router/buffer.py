@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..arch.config import Config
 from ..interfaces import Logits
 
-__all__ = ["Logit", "LogitBuffer"]
+__all__ = ["Logit", "LogitBuffer", "quotient"]
 
 
 class Logit(data.Struct):
@@ -19,7 +19,7 @@ class Logit(data.Struct):
     last: 1  # of its row
 
 
-def _quotient(value, divisor: int, limit: int):
+def quotient(value, divisor: int, limit: int):
     """``value // divisor`` for a value below `limit`: a table where it is no shift."""
     if divisor & (divisor - 1) == 0:
         return value[divisor.bit_length() - 1:]
@@ -27,7 +27,7 @@ def _quotient(value, divisor: int, limit: int):
 
 
 class LogitBuffer(wiring.Component):
-    """Holds the logits of two token groups, and reads rows back in order, one logit a cycle.
+    """Holds the logits of two token groups at least, and reads rows back in order, one logit a cycle.
 
     Each of two readers sends every complete row, from row 0, where `twice` is set; without it the
     second sends nothing. Logits of a row are refused until the row that has its place was read by
@@ -61,7 +61,9 @@ class LogitBuffer(wiring.Component):
         lanes, experts = self.config.lanes, self.config.max_experts
         # Places and words of a place are rounded up to powers of two: a place is the low bits of a
         # row number, and an address is two fields side by side.
-        place_bits = (2 * self.config.tokens - 1).bit_length()
+        # The second reader comes late where groups are chosen first: it needs more than a few rows.
+        rows = max(2 * self.config.tokens, 8 * self.config.router_forms)
+        place_bits = (rows - 1).bit_length()
         word_bits = (-(-experts // lanes) - 1).bit_length()
         m.submodules.memory = memory = Memory(
             shape=32 * lanes, depth=1 << (place_bits + word_bits), init=[])
@@ -77,7 +79,7 @@ class LogitBuffer(wiring.Component):
         m.d.comb += [
             self.logits.ready.eq(
                 ~self.restart & ((incoming.row - released)[:13] < (1 << place_bits))),
-            write.addr.eq(address(incoming.row, _quotient(incoming.channel, lanes, experts))),
+            write.addr.eq(address(incoming.row, quotient(incoming.channel, lanes, experts))),
             write.data.eq(incoming.logits),
             write.en.eq(taken),
         ]

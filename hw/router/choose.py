@@ -1,43 +1,46 @@
-"""The largest logits of a row."""
+"""The largest of a row."""
 
-from amaranth import Module, Mux, Signal, signed
+from amaranth import Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
-
-from .buffer import Logit
 
 __all__ = ["Choose", "choices_layout"]
 
 
-def choices_layout(count: int) -> data.ArrayLayout:
-    """The `count` largest logits of a row, largest first, with their experts."""
-    return data.ArrayLayout(data.StructLayout({"value": signed(32), "expert": 8}), count)
+def choices_layout(shape, count: int) -> data.ArrayLayout:
+    """The `count` largest of a row, largest first: all of `shape` but what says that it is the last."""
+    fields = {name: field.shape for name, field in shape.as_shape() if name != "last"}
+    return data.ArrayLayout(data.StructLayout(fields), count)
 
 
 class Choose(wiring.Component):
-    """The `count` largest logits of each row, largest first, ties to the lower expert.
+    """The `count` largest of each row by `value`, largest first, ties to the one that came first.
 
-    A logit a cycle, by insertion into a sorted list; the choices of a row the cycle after its last
-    logit. Refused choices hold up the last logit of the next row. In a row of fewer logits the
-    choices past the last are undefined.
+    One a cycle, by insertion into a sorted list; the choices of a row the cycle after its last.
+    Refused choices hold up the last of the next row. In a row of fewer the choices past the last
+    are undefined.
+
+    Parameters
+    ----------
+    shape : a struct with a signed `value` and `last`, of its row
 
     Members
     -------
-    logits : In(stream.Signature(Logit))
-    choices : Out(stream.Signature(choices_layout(count)))
+    candidates : In(stream.Signature(shape))
+    choices : Out(stream.Signature(choices_layout(shape, count)))
     """
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, shape, count: int):
+        self.count, self.layout = count, choices_layout(shape, count)
         super().__init__({
-            "logits": In(stream.Signature(Logit)),
-            "choices": Out(stream.Signature(choices_layout(count))),
+            "candidates": In(stream.Signature(shape)),
+            "choices": Out(stream.Signature(self.layout)),
         })
 
     def elaborate(self, platform):
         m = Module()
-        incoming = self.logits.p
-        held = Signal(choices_layout(self.count))
+        incoming = self.candidates.p
+        held = Signal(self.layout)
         inserted = Signal.like(held)
         filled = Signal(self.count)  # one bit for each entry that is there
         # Entries that stay where they are: at least as large, and earlier. They are the first ones.
@@ -46,17 +49,17 @@ class Choose(wiring.Component):
             with m.If(stays[i]):
                 m.d.comb += inserted[i].eq(held[i])
             with m.Elif(stays[i - 1] if i else 1):
-                m.d.comb += [inserted[i].value.eq(incoming.value),
-                             inserted[i].expert.eq(incoming.expert)]
+                m.d.comb += [inserted[i][name].eq(incoming[name])
+                             for name, _ in self.layout.elem_shape]
             if i:
                 with m.Else():
                     m.d.comb += inserted[i].eq(held[i - 1])
 
         leaves = self.choices.ready | ~self.choices.valid
-        m.d.comb += self.logits.ready.eq(~incoming.last | leaves)
+        m.d.comb += self.candidates.ready.eq(~incoming.last | leaves)
         with m.If(self.choices.ready):
             m.d.sync += self.choices.valid.eq(0)
-        with m.If(self.logits.valid & self.logits.ready):
+        with m.If(self.candidates.valid & self.candidates.ready):
             m.d.sync += [held.eq(inserted), filled.eq(Mux(incoming.last, 0, filled << 1 | 1))]
             with m.If(incoming.last):
                 m.d.sync += [self.choices.payload.eq(inserted), self.choices.valid.eq(1)]

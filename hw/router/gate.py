@@ -27,7 +27,12 @@ class Gate(wiring.Component):
     """``weight * r >> (e - 1)`` with (r, e) the reciprocal of the row's total.
 
     A row every max(`Reciprocal.INTERVAL`, `chosen`) cycles, its first entry `LATENCY` cycles
-    after its weights; one entry a cycle, largest logit first. Up to `DEPTH` rows wait inside.
+    after its weights, one more with `scores`; one entry a cycle, largest value first. Up to `DEPTH`
+    rows wait inside.
+
+    Parameters
+    ----------
+    scores : weights may be scores, of any size; else a row's largest weight is that of its maximum
 
     Members
     -------
@@ -42,8 +47,8 @@ class Gate(wiring.Component):
     DEPTH = 4
     LATENCY = Reciprocal.LATENCY + RegisterSlice.LATENCY + Multipliers.LATENCY + 2
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, *, scores: bool = False):
+        self.count, self.scores = count, scores
         super().__init__({
             "chosen": In(5),
             "experts": In(stream.Signature(data.ArrayLayout(8, count))),
@@ -88,20 +93,28 @@ class Gate(wiring.Component):
         with m.If(valid):
             m.d.sync += position.eq(Mux(last, 0, position + 1))
 
-        # The row's maximum has the weight 65472 and is part of every total: 16 <= e <= 24, and a
-        # shift by e - 1 is one by 15 and one by at most 8. No weight equals the total unless it is
-        # that 65472, no power of two, so that weight * r < 2**(e + 15): 65535 is never exceeded.
-        tag = data.StructLayout({"valid": 1, "expert": 8, "last": 1, "shift": 4})
-        tags = [Signal(tag, name=f"tag_{i}") for i in range(Multipliers.LATENCY + 1)]
+        # Where the row's maximum has the weight 65472 and is part of every total: 16 <= e <= 24, and a
+        # shift by e - 1 is one by 15 and one by at most 8; scores are shifted by 0 to 23. No weight
+        # exceeds its total < 2**e, so that weight * r <= 2**(e + 15), and with that power of two as
+        # the total r is 65535: 65535 is never exceeded.
+        low, least = (0, 1) if self.scores else (15, 16)
+        tag = data.StructLayout({"valid": 1, "expert": 8, "last": 1, "shift": 5 if self.scores else 4})
+        tags = [Signal(tag, name=f"tag_{i}")
+                for i in range(Multipliers.LATENCY + 1 + self.scores)]
         m.d.comb += [
             tags[0].valid.eq(valid), tags[0].last.eq(last),
             tags[0].expert.eq(experts.r_data.word_select(position, 8)),
-            tags[0].shift.eq(inverse.e - 16),
+            tags[0].shift.eq(inverse.e - least),
         ]
         entry = self.entries.p
+        product, shift = multiplier.product[0][low:], tags[-1].shift
+        if self.scores:
+            coarse = Signal.like(product)
+            m.d.sync += coarse.eq(product >> (tags[-2].shift[3:] << 3))
+            product, shift = coarse, shift[:3]
         m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
         m.d.sync += [
-            entry.weight.eq(multiplier.product[0][15:] >> tags[-1].shift),
+            entry.weight.eq(product >> shift),
             entry.expert.eq(tags[-1].expert), entry.last.eq(tags[-1].last),
             self.entries.valid.eq(tags[-1].valid),
         ]

@@ -5,12 +5,14 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..interfaces import Logits, QueuePort, RouteSetup
+from ..interfaces import Corrections, Logits, QueuePort, RouteSetup
 from ..slices import RegisterSlice, sliced
-from .buffer import LogitBuffer
+from .buffer import Logit, LogitBuffer
 from .choose import Choose
 from .gate import Gate
+from .groups import Groups
 from .queues import Queues
+from .score import Score, Scored
 from .weigh import Weigh
 
 __all__ = ["Router"]
@@ -21,14 +23,16 @@ class Router(wiring.Component):
 
     A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in
     order, an entry (token, weight) is appended to the queue of each of its `chosen` experts:
-    `numerics.chosen_experts` and `numerics.gate_weights`. Limits: ``1 <= chosen <= max_chosen``,
-    ``chosen <= experts <= max_experts``, ``rows <= max_rows``.
+    `numerics.route`. Limits: ``1 <= chosen <= max_chosen``, ``chosen <= experts <= max_experts``,
+    ``rows <= max_rows``, ``1 <= chosen_groups <= max_chosen``. Without `config.router_forms` there
+    are softmax and the choice by logits alone.
 
     One logit a cycle and stage, and stages work on successive rows: a row takes
-    ``max(experts, ROW_INTERVAL)`` cycles if the weights are over the chosen, and
+    ``max(experts, ROW_INTERVAL)`` cycles if the weights are over the chosen or sigmoid scores, and
     ``max(experts + chosen, ROW_INTERVAL)`` if over all. A lone row is done ``LATENCY + experts +
-    2 * chosen`` cycles after its last logits, and `experts` later over all. Two token groups of
-    logits are buffered; more are refused.
+    2 * chosen`` cycles after its last logits, and `experts` later over all; with
+    `config.router_forms` `FORMS_LATENCY` later, and with groups `experts + GROUPS_LATENCY`. Two
+    token groups of logits are buffered, at least; more are refused.
 
     Members
     -------
@@ -36,6 +40,8 @@ class Router(wiring.Component):
         Taken once the rows of the one before are done.
     logits : In(stream.Signature(Logits(config)))
         Of the rows of the last setup; refused before it.
+    corrections : In(stream.Signature(Corrections(config), always_ready=True))
+        With `config.router_forms`; those of the setup, before its logits.
     queue : In(QueuePort())
         Use it from `done` to the next setup.
     done : Out(1)
@@ -46,24 +52,29 @@ class Router(wiring.Component):
 
     ROW_INTERVAL = 18
     LATENCY = Weigh.LATENCY + Gate.LATENCY + 2 * RegisterSlice.LATENCY + 3
+    FORMS_LATENCY = Score.LATENCY + Groups.LATENCY + 2 * RegisterSlice.LATENCY + 1
+    GROUPS_LATENCY = Groups.DECISION - Groups.LATENCY
 
     def __init__(self, config: Config):
         self.config = config
+        corrections = stream.Signature(Corrections(config), always_ready=True)
         super().__init__({
             "setup": In(stream.Signature(RouteSetup)),
             "logits": In(stream.Signature(Logits(config))),
             "queue": In(QueuePort()),
             "done": Out(1),
             "empty": Out(config.max_experts),
-        })
+        } | ({"corrections": In(corrections)} if config.router_forms else {}))
 
     def elaborate(self, platform):
         m = Module()
         count = self.config.max_chosen
         m.submodules.buffer = buffer = LogitBuffer(self.config)
-        m.submodules.choose = choose = Choose(count)
-        m.submodules.weigh = weigh = Weigh(count)
-        m.submodules.gate = gate = Gate(count)
+        forms = bool(self.config.router_forms)
+        shape = Scored if forms else Logit
+        m.submodules.choose = choose = Choose(shape, count)
+        m.submodules.weigh = weigh = Weigh(shape, count)
+        m.submodules.gate = gate = Gate(count, scores=forms)
         m.submodules.queues = queues = Queues(self.config)
 
         setup = Signal(RouteSetup)
@@ -78,7 +89,8 @@ class Router(wiring.Component):
         m.d.comb += [
             setups.ready.eq(~active),
             buffer.restart.eq(starts), queues.clear.eq(starts & ~following.append),
-            buffer.experts.eq(setup.experts), buffer.twice.eq(~setup.over_chosen),
+            buffer.experts.eq(setup.experts),
+            buffer.twice.eq(~setup.over_chosen & ~setup.sigmoid if forms else ~setup.over_chosen),
             weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(setup.token + row),
             self.empty.eq(queues.empty), self.done.eq(finishing[-1]),
 
@@ -88,7 +100,10 @@ class Router(wiring.Component):
         ]
         wiring.connect(m, wiring.flipped(self.queue), queues.queue)
         # No stage waits in the same cycle for another.
-        wiring.connect(m, sliced(m, "first", buffer.first), choose.logits)
+        first = sliced(m, "first", buffer.first)
+        if forms:
+            first = self._forms(m, first, setup)
+        wiring.connect(m, first, choose.candidates)
         wiring.connect(m, sliced(m, "second", buffer.second), weigh.logits)
         wiring.connect(m, weigh.weights, gate.weights)
         wiring.connect(m, gate.entries, queues.entries)
@@ -122,3 +137,14 @@ class Router(wiring.Component):
         with m.If(self.done):
             m.d.sync += active.eq(0)
         return m
+
+    def _forms(self, m, logits, setup):
+        """Scores and groups, on the way of the logits to the choice."""
+        m.submodules.score = score = Score(self.config)
+        m.submodules.groups = groups = Groups(self.config)
+        m.d.comb += [score.setup.eq(setup), groups.setup.eq(setup),
+                     score.corrections.valid.eq(self.corrections.valid),
+                     score.corrections.payload.eq(self.corrections.payload)]
+        wiring.connect(m, logits, score.logits)
+        wiring.connect(m, sliced(m, "scored", score.scored), groups.scored)
+        return sliced(m, "grouped", groups.grouped)

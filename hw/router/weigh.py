@@ -1,4 +1,5 @@
-"""Softmax numerators of the chosen experts, and their denominator."""
+"""What the gate weights of the chosen experts are quotients of: softmax numerators or scores, and
+their denominator."""
 
 from itertools import pairwise
 
@@ -6,11 +7,13 @@ from amaranth import Array, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from ..arch.numerics import GATE_BITS
 from ..credit import CreditQueue
 from ..exp2 import Exp2, Octaves
 from ..interfaces import RouteSetup
 from .buffer import Logit
 from .choose import choices_layout
+from .score import Scored
 
 __all__ = ["Weigh", "weights_layout"]
 
@@ -18,25 +21,30 @@ TOTAL_BITS = 24  # 256 experts of at most 65472
 
 
 def weights_layout(count: int) -> data.StructLayout:
-    """Of a row: `exp2_weight` of each chosen expert, and the sum that they are to be divided by."""
+    """Of a row: `exp2_weight` or the score of each chosen expert, and what divides them."""
     return data.StructLayout({"weights": data.ArrayLayout(16, count), "total": TOTAL_BITS})
 
 
 class Weigh(wiring.Component):
     """``exp2_weight(octaves(maximum - logit))`` of the chosen logits of each row, and its sum over
-    the chosen or, without `over_chosen`, over all logits of the row.
+    the chosen or, without `over_chosen`, over all logits of the row. For sigmoid scores these and
+    their sum, or one.
 
     A logit a cycle: a row takes `chosen` cycles, and as many more as it has logits if they all
     count. The weights come `LATENCY` cycles after the last of them. While they are refused they wait
     in a queue, and what is on the way is let in only as far as that has room.
 
+    Parameters
+    ----------
+    shape : `Scored` where there are sigmoid scores, or `Logit`
+
     Members
     -------
     setup : In(RouteSetup)
         Holds still while rows are inside.
-    choices : In(stream.Signature(choices_layout(count)))
+    choices : In(stream.Signature(choices_layout(shape, count)))
     logits : In(stream.Signature(Logit))
-        All logits of the row; nothing comes here with `over_chosen`.
+        All logits of the row; nothing comes here if they do not count.
     weights : Out(stream.Signature(weights_layout(count)))
         Those past `chosen` are undefined.
     """
@@ -44,11 +52,11 @@ class Weigh(wiring.Component):
     SUMMING = 2 + Octaves.LATENCY + Exp2.LATENCY + 1  # cycles until a row's weights are complete
     LATENCY = SUMMING + CreditQueue.LATENCY
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, shape, count: int):
+        self.count, self.scores = count, shape is Scored
         super().__init__({
             "setup": In(RouteSetup),
-            "choices": In(stream.Signature(choices_layout(count))),
+            "choices": In(stream.Signature(choices_layout(shape, count))),
             "logits": In(stream.Signature(Logit)),
             "weights": Out(stream.Signature(weights_layout(count))),
         })
@@ -61,16 +69,17 @@ class Weigh(wiring.Component):
 
         # What enters: the chosen, then all.
         tag = data.StructLayout({"valid": 1, "position": range(self.count + 1), "counts": 1,
-                                 "last": 1})
+                                 "last": 1} | ({"score": 16} if self.scores else {}))
         position = Signal(range(self.count + 1))
         picking = position != setup.chosen
         entering = Signal(tag)
-        chosen = Array(choice.value for choice in self.choices.payload)[position]
+        chosen = Array(self.choices.payload)[position]
+        alone = setup.over_chosen | setup.sigmoid if self.scores else setup.over_chosen
         m.d.comb += [
             entering.position.eq(Mux(picking, position, self.count)),
             entering.counts.eq(~picking | setup.over_chosen),
             entering.valid.eq(rows.room & self.choices.valid & (picking | self.logits.valid)),
-            entering.last.eq(Mux(picking, setup.over_chosen & (position + 1 == setup.chosen),
+            entering.last.eq(Mux(picking, alone & (position + 1 == setup.chosen),
                                  self.logits.p.last)),
             rows.enters.eq(entering.valid & entering.last),
             self.logits.ready.eq(rows.room & self.choices.valid & ~picking),
@@ -79,7 +88,7 @@ class Weigh(wiring.Component):
         value, maximum = Signal(signed(32)), Signal(signed(32))
         difference = Signal(32)
         m.d.sync += [
-            value.eq(Mux(picking, chosen, self.logits.p.value)),
+            value.eq(Mux(picking, chosen.value, self.logits.p.value)),
             maximum.eq(self.choices.payload[0].value),
             difference.eq(maximum - value),
         ]
@@ -95,20 +104,26 @@ class Weigh(wiring.Component):
             octaves.difference.eq(difference), octaves.multiplier.eq(setup.multiplier),
             octaves.shift.eq(setup.shift), exp2.steps.eq(octaves.steps),
         ]
+        if self.scores:
+            m.d.comb += entering.score.eq(chosen.score)
         tags = [entering] + [Signal(tag, name=f"tag_{i}") for i in range(self.SUMMING - 1)]
         leaving = tags[-1]
         fresh = Signal(init=1)  # the next to leave is the first of its row
         weights, complete = Signal.like(rows.element), Signal()
+        weight, begin = exp2.weight, 0
+        if self.scores:
+            weight = Mux(setup.sigmoid, leaving.score, weight)
+            begin = (setup.sigmoid & ~setup.over_chosen) << GATE_BITS
         m.d.comb += [rows.arrives.eq(complete), rows.element.eq(weights)]
         m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
         m.d.sync += complete.eq(leaving.valid & leaving.last)
         with m.If(leaving.valid):
             m.d.sync += [
                 fresh.eq(leaving.last),
-                weights.total.eq(Mux(fresh, 0, weights.total)
-                                 + Mux(leaving.counts, exp2.weight, 0)),
+                weights.total.eq(Mux(fresh, begin, weights.total)
+                                 + Mux(leaving.counts, weight, 0)),
             ]
             for i in range(self.count):
                 with m.If(leaving.position == i):
-                    m.d.sync += weights.weights[i].eq(exp2.weight)
+                    m.d.sync += weights.weights[i].eq(weight)
         return m

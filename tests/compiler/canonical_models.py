@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.canonical import DOMAIN, verify
+from moeware.compiler.canonical import DOMAIN, PLAIN_ROUTE, verify
 
 __all__ = ["Canonical", "gated_model"]
 
@@ -69,8 +69,9 @@ class Canonical:
     def gated_experts(self, x: ir.Value, experts: int, chosen: int, hidden: int,
                       function: str) -> ir.Value:
         _, rows, width = x.shape
-        indices, weights = self.add("Route", [x, *self.layer(experts, width)], (1, rows, chosen),
-                                    (1, rows, chosen), k=chosen, normalise="chosen")
+        gate = [*self.layer(experts, width), np.zeros(experts, np.float32)]
+        indices, weights = self.add("Route", [x, *gate], (1, rows, chosen), (1, rows, chosen), k=chosen,
+                                    normalise="chosen", **PLAIN_ROUTE)
         layers = [array for shape in ((hidden, width), (width, hidden), (hidden, width))
                   for array in self.layer(experts, *shape)]
         return self.add("GatedExperts", [x, indices, weights, *layers], (1, rows, width),

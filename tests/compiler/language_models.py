@@ -13,9 +13,10 @@ SIZES = dict(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS
              num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
              max_position_embeddings=64, pad_token_id=0)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
-LATENT = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, kv_lora_rank=16,
-              first_k_dense_replace=0, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-              n_shared_experts=1, num_key_value_heads=4)
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+              first_k_dense_replace=0, n_shared_experts=1)
+LATENT = dict(ROUTED, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+              num_key_value_heads=4)
 
 # Name: (class of the configuration, sizes beside `SIZES`).
 MODELS = {
@@ -37,6 +38,11 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeConfig", dict(EXPERTS, moe_intermediate_size=24, head_dim=8,
                                          norm_topk_prob=True)),
     "phi-moe": ("PhimoeConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "glm4-moe": ("Glm4MoeConfig", dict(ROUTED, n_group=2, topk_group=1, head_dim=8)),
+    "dots1": ("Dots1Config", dict(ROUTED, n_routed_experts=16, n_group=4, topk_group=2, head_dim=8)),
+    "minimax-m2": ("MiniMaxM2Config", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "youtu": ("YoutuConfig", dict(LATENT, q_lora_rank=24)),
+    "minicpm3": ("MiniCPM3Config", dict(LATENT, q_lora_rank=24)),
     "deepseek-v3": ("DeepseekV3Config", dict(LATENT, q_lora_rank=24, n_group=2, topk_group=1)),
 }
 
@@ -64,6 +70,9 @@ def build(name, *, attention="eager", seed=0, keep=0, **sizes):
     for parameter in model.parameters():
         centre, width = (0.8, 0.3) if parameter.ndim == 1 else (0, 0.15)
         nn.init.normal_(parameter, centre, width)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            nn.init.normal_(buffer, 0, 0.1)
     return Logits(model, keep)
 
 

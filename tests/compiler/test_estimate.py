@@ -33,7 +33,9 @@ from .lowering import decoder, program, transformer
 MEMORIES = [IDEAL, SDRAM_16BIT, DDR]
 CONFIGURATIONS = {**{name: shaped(name) for name in SHAPES},
                   **{f"of {CONFIGS[number].linear_macs} products": CONFIGS[number]
-                     for number in (0, 1, 4, 5)}}
+                     for number in (0, 1, 4, 5)},
+                  "router forms": dataclasses.replace(shaped("even"), router_forms=1,
+                                                      max_experts=8)}
 MODELS = {
     "bidirectional": {"tokens": 11, "depth": 10, "width": 6, "heads": 2, "hidden": 17},
     "causal": {"tokens": 6, "depth": 7, "width": 5, "heads": 3, "hidden": 9, "causal": True,
@@ -57,8 +59,9 @@ def cycles(memory, config, clock_hz: float = 100e6) -> DramCycles:
 
 
 def made(config, model: str, seed: int = 1):
+    form = config.router_forms and list(MODELS).index(model) + 1  # to each model one of its own
     graph = transformer(seed, experts=config.max_experts, chosen=min(2, config.max_chosen),
-                        **MODELS[model])
+                        form=form, **MODELS[model])
     compiled = program(graph, config, trace=False)
     return compiled, compiled.steps[0], graph.integers(1)
 
@@ -130,6 +133,8 @@ def test_constants_are_those_of_the_gateware():
     assert estimate_costs.Attention.ROWS_PER_DIVIDER == ResultWriter.ROWS_PER_DIVIDER
     assert estimate_costs.Attention.GROUP >= PassReader.GROUP_CYCLES
     assert estimate_costs.Linear.ROUTE_ROW == Router.ROW_INTERVAL
+    assert (estimate_costs.Linear.FORMS, estimate_costs.Linear.GROUPS) == (
+        Router.FORMS_LATENCY, Router.GROUPS_LATENCY)
     latencies = [Scale(dataclasses.replace(CONFIGS[0], products=each)).latency for each in (0, 1)]
     assert estimate_costs.Linear.PRODUCTS == latencies[1] - latencies[0]
 

@@ -33,6 +33,9 @@ EXPORTS = {
     ("olmoe", "eager", 20): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
     ("qwen2-moe", "eager", 24): f"{ATTENTION} {EXPERTS} {EXPERTS} {NORMS}",
     ("qwen3-moe", "sdpa", 23): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
+    ("glm4-moe", "sdpa", 20): f"{ATTENTION} {EXPERTS} {GATED} {NORMS}",
+    ("dots1", "eager", 18): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {GATED} {NORMS}",
+    ("minimax-m2", "sdpa", 24): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
 }
 
 
@@ -49,15 +52,33 @@ def test_export(tmp_path, name, attention, opset):
     assert heads == [4, {"gpt-neox": 4, "gpt-j": 4, "falcon": 1}.get(name, 2)]
 
 
-@pytest.mark.parametrize("name,operator,reason", [("phi-moe", "ArgMax", "sparse mixer"),
-                                                  ("deepseek-v3", "TopK", "scores by sigmoid")])
-def test_other_routers_stay_plain(tmp_path, name, operator, reason):
-    model = language_models.build(name)
-    path = language_models.export(model, tmp_path / "m.onnx", 20)
+# Model: sizes, score, groups, chosen groups, "chosen" or "all", whether there are corrections.
+ROUTERS = {
+    "glm4-moe": ({}, "sigmoid", 2, 1, "chosen", True),
+    "dots1": ({"routed_scaling_factor": 1.7}, "sigmoid", 4, 2, "all", True),
+    "minimax-m2": ({}, "sigmoid", 1, 1, "chosen", True),
+    "deepseek-v3": ({"n_routed_experts": 6, "n_group": 3, "topk_group": 2}, "sigmoid", 3, 2, "chosen",
+                    True),
+    "qwen3-moe": ({}, "softmax", 1, 1, "chosen", False),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_router(tmp_path, name):
+    sizes, *wanted = ROUTERS[name]
+    path = language_models.export(language_models.build(name, seed=4, **sizes), tmp_path / "m.onnx")
+    fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
+    (route,) = [node for node in fused.graph if node.op_type == "Route"]
+    found = [route.attributes[name].value for name in ("score", "groups", "chosen_groups", "normalise")]
+    assert [*found, bool(route.inputs[3].const_value.numpy().any())] == wanted
+
+
+def test_other_routers_stay_plain(tmp_path):
+    path = language_models.export(language_models.build("phi-moe"), tmp_path / "m.onnx")
     fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
     operators = operators_of(fused)
-    reasons = [node.metadata_props[REASON] for node in fused.graph if node.op_type == operator]
-    assert reasons and all(reason in each for each in reasons)
+    reasons = [node.metadata_props[REASON] for node in fused.graph if node.op_type == "ArgMax"]
+    assert reasons and all("sparse mixer" in each for each in reasons)
     assert not {"Route", "GatedExperts"} & set(operators)
     assert operators.count("Rotary") == 2
 

@@ -55,6 +55,25 @@ def test_golden_device_computes_the_quantised_graph(config, size):
             np.testing.assert_array_equal(found[op.output], expected[op.output], err_msg=op.output)
 
 
+@pytest.mark.parametrize("form", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
+def test_router_forms_on_the_golden_device(config, form):
+    config = dataclasses.replace(config, router_forms=1)
+    graph = transformer(form, **SIZES["odd"] | {"experts": 8, "chosen": 3}, form=form)
+    compiled = program(graph, config)
+    inputs = graph.integers(3)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+def test_a_router_without_gateware_is_refused():
+    graph = transformer(2, **SIZES["odd"] | {"experts": 8}, form=2)
+    with pytest.raises(CompileError, match="more than Config.router_forms = 0"):
+        program(graph, CONFIGS[0])
+
+
 def weight_loads(config, bits: int):
     """Work of the loads of a program's weights: those of the gate, the others."""
     graph = transformer(3, **SIZES["wide"], bits=bits)

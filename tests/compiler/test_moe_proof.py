@@ -9,6 +9,7 @@ from torch import nn
 from moeware.compiler.fuse import fuse
 from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form, sample_rows, sample_scores
 from moeware.compiler.fuse.moe_weights import ExpertWeights
+from moeware.compiler.fuse.routers import plain_forms
 from moeware.compiler.load import load
 from tests.compiler import exports
 from tests.compiler.exports import Block, Moe, Vit, export, randomise, vit
@@ -84,13 +85,10 @@ def test_more_experts_than_tokens_each_have_a_say(tmp_path, monkeypatch, swapped
 
     class Swapped(Moe):
         def _loop(self, rows, weights, indices):
-            # The constants of expert e stand at place e, but are chosen by another index.
-            result = torch.zeros_like(rows)
-            for e in range(exports.EXPERTS):
-                index = dict(zip(swapped, swapped[::-1])).get(e, e)
-                factor = (weights * (indices == index)).sum(-1, keepdim=True)
-                result = result + factor * self._expert(e, rows)
-            return result
+            # The constants of expert e stand at place e and meet number e, but of another choice.
+            renamed = torch.arange(exports.EXPERTS)
+            renamed[list(swapped)] = torch.tensor(swapped[::-1])
+            return super()._loop(rows, weights, renamed[indices])
 
     monkeypatch.setattr(exports, "EXPERTS", 12)
     plain = export(vit(mixer=Moe("loop", "all", k=1)), tmp_path / "plain.onnx", 17, dynamo=False)
@@ -117,13 +115,14 @@ def test_samples_reach_the_values_at_which_functions_differ(size):
 
 @pytest.mark.parametrize("experts", [1, 5, 24])
 def test_each_expert_comes_first_in_turn(experts):
-    scores = sample_scores(np.random.default_rng(3), 24, experts)
+    scores = sample_scores(np.random.default_rng(3), 24, plain_forms(experts, 1)[0])
     assert (scores.argmax(-1) == np.arange(24) % experts).all()
 
 
 def test_a_result_that_is_no_number_is_far_from_all():
     chosen, draw = weights(), np.random.default_rng(3)
-    rows, scores = sample_rows(draw, 7, chosen), sample_scores(draw, 7, 3)
+    routers = plain_forms(3, 2)
+    rows, scores = sample_rows(draw, 7, chosen), sample_scores(draw, 7, routers[0])
     for value in (np.nan, np.inf):
         found = np.full((7, 6), value, np.float32)
-        assert nearest_form(rows, scores, found, [chosen], 2).error > TOLERANCE
+        assert nearest_form(rows, scores, found, [chosen], routers).error > TOLERANCE

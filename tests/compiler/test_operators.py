@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from moeware.compiler.canonical import DOMAIN, verify
+from moeware.compiler.canonical import DOMAIN, PLAIN_ROUTE, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.reference import evaluate
 from moeware.compiler.to_onnx import to_onnx
@@ -97,6 +97,73 @@ def test_gated_experts_multiply_before_the_second_layer(experts, chosen):
         product = gate / (1 + np.exp(-gate)) * (weights["w3"][e] @ row + weights["b3"][e])
         expected[place[:2]] += factors[place] * (weights["w2"][e] @ product + weights["b2"][e])
     assert np.abs(found - expected).max() < 10 * SUM  # values up to ten
+
+
+ROUTE = {"k": 2, "normalise": "chosen", **PLAIN_ROUTE}
+
+
+def route(weights, **attributes):
+    """A graph of one Route of x [5, 6], with what it chooses behind one another."""
+    found = model("Route", {"x": (5, 6)}, weights, (5, attributes["k"]), **attributes)
+    (node,) = found.graph
+    factors = ir.val("weights", dtype=ir.DataType.FLOAT, shape=node.outputs[0].shape)
+    replaced = ir.node("Route", node.inputs, attributes, domain=DOMAIN, num_outputs=2, name="node",
+                       metadata_props={"sources": "[]"})
+    for output, name, kind in zip(replaced.outputs, ("indices", "weights"),
+                                  (ir.DataType.INT64, ir.DataType.FLOAT)):
+        output.name, output.shape, output.dtype = name, factors.shape, kind
+    found.graph.remove(node, safe=False)
+    found.graph.append(replaced)
+    found.graph.outputs[:] = replaced.outputs
+    return found
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalise", ["chosen", "all"])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("groups,chosen_groups,group_score", [
+    (1, 1, "max"), (4, 2, "max"), (4, 2, "pair"), (2, 1, "pair"), (8, 3, "max")])
+def test_route(score, normalise, corrected, groups, chosen_groups, group_score):
+    weights = {"weight": normal(8, 6, seed=1), "bias": normal(8, seed=2),
+               "correction": normal(8, seed=3) * corrected}
+    attributes = ROUTE | {"score": score, "normalise": normalise, "groups": groups,
+                          "chosen_groups": chosen_groups, "group_score": group_score}
+    graph = route(weights, **attributes)
+    verify(graph)
+    x = normal(FRAMES, 5, 6)
+    indices, factors = evaluate(graph, {"x": x}).values()
+    session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString())
+    again = session.run(None, {"x": x})
+    assert (again[0] == indices).all() and np.abs(again[1] - factors).max() < SUM
+    logits = x.astype(np.float64) @ weights["weight"].T + weights["bias"]
+    for place in np.ndindex(FRAMES, 5):
+        row = logits[place]
+        scores = 1 / (1 + np.exp(-row)) if score == "sigmoid" else np.exp(row) / np.exp(row).sum()
+        values = scores + weights["correction"]
+        worth = np.sort(values.reshape(groups, -1))[:, -2 if group_score == "pair" else -1:].sum(-1)
+        seen = np.isin(np.arange(8) // (8 // groups), np.argsort(-worth)[:chosen_groups])
+        order = np.argsort(np.where(seen, -values, np.inf))[:2]
+        assert indices[place].tolist() == order.tolist()
+        expected = scores[order] / (scores[order].sum() if normalise == "chosen" else 1)
+        assert np.abs(factors[place] - expected).max() < SUM
+
+
+def test_equal_scores_are_chosen_by_index():
+    weights = {"weight": np.zeros((8, 6)), "bias": np.zeros(8), "correction": np.zeros(8)}
+    for form in ({}, {"score": "sigmoid", "groups": 4, "chosen_groups": 2, "group_score": "pair"}):
+        indices, _ = evaluate(route(weights, **ROUTE | form), {"x": normal(FRAMES, 5, 6)}).values()
+        assert (indices == [0, 1]).all()
+
+
+@pytest.mark.parametrize("change,rule", [
+    ({"groups": 3}, "groups divides"), ({"groups": 4, "chosen_groups": 5}, "chosen_groups is"),
+    ({"k": 5, "groups": 4, "chosen_groups": 2}, "k is between"), ({"score": "relu"}, "score is one of"),
+    ({"groups": 8, "chosen_groups": 2, "group_score": "pair"}, "pair"),
+    ({"group_score": "mean"}, "group_score is one of")])
+def test_verifier_refuses_routes(change, rule):
+    weights = {"weight": normal(8, 6), "bias": normal(8), "correction": normal(8)}
+    with pytest.raises(CompileError, match=rule):
+        verify(route(weights, **ROUTE | change))
 
 
 @pytest.mark.parametrize("operator,inputs,weights,attributes,rule", [

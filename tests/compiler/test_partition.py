@@ -139,7 +139,7 @@ def test_report_counts_macs(mixed):
     "case,words",
     [
         ("three_operand_einsum", "3-operand Einsum is not a supported form; write"),
-        ("post_norm", "reads norm or norm row or attention or function or product; use pre-norm"),
+        ("post_norm", "or attention or function or product or normalised linear; use pre-norm"),
         ("masked_attention", "Softmax of an attention that no rule recognises; write it as"),
     ],
 )

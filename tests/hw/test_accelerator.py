@@ -173,9 +173,10 @@ def attention(config, seed=4):
     return assembly
 
 
-def experts(config, seed=5):
+def experts(config, seed=5, **form):
     """Routing, then for each expert a LOAD of weights and a marker, and its products; the last
-    expert is never chosen, so its marker must not be loaded."""
+    expert is never chosen, so its marker must not be loaded, unless another `form` of router chooses
+    by more than logits."""
     assembly = Assembly(config, seed)
     rows, count = 6, config.max_experts
     params = assembly.params(count + 4)
@@ -187,7 +188,7 @@ def experts(config, seed=5):
     assembly.load(Memory.WEIGHT, 0, words=1, signal=bit(Engine.LINEAR))
     common = {"source": 0, "source_stride": 1, "source_words": 1, "channels": 4}
     assembly.add(Opcode.LINEAR, **common, rows=rows, target=Target.ROUTER, weight=0, param=0,
-                 chosen=2, over_chosen=1, multiplier=40_000, shift=20,
+                 **{"chosen": 2, "over_chosen": 1, "multiplier": 40_000, "shift": 20} | form,
                  wait=bit(Engine.LOAD), signal=bit(Engine.LOAD))
     for expert in range(count):
         chosen = {"conditional": 1, "expert": expert}
@@ -342,6 +343,25 @@ def test_narrow_weights(shape):
     assembly = narrow(subject)
     result, = run(subject, [(assembly.entry, assembly.image())], latency=5, stall=0.1)
     check(subject, assembly, result)
+
+
+FORMS = [
+    {}, {"sigmoid": 1, "shift": 14}, {"sigmoid": 1, "by_score": 1, "over_chosen": 0, "shift": 14},
+    {"group": 2, "chosen_groups": 1, "over_chosen": 0},
+    {"sigmoid": 1, "by_score": 1, "group": 4, "chosen_groups": 1, "pair": 1, "shift": 14},
+    {"sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1, "pair": 1, "shift": 14},
+]
+
+
+@pytest.mark.parametrize("shape", [{}, {"lanes": 4, "tokens": 1}], ids=["two lanes", "four lanes"])
+def test_router_forms(shape):
+    """One after the other, each with corrections of its own."""
+    subject = config(router_forms=1, max_experts=8, residual_words=80, **shape)
+    assemblies = [experts(subject, seed=12 + number, **form) for number, form in enumerate(FORMS)]
+    results = run(subject, [(assembly.entry, assembly.image()) for assembly in assemblies],
+                  latency=5, stall=0.1, deadline=60_000)
+    for assembly, result in zip(assemblies, results, strict=True):
+        check(subject, assembly, result)
 
 
 @pytest.mark.parametrize("shape", [

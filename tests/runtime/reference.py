@@ -87,28 +87,26 @@ def _norm(op, values):
 
 def _attention(op, values):
     key, value = values[op.key], values[op.value]
-    width = value.shape[1] // op.key_heads
-    query = (np.zeros((1, op.heads * width), np.int64) if op.query is None else values[op.query])
-    result = np.zeros((len(query), op.heads * width), np.int64)
-    for head in range(op.heads):
-        own = slice(head * width, (head + 1) * width)
-        shared = head * op.key_heads // op.heads
-        shared = slice(shared * width, (shared + 1) * width)
-        for row in range(len(query)):
+    keys, values_of = (np.split(array, op.key_heads, 1) for array in (key, value))
+    query = np.zeros((1, keys[0].shape[1] * op.heads), np.int64) if op.query is None else values[op.query]
+    results = []
+    for head, queries in enumerate(np.split(query, op.heads, 1)):
+        key, value = (each[head * op.key_heads // op.heads] for each in (keys, values_of))
+        rows = []
+        for row, own in enumerate(queries):
             seen = row + len(key) - len(query) + 1 if op.causal else len(key)
-            scores = key[:seen, shared] @ query[row, own]
+            scores = key[:seen] @ own
             weights = numerics.probability(
                 numerics.octaves(scores.max() - scores, op.multiplier, op.shift))
             scale = numerics.row_scale(weights.sum(), op.out_multiplier, op.out_shift)
-            result[row, own] = numerics.requantise(weights @ value[:seen, shared], *scale)
-    return result
+            rows.append(numerics.requantise(weights @ value[:seen], *scale))
+        results.append(np.stack(rows))
+    return np.hstack(results)
 
 
 def _route(op, values):
     logits = values[op.source] @ op.weight.astype(np.int64).T + op.bias.astype(np.int64)
-    chosen = numerics.chosen_experts(logits, op.chosen)
-    return np.stack([chosen, numerics.gate_weights(logits, chosen, op.multiplier, op.shift,
-                                                   over_chosen=op.over_chosen)], -1)
+    return np.stack(numerics.route(logits, op.correction, **op.form), -1)
 
 
 def _experts(op, values):
@@ -198,14 +196,24 @@ class Graph:
                          shift=shift, out_multiplier=out_multiplier, out_shift=out_shift)
 
     def route(self, source: str, experts: int, chosen: int, *, over_chosen: bool = False,
-              weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> str:
+              weight: np.ndarray | None = None, bias: np.ndarray | None = None, **form) -> str:
+        """form : `sigmoid`, `correction`, `group`, `chosen_groups` and `pair` of Route."""
         rows, depth = self.shapes[source]
         weight = self.int8(experts, depth) if weight is None else weight
         bias = (self.random.integers(-1 << 14, 1 << 14, experts).astype(np.int32) if bias is None
                 else bias)
         return self._add(Route, (rows, chosen), source=source, weight=weight, bias=bias,
                          chosen=chosen, over_chosen=over_chosen,
-                         multiplier=int(self.random.integers(1 << 15, 1 << 16)), shift=21)
+                         multiplier=int(self.random.integers(1 << 15, 1 << 16)),
+                         shift=15 if form.get("sigmoid") else 21, **form)
+
+    def forms(self, experts: int, chosen: int):
+        """Forms of a router whose experts divide into groups of two."""
+        correction = self.random.integers(0, 1 << 16, experts).astype(np.uint32)
+        grouped = {"group": 2, "chosen_groups": -(-chosen // 2)}
+        yield from ({}, grouped, {"sigmoid": True}, {"sigmoid": True, **grouped},
+                    {"sigmoid": True, "correction": correction},
+                    {"sigmoid": True, "correction": correction, "pair": True, **grouped})
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
                 table: bool = True, gated: bool = False) -> str:

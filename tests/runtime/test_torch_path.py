@@ -278,6 +278,21 @@ def test_ties_go_to_the_lower_expert(over_chosen):
     assert (route[..., :3, 0] % 5 == [0, 1, 2]).all()
 
 
+@pytest.mark.parametrize("over_chosen", [False, True])
+@pytest.mark.parametrize("number", range(6))
+def test_router_forms(over_chosen, number):
+    graph = Graph(8 + number)
+    source = graph.input(40, 8)
+    form = list(graph.forms(12, 3))[number]
+    graph.route(source, 12, 3, over_chosen=over_chosen, **form)
+    equal = np.repeat(graph.int8(4, 8), 3, axis=0)  # logits that tie
+    graph.route(source, 12, 3, over_chosen=over_chosen, weight=equal, bias=np.zeros(12, np.int32),
+                **form)
+    far = np.repeat(np.array([-(1 << 30), (1 << 30), 0, 1 << 20], np.int32), 3)  # scores saturate
+    graph.route(source, 12, 3, over_chosen=over_chosen, bias=far, **form)
+    compare(graph)
+
+
 def test_experts_without_rows():
     graph = Graph(5)
     source, residual = graph.input(6, 8), graph.input(6, 10, Memory.RESIDUAL)

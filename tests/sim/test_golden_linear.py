@@ -1,9 +1,12 @@
 """LINEAR on the golden device, its router and its queues, against plain Python arithmetic."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moeware.hw.arch.isa import Memory, Opcode, Target
+from moeware.sim.golden import GoldenError
 
 from .golden_machine import CONFIG, LINEAR, ROUTE, D, execute, exponential, scaled, wrapped
 
@@ -111,6 +114,33 @@ def test_router_fills_the_queues(machine, over_chosen):
     execute(machine, (Opcode.LINEAR, route),
             (Opcode.LINEAR, route | {"append": 1, "destination": 30}))
     assert machine.queues == expected
+
+
+@pytest.mark.parametrize("form, message", [
+    ({"sigmoid": 1, "group": 2}, "sigmoid, group must be 0 where Config.router_forms is 0, not 1, 2"),
+    ({"by_score": 1}, "by_score must come with sigmoid"),
+    ({"sigmoid": 1, "pair": 1}, "pair with by_score"),
+    ({"group": 3, "chosen_groups": 1}, "must divide its 4 channels"),
+    ({"group": 2, "chosen_groups": 3}, "3 chosen groups must be 1 to 2"),
+    ({"group": 1, "chosen_groups": 1}, "hold the 2 chosen experts"),
+    ({"group": 4, "chosen_groups": 2}, "and exist")])
+def test_routers_without_gateware_are_refused(machine, form, message):
+    if "is 0" not in message:
+        machine.config = dataclasses.replace(CONFIG, router_forms=1, max_chosen=2)
+    with pytest.raises(GoldenError, match=message):
+        execute(machine, (Opcode.LINEAR, ROUTE | form))
+
+
+def test_router_adds_corrections_of_its_parameters(machine):
+    """All logits are equal: the corrections alone decide, and leave the weights alone."""
+    machine.config = dataclasses.replace(CONFIG, router_forms=1)
+    machine.weight[:], machine.param["bias"] = 0, 0
+    machine.param["multiplier"], machine.param["shift"] = 9, 1
+    machine.param["shift"][ROUTE["param"] + 2] = 3
+    machine.param["multiplier"][ROUTE["param"] + 1] = 10
+    execute(machine, (Opcode.LINEAR, ROUTE | {"sigmoid": 1, "by_score": 1}))
+    half = [(token, 32767) for token in range(5)]  # less one unit
+    assert machine.queues[:4] == [[], half, half, []]
 
 
 def test_router_breaks_ties_by_the_lower_expert(machine):

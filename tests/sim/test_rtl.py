@@ -75,6 +75,17 @@ def test_gateware_equals_golden_equals_pytorch(name):
         assert {tensor for _, tensor, *_ in found.tensors} == {probe.tensor for probe in step.probes}
 
 
+def test_router_forms():
+    """Sigmoid scores, corrections and groups, and the softmax of others on the same gateware."""
+    config = Config(**SMALL | SHAPES["nothing divides"] | {"router_forms": 1, "max_experts": 8})
+    devices = {"golden": GoldenDevice(), "PyTorch": TorchDevice(),
+               "RTL": RtlDevice(config, fast=False, dram=DDR, stall_seed=2)}
+    for form in range(6):
+        made, step, inputs = traced(config, 20 + form, form=form)
+        found = compare(made, step, devices, inputs)
+        assert found.equal, str(found)
+
+
 def beats(region, config):
     """Bus words of all parts of a region, without what lies between them."""
     words = region.rows * region.words_per_row(config) // region.parts

@@ -19,6 +19,7 @@ ROWS, COUNT, DRAM = 8, 250, 1 << 17
 SHAPES = {
     "narrow": {"tokens": 2, "outputs": 4, "depth": 12, "lanes": 2, "narrow": 1},
     "wide": {"tokens": 4, "outputs": 4, "depth": 8, "lanes": 4},
+    "router forms": {"tokens": 3, "outputs": 6, "depth": 4, "lanes": 2, "router_forms": 1},
     "products": {"tokens": 3, "outputs": 6, "depth": 8, "lanes": 2, "narrow": 1, "products": 1},
 }
 
@@ -33,11 +34,18 @@ def shaped(name):
 def drawn(config, draw):
     """Fields of a LINEAR, and the words that it reads and writes; "queues" stands for them all."""
     if draw.random() < 0.08:
-        words, experts = draw.randint(1, 4), draw.randint(2, 4)
+        words, experts, form = draw.randint(1, 4), draw.randint(2, 4), {}
+        if config.router_forms:
+            form = draw.choice(({}, {"sigmoid": 1, "shift": 14},
+                                {"sigmoid": 1, "by_score": 1, "shift": 14},
+                                {"group": 2, "chosen_groups": 1}, {
+                                    "sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1,
+                                    "pair": 1, "shift": 14}))
+            experts += experts % 2
         return {"target": Target.ROUTER, "rows": ROWS, "source": 0, "source_stride": 4,
                 "source_words": words, "channels": experts, "weight": draw.randrange(16),
                 "chosen": 2, "over_chosen": draw.randint(0, 1), "multiplier": 40_000, "shift": 20,
-                }, {("activation", word) for word in range(32)}, {"queues"}
+                } | form, {("activation", word) for word in range(32)}, {"queues"}
     target = draw.choice((Target.ACTIVATION, Target.RESIDUAL))
     memory, width = (("activation", config.depth) if target == Target.ACTIVATION
                      else ("residual", config.lanes))

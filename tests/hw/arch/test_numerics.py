@@ -176,3 +176,92 @@ def test_gate_weights_are_a_softmax():
 def test_one_chosen_expert_saturates_its_weight():
     logits = np.array([[3, 9, 1]])
     assert numerics.gate_weights(logits, np.array([[1]]), 1, 1, over_chosen=True).tolist() == [[65535]]
+
+
+NATS = 47274, 17  # logits in units of 2**-16 nats to octaves in steps of 2**-14
+
+
+def test_scores_are_those_of_the_sigmoid():
+    logits = np.concatenate([[-(2**31)], np.arange(-900_000, 900_000, 7), [2**31 - 1]])
+    scores = numerics.sigmoid_scores(logits, *NATS)
+    octaves = logits * (NATS[0] / 2**NATS[1] / 2**14)
+    # A place is rounded to 0.7 units at most, a chord is 0.4 off, a score rounded to one.
+    assert np.abs(scores - np.clip(65536 / (1 + 2.0**-np.maximum(octaves, -99)), 1, 65535)).max() < 1.3
+    assert scores.min() == 1 and scores.max() == 65535
+    assert (np.diff(scores) >= 0).all()
+    assert (scores[1:-1] + numerics.sigmoid_scores(-logits[1:-1], *NATS) == 65536)[logits[1:-1] != 0].all()
+
+
+def test_scores_by_plain_integers():
+    for logit in [0, 1, -1, 5, -77777, 300_000, -(2**31), 2**31 - 1, *RNG.integers(-10**6, 10**6, 200)]:
+        place = min(floor_half_up(Fraction(abs(int(logit)) * NATS[0], 1 << NATS[1])), (16 << 14) - 1)
+        low, high = (round(2**20 / (1 + 2.0 ** -(Fraction(place // 512 + i, 32)))) for i in (0, 1))
+        score = floor_half_up(Fraction(low * 512 + (high - low) * (place % 512), 1 << 13))
+        expected = score if logit >= 0 else 65536 - score
+        assert numerics.sigmoid_scores(int(logit), *NATS) == expected
+
+
+def routed(row, corrections, form):
+    """One row of `numerics.route`, with sorted lists."""
+    scores = numerics.sigmoid_scores(np.array(row), *NATS).tolist()
+    values = [s + c for s, c in zip(scores, corrections)] if form["by_score"] else list(row)
+    seen = set(range(len(row)))
+    if size := form["group"]:
+        groups = [range(first, first + size) for first in range(0, len(row), size)]
+        worth = [sum(sorted(values[e] for e in group)[-1 - form["pair"]:]) for group in groups]
+        best = sorted(range(len(groups)), key=lambda g: (-worth[g], g))[:form["chosen_groups"]]
+        seen = {e for g in best for e in groups[g]}
+    order = sorted(seen, key=lambda e: (-values[e], e))[:form["chosen"]]
+    if not form["sigmoid"]:
+        return order, None
+    total = sum(scores[e] for e in order) if form["over_chosen"] else 65536
+    bits = total.bit_length()
+    inverse = min((1 << (bits + 15)) // total, 65535)
+    return order, [min(scores[e] * inverse >> (bits - 1), 65535) for e in order]
+
+
+@pytest.mark.parametrize("sigmoid, by_score, group, chosen_groups, pair", [
+    (1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (0, 0, 4, 1, 0), (1, 0, 2, 3, 0), (1, 1, 3, 2, 0), (1, 1, 3, 2, 1),
+    (1, 1, 12, 1, 1), (1, 1, 2, 6, 1)])
+@pytest.mark.parametrize("over_chosen", [0, 1])
+def test_routes_by_sorting(sigmoid, by_score, group, chosen_groups, pair, over_chosen):
+    form = {"chosen": 3, "over_chosen": over_chosen, "sigmoid": sigmoid, "by_score": by_score,
+            "group": group, "chosen_groups": chosen_groups, "pair": pair}
+    logits = np.concatenate([RNG.integers(-1 << 18, 1 << 18, (40, 12)), RNG.integers(-1, 2, (40, 12)),
+                             RNG.choice([-(2**31), 2**31 - 1], (20, 12))])
+    corrections = RNG.integers(0, 1 << 15, 12)
+    indices, weights = numerics.route(logits, corrections, multiplier=NATS[0], shift=NATS[1], **form)
+    for row, found, weight in zip(logits.tolist(), indices.tolist(), weights.tolist()):
+        order, expected = routed(row, corrections.tolist(), form)
+        assert found == order
+        assert expected is None or weight == expected
+
+
+def test_least_scores_divide():
+    """Of logits far below zero each score is one unit, and their shares are even."""
+    logits = np.full((1, 4), -(2**31))
+    scores, all_four = numerics.sigmoid_scores(logits, *NATS), np.array([[0, 1, 2, 3]])
+    assert numerics.score_weights(scores, all_four, over_chosen=True).tolist() == [[16383] * 4]
+    assert numerics.score_weights(scores, all_four, over_chosen=False).tolist() == [[0] * 4]
+
+
+def test_the_choice_is_that_of_real_numbers():
+    """Where corrected scores, and pairs of them, lie further apart than rounding reaches."""
+    logits = RNG.normal(size=(400, 16)) * 2
+    correction = RNG.normal(size=16) * 0.1
+    scores = 1 / (1 + np.exp(-logits)) + correction
+    worth = np.sort(scores.reshape(-1, 4, 4), -1)[..., -2:].sum(-1)
+    groups = np.argsort(-worth, -1)
+    seen = np.zeros(worth.shape, bool)
+    np.put_along_axis(seen, groups[:, :2], True, -1)
+    values = np.where(np.repeat(seen, 4, -1), scores, -np.inf)
+    order = np.argsort(-values, -1)[:, :4]  # three are chosen
+    edge, best = (np.take_along_axis(scores, order, -1), np.take_along_axis(worth, groups, -1))
+    # A score is 1.3 units off at most, a correction half of one.
+    clear = ((edge[:, 2] - edge[:, 3]) * 65536 > 2 * 1.8) & ((best[:, 1] - best[:, 2]) * 65536 > 4 * 1.8)
+    assert clear.mean() > 0.9
+    found, _ = numerics.route(
+        np.rint(logits * 65536).astype(int), np.rint((correction - correction.min()) * 65536).astype(int),
+        chosen=3, over_chosen=True, multiplier=47274, shift=17, sigmoid=True, by_score=True, group=4,
+        chosen_groups=2, pair=True)
+    assert (np.sort(found, -1) == np.sort(order[:, :3], -1))[clear].all()

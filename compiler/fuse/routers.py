@@ -1,0 +1,203 @@
+"""The forms of routers: what is chosen by which scores, proved by running the routing itself.
+
+Seed: the TopK that chooses experts. The scores that it compares come from a linear map, the logits;
+the weights are the last values of its shape that follow from the logits alone. Constants and shapes
+between them propose forms of ``Route``; running the region on random logits and comparing with each
+proves or rejects it. So it does not matter how groups are masked or weights are gathered.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from moeware.compiler.canonical import PLAIN_ROUTE
+from moeware.compiler.canonical_rules import GROUP_SCORES, NORMALISATIONS, SCORES
+from moeware.compiler.fuse.linear import LinearMatch, match_linear
+from moeware.compiler.fuse.region import inputs_of, region, runner
+from moeware.compiler.fuse.trace import constant, is_op, operand, static_shape
+from moeware.compiler.operators import route
+
+__all__ = ["RouterForm", "RouterMatch", "match_router", "plain_forms", "propose_forms",
+           "sample_logits"]
+
+ROWS = 256  # of logits on which a form is proved, at least
+# Relative difference that separates the rounding of float32 from another function.
+_TOLERANCE = 2e-4
+# Rows that may differ: the values at the edge of a choice can lie as near as rounding. Another form
+# differs in many rows, as logits are drawn on the scale of every correction, too.
+_NEAR_TIES = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class RouterForm:
+    """Attributes of ``Route`` and its correction, float32 [E]; the weights are `factor` times those
+    of ``Route``, which the experts' second layer takes."""
+
+    attributes: dict
+    correction: np.ndarray
+    factor: float = 1.0
+
+    def dense(self, logits: np.ndarray) -> np.ndarray:
+        """Weight of each expert, float64 [rows, E], computed in the type of the logits; 0 where it is
+        not chosen."""
+        correction = torch.from_numpy(self.correction.astype(logits.dtype))
+        indices, weights = route(torch.from_numpy(logits), correction, self.attributes)
+        return _spread(indices.numpy(), weights.numpy(), logits.shape) * self.factor
+
+
+@dataclass(frozen=True, eq=False)
+class RouterMatch:
+    """A router: the linear map of its logits, what it gives, [..., k] both, and its form."""
+
+    layer: LinearMatch
+    logits: ir.Value
+    indices: ir.Value
+    weights: ir.Value
+    form: RouterForm
+
+
+def plain_forms(experts: int, k: int) -> list[RouterForm]:
+    """Softmax of all logits alone, of the chosen or of all."""
+    return [RouterForm({"k": k, "normalise": name, **PLAIN_ROUTE}, np.zeros(experts, np.float32))
+            for name in NORMALISATIONS]
+
+
+def match_router(model: ir.Model, top_k: ir.Node) -> RouterMatch | None:
+    """The router whose experts ``top_k`` chooses, if it has one of the forms of ``Route``."""
+    found = _logits(top_k)
+    if found is None or len(top_k.outputs) < 2:
+        return None
+    logits, layer = found
+    indices = top_k.outputs[1]
+    for weights in reversed(_weights(model, top_k, logits)):
+        form = _prove(model, logits, indices, weights)
+        if form is not None:
+            return RouterMatch(layer, logits, indices, weights, form)
+    return None
+
+
+def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[RouterForm]:
+    """Forms that constants and shapes in the routing ``nodes`` suggest, the simplest first.
+
+    The caller proves one, on logits that tell them apart (`sample_logits`).
+    """
+    shapes = [static_shape(value) or () for node in nodes for value in node.outputs]
+    sizes = {shape[-2] for shape in shapes if len(shape) > 2 and shape[-2] * shape[-1] == experts}
+    counts = {size.item() for node in nodes if is_op(node, "TopK")
+              if (size := constant(operand(node, 1))) is not None and size.size == 1}
+    groupings = [(1, 1, "max")]
+    groupings += [
+        (groups, count, name)
+        for groups, count, name in product(sorted(sizes - {1}), sorted(counts), GROUP_SCORES)
+        if count <= groups and k <= count * (experts // groups)
+        and (name == "max" or experts // groups > 1)
+    ]
+    for correction, grouping, score, normalise in product(
+        _corrections(nodes, experts), groupings, SCORES, NORMALISATIONS
+    ):
+        names = ("groups", "chosen_groups", "group_score")
+        yield RouterForm({"k": k, "score": score, "normalise": normalise}
+                         | dict(zip(names, grouping)), correction)
+
+
+def sample_logits(shape: tuple[int, ...], corrections: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Random logits float32 of ``shape``, on the scale on which scores spread, and on those on which
+    each correction decides."""
+    generator, experts = np.random.default_rng(11), shape[-1]
+    spreads = [float(np.std(each)) for each in corrections if np.ptp(each) > 0]
+    # A score changes by a quarter of a small logit (sigmoid), or by one part in E (softmax).
+    scales = [2.0, *(factor * spread for spread in spreads for factor in (4.0, experts))]
+    for _ in range(math.ceil(ROWS / math.prod(shape[:-1]))):
+        for scale in scales:
+            yield generator.normal(size=shape).astype(np.float32) * np.float32(scale)
+
+
+def _corrections(nodes: list[ir.Node], experts: int) -> list[np.ndarray]:
+    """No correction, and constants of one number for each expert that the nodes add."""
+    found = [np.zeros(experts, np.float32)]
+    for node in nodes:
+        for value in node.inputs if is_op(node, "Add", "Sub") else ():
+            array = constant(value)
+            if array is not None and array.size == experts and array.dtype.kind == "f":
+                sign = -1 if is_op(node, "Sub") else 1
+                found.append(sign * array.reshape(-1).astype(np.float32))
+    return [each for each in found if np.isfinite(each).all()]
+
+
+def _logits(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
+    """The nearest linear map behind ``top_k`` with one result for each of what it compares."""
+    compared = static_shape(top_k.inputs[0]) if top_k.inputs[0] is not None else None
+    if not compared:
+        return None
+    seen, level = set(), [top_k.inputs[0]]
+    while level:
+        for value in level:
+            layer = match_linear(value)
+            if layer is not None and len(layer.weight) == compared[-1] and static_shape(value):
+                return value, layer
+        seen.update(level)
+        nodes = [value.producer() for value in level]
+        level = list(dict.fromkeys(value for node in nodes if node is not None
+                                   for value in inputs_of(node) if value not in seen))
+    return None
+
+
+def _weights(model: ir.Model, top_k: ir.Node, logits: ir.Value) -> list[ir.Value]:
+    """Values as large as the indices of ``top_k`` that follow from the logits alone, in order."""
+    shape, after, found = static_shape(top_k.outputs[1]), {top_k}, []
+    for node in model.graph:
+        if node is not top_k and not any(value.producer() in after for value in inputs_of(node)):
+            continue
+        after.add(node)
+        for value in node.outputs:
+            if (value is not top_k.outputs[1] and shape and static_shape(value) == shape
+                    and value.dtype in (None, ir.DataType.FLOAT)
+                    and not region([value], [logits])[1]):
+                found.append(value)
+    return found
+
+
+def _prove(model: ir.Model, logits: ir.Value, indices: ir.Value,
+           weights: ir.Value) -> RouterForm | None:
+    shape, inside = static_shape(logits), set(region([indices, weights], [logits])[0])
+    nodes = [node for node in model.graph if node in inside]
+    experts, k = shape[-1], static_shape(indices)[-1]
+    samples, expected = [], []
+    call = runner(model, {logits: np.zeros(shape, np.float32)}, [indices, weights])
+    for sample in sample_logits(shape, _corrections(nodes, experts)):
+        results = call and call({logits: sample})
+        if results is None or results[0].size * experts != sample.size * k:
+            return None
+        rows = sample.reshape(-1, experts)
+        chosen, factors = (result.reshape(-1, k) for result in results)
+        if chosen.min() < 0 or chosen.max() >= experts:
+            return None
+        samples.append(rows)
+        expected.append(_spread(chosen, factors, rows.shape))
+    rows, wanted = np.concatenate(samples), np.concatenate(expected)
+    for form in propose_forms(nodes, experts, k):
+        factor = _factor(form.dense(rows), wanted)
+        if factor is not None:
+            return RouterForm(form.attributes, form.correction, factor)
+    return None
+
+
+def _factor(found: np.ndarray, wanted: np.ndarray) -> float | None:
+    """By which one combination exceeds the other, if that is all in which they differ."""
+    both = (found != 0) & (wanted != 0)
+    if not both.any():
+        return None
+    factor = float(np.median(wanted[both] / found[both]))
+    wrong = np.abs(found * factor - wanted).max(-1) > _TOLERANCE * np.abs(wanted).max(-1)
+    return factor if wrong.mean() <= _NEAR_TIES and factor > 0 else None
+
+
+def _spread(indices: np.ndarray, weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    dense = np.zeros(shape)
+    np.put_along_axis(dense, indices, weights.astype(np.float64), -1)
+    return dense
