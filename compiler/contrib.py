@@ -63,7 +63,7 @@ class _Emitter:
         """Whether the node has these inputs and no others."""
         return {place for place, name in enumerate(self.node.input) if name} == set(places)
 
-    def constant(self, value: float | int | list[int]) -> str:
+    def constant(self, value: float | list[int]) -> str:
         array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
         name = f"{self.output(0)}/constant_{len(self.context.initializers)}"
         self.context.initializers.append(numpy_helper.from_array(array, name))
