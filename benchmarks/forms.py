@@ -79,8 +79,8 @@ def decoders() -> Iterator[tuple[str, str, Export]]:
     """Language models of Hugging Face, experts as batched_mm."""
     for name in language_models.MODELS:
         for opset, attention in ((20, "eager"), (23, "sdpa")):
-            if (name, attention) == ("gpt-j", "sdpa"):
-                continue  # transformers has none
+            if (name, attention) in (("gpt-j", "sdpa"), ("falcon", "sdpa")):
+                continue  # transformers has none; torch does not export it
             yield (f"{name}, {attention}", f"dynamo, opset {opset}",
                    lambda path, name=name, opset=opset, attention=attention: language_models.export(
                        language_models.build(name, attention=attention), path, opset))

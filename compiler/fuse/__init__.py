@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
+from moeware.compiler.fuse.choice import rewrite_choice, rewrite_softmax
 from moeware.compiler.fuse.contrib_moe import fuse_contrib_moe
 from moeware.compiler.fuse.einsum import rewrite_einsum
 from moeware.compiler.fuse.embed import (
@@ -44,6 +45,8 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear. Norms of heads
 # stand before or behind rotations; packed Linears are cut when rotations have found their pairs.
 RULES = (
+    rewrite_softmax,
+    rewrite_choice,
     fuse_moe,
     fuse_contrib_moe,
     fuse_soft_moe,

@@ -15,6 +15,7 @@ from moeware.compiler.fuse.trace import (
     operand,
     other_operand,
     same_elements,
+    scalar,
     static_shape,
     traces,
 )
@@ -64,22 +65,38 @@ def fuse_linear(model: ir.Model) -> None:
 
 
 def match_linear(value: ir.Value) -> LinearMatch | None:
-    """The linear map whose result is ``value``: a product, or a product plus its bias."""
+    """The linear map whose result is ``value``: a product, a product plus its bias, or one of these
+    times a number."""
     node = value.producer()
     if node is None:
         return None
     product = match_product(node)
     if product is not None:
         return product
-    pair = other_operand(node) if is_op(node, "Add") else None
+    pair = other_operand(node) if is_op(node, "Add", "Mul", "Div") else None
     inner = pair[0].producer() if pair else None
     if pair is None or inner is None:
         return None
+    if not is_op(node, "Add"):
+        return _scaled(node, *pair)
     product, bias = match_product(inner), constant(pair[1])
     if product is None or bias is None or not _per_feature(bias, len(product.bias)):
         return None
     total = product.bias + np.broadcast_to(bias.reshape(-1), product.bias.shape)
     return LinearMatch(product.x, product.weight, total, (*product.nodes, node))
+
+
+def _scaled(node: ir.Node, value: ir.Value, by: ir.Value) -> LinearMatch | None:
+    """The linear map ``value`` times or divided by the number ``by`` (a temperature)."""
+    factor, match = scalar(by), match_linear(value)
+    if factor is None or match is None or static_shape(value) != static_shape(node.outputs[0]):
+        return None
+    if is_op(node, "Div"):
+        if node.inputs[0] is not value or factor == 0:
+            return None
+        factor = 1 / factor
+    weight, bias = (array * np.float32(factor) for array in (match.weight, match.bias))
+    return LinearMatch(match.x, weight, bias, (*match.nodes, node))
 
 
 def match_product(node: ir.Node) -> LinearMatch | None:

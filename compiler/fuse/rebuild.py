@@ -52,6 +52,18 @@ class Builder:
         types = types or [ir.DataType.FLOAT] * len(shapes)
         return self._insert(operator, inputs, shapes, attributes or {}, DOMAIN, types)
 
+    def plain(
+        self,
+        operator: str,
+        inputs: list[ir.Value],
+        like: Iterable[ir.Value],
+        attributes: Mapping[str, int | float | str],
+    ) -> list[ir.Value]:
+        """Insert one standard node and return its outputs, with the shapes and types of ``like``."""
+        like = list(like)
+        shapes, types = [value.shape for value in like], [value.dtype for value in like]
+        return self._insert(operator, inputs, shapes, attributes, "", types)
+
     def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """``value`` with another shape (itself where the shape is equal)."""
         if static_shape(value) == shape:
@@ -98,7 +110,8 @@ class Builder:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
         node.metadata_props["sources"] = self._sources
         for output, shape, kind in zip(node.outputs, shapes, types):
-            output.shape, output.dtype = ir.Shape(shape), kind
+            output.shape = None if shape is None else ir.Shape(shape)
+            output.dtype = kind
         self._graph.insert_before(self._at, node)
         return list(node.outputs)
 

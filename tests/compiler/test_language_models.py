@@ -27,6 +27,8 @@ EXPORTS = {
     ("gemma", "sdpa", 23): f"{ATTENTION} {GATED} {NORMS}",
     ("gpt-neox", "eager", 18): f"{ATTENTION} {MLP} {LAYER_NORMS}",
     ("gpt-j", "eager", 20): f"{ATTENTION} {MLP} LayerNorm LayerNorm Linear",
+    ("cohere", "sdpa", 23): f"{ATTENTION} {GATED} LayerNorm LayerNorm Linear",
+    ("falcon", "eager", 20): f"{ATTENTION} {MLP} LayerNorm LayerNorm Linear",
     ("mixtral", "sdpa", 20): f"{ATTENTION} {EXPERTS} {NORMS}",
     ("olmoe", "eager", 20): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
     ("qwen2-moe", "eager", 24): f"{ATTENTION} {EXPERTS} {EXPERTS} {NORMS}",
@@ -47,7 +49,7 @@ def test_export(tmp_path, name, attention, opset):
     (attention,) = [node for node in fused.graph if node.op_type == "Attention"]
     assert attention.attributes["causal"].value == 1
     heads = [attention.attributes[name].value for name in ("heads", "kv_heads")]
-    assert heads == ([4, 4] if name in ("gpt-neox", "gpt-j") else [4, 2])
+    assert heads == [4, {"gpt-neox": 4, "gpt-j": 4, "falcon": 1}.get(name, 2)]
 
 
 # Model: sizes, score, groups, chosen groups, "chosen" or "all", whether there are corrections.
