@@ -58,7 +58,7 @@ def fuse_moe(model: ir.Model) -> None:
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
     """
     for node in list(model.graph):
-        reason = _fuse(model, node) if is_op(node, *CHOICES) and _is_read(node) else None
+        reason = _fuse(model, node) if is_op(node, *CHOICES) and _decides(node) else None
         if reason is not None:
             node.metadata_props[REASON] = reason
 
@@ -106,10 +106,12 @@ def _descendants(value: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _is_read(node: ir.Node) -> bool:
-    """Whether an output of the graph depends on ``node``, as no longer on those of a replaced region."""
-    after = [node, *(each for value in node.outputs for each in _descendants(value))]
-    return any(value.is_graph_output() for each in after for value in each.outputs)
+def _decides(choice: ir.Node) -> bool:
+    """Whether ``choice`` may choose among products: those that an output of the graph depends on, as no
+    longer on those of a replaced region."""
+    after = [each for value in choice.outputs for each in _descendants(value)]
+    return any(value.is_graph_output() for each in after for value in each.outputs) and (
+        is_op(choice, "TopK") or any(is_op(each, "MatMul", "Gemm", "Einsum") for each in after))
 
 
 def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
@@ -125,7 +127,7 @@ def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
             return None
     match = match_router(model, choice)
     if match is None and found is None:
-        return _NO_ROUTER if is_op(choice, "TopK") or is_router(model, choice) else None
+        return _NO_ROUTER if is_op(choice, "TopK") or is_router(choice) else None
     if match is None or not _fuse_routed(model, match.logits, match.layer, [match.form]):
         return _NO_EXPERTS
     return None

@@ -93,10 +93,9 @@ def match_router(model: ir.Model, choice: ir.Node) -> RouterMatch | None:
     return None
 
 
-def is_router(model: ir.Model, choice: ir.Node) -> bool:
-    """Whether ``choice`` is among results of a linear map, with numbers for what it chooses."""
-    found = _logits(choice)
-    return found is not None and any(_results(model, choice, found[0]))
+def is_router(choice: ir.Node) -> bool:
+    """Whether ``choice`` is among results of a linear map."""
+    return _logits(choice) is not None
 
 
 def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[RouterForm]:
@@ -201,7 +200,7 @@ def _results(model: ir.Model, choice: ir.Node,
              logits: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
     """Indices with each value of their shape that follows from the logits alone, the last first."""
     for indices in _indices(choice):
-        for weights in reversed(_weights(model, choice, logits, indices)):
+        for weights in reversed(_weights(model, logits, indices)):
             yield indices, weights
 
 
@@ -215,13 +214,13 @@ def _indices(choice: ir.Node) -> list[ir.Value]:
     return [*joints, own]
 
 
-def _weights(model: ir.Model, choice: ir.Node, logits: ir.Value, indices: ir.Value) -> list[ir.Value]:
-    """Values of the shape of ``indices`` that follow from ``choice`` and the logits alone, in order."""
-    shape, after, found = static_shape(indices), {choice}, []
+def _weights(model: ir.Model, logits: ir.Value, indices: ir.Value) -> list[ir.Value]:
+    """Values of the shape of ``indices`` that follow from the logits alone, in order."""
+    shape, after, found = static_shape(indices), {logits}, []
     for node in model.graph:
-        if node is not choice and not any(value.producer() in after for value in inputs_of(node)):
+        if after.isdisjoint(inputs_of(node)):
             continue
-        after.add(node)
+        after.update(node.outputs)
         for value in node.outputs:
             if (value is not indices and shape and static_shape(value) == shape
                     and value.dtype in (None, ir.DataType.FLOAT)
