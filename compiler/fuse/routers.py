@@ -33,7 +33,7 @@ from moeware.compiler.fuse.trace import (
 from moeware.compiler.operators import route
 
 __all__ = ["CHOICES", "RouterForm", "RouterMatch", "is_router", "match_router", "plain_forms",
-           "propose_forms", "sample_logits"]
+           "propose_forms", "sample_logits", "sample_mixed"]
 
 CHOICES = ("TopK", "ArgMax")
 
@@ -43,6 +43,7 @@ _TOLERANCE = 2e-4
 # Rows that may differ: the values at the edge of a choice can lie as near as rounding. Another form
 # differs in many rows, as logits are drawn on the scale of every correction, too.
 _NEAR_TIES = 0.02
+_LEAST = 1e-3  # proportion of two logits that float32 tells from equal ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,16 +141,35 @@ def sample_logits(shape: tuple[int, ...], corrections: Sequence[np.ndarray],
             yield _around(threshold, shape, generator)
 
 
+def sample_mixed(first: np.ndarray, experts: int, threshold: float,
+                 generator: np.random.Generator) -> np.ndarray:
+    """Random logits float32 [rows, experts] of a sparse mixer. In each row that of ``first`` is the
+    largest, some are near it, one at least where there is another, and all others clearly are not."""
+    unit, shape = max(threshold, _LEAST), (len(first), experts)
+    near = generator.random(shape) < 0.5
+    np.put_along_axis(near, (first[:, None] + 1) % experts, True, -1)
+    distances = np.where(near, generator.uniform(0.05, 0.3, shape), generator.uniform(1.6, 2.2, shape))
+    np.put_along_axis(distances, first[:, None], 0, -1)
+    return _at_distances(unit * distances, unit, generator)
+
+
 def _around(threshold: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Logits of which some are near the largest and others on either side of the threshold: by so
-    little that it matters what their distance is divided by. All of a row have one sign."""
-    threshold = max(threshold, 1e-3)
-    # Between two positive numbers the proportion of a distance depends on which divides by threshold.
-    edge = threshold * (1 + threshold * generator.uniform(-1, 1, shape))
+    """Logits of which some are near the largest, and others about as far as the threshold."""
+    unit = max(threshold, _LEAST)
     near = 0.1 * threshold * generator.random(shape)
-    ratio = np.where(generator.random(shape) < 0.5, near, np.minimum(edge, 0.99))
-    largest = generator.choice([-2.0, 2.0], (*shape[:-1], 1)) / threshold  # weights differ by octaves
-    return np.where(largest > 0, largest * (1 - ratio), largest / (1 - ratio)).astype(np.float32)
+    # Two logits so far apart differ by this proportion, as then do distances that one or the other
+    # divides.
+    edge = threshold * (1 + unit * generator.uniform(-1, 1, shape))
+    return _at_distances(np.where(generator.random(shape) < 0.5, near, edge), unit, generator)
+
+
+def _at_distances(distances: np.ndarray, unit: float, generator: np.random.Generator) -> np.ndarray:
+    """Logits at such distances below 2, in the proportion that a sparse mixer compares, from a largest
+    one of either sign; weights of those a ``unit`` away differ by octaves."""
+    largest = generator.choice([-2 / unit, 2 / unit], (*distances.shape[:-1], 1))
+    divided_by_it = largest * (1 - np.minimum(distances, 2))
+    divided_by_other = largest / (1 - np.minimum(distances, 0.99))
+    return np.where(largest > 0, divided_by_it, divided_by_other).astype(np.float32)
 
 
 def _corrections(nodes: list[ir.Node], experts: int) -> list[np.ndarray]:

@@ -14,10 +14,10 @@ from moeware.compiler.load import load
 from tests.compiler.router_modules import (
     FEATURES,
     TOKENS,
+    ArgTop,
     DeepseekV2,
     DeepseekV3,
     Ernie,
-    ArgTop,
     Sigmoid,
     SparseMixer,
     Squared,
