@@ -9,6 +9,7 @@ and the gather of stacked weights need no pattern each.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON
@@ -36,7 +37,8 @@ def fuse_moe(model: ir.Model) -> None:
         - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
         - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
         - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
-        - a ``Gather`` of each token's stacked weights, then ``MatMul`` or ``Einsum``
+        - a ``Gather`` of each token's stacked weights, of all choices or one by one, then ``MatMul``
+          or ``Einsum``
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
     """
     for node in list(model.graph):
@@ -99,10 +101,23 @@ def _reason(top_k: ir.Node) -> str:
             "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected "
             "by constants or limited to the best groups, is not supported; route by softmax and top-k"
         )
+    if any(map(_overwrites, _descendants(top_k.outputs[1]))):
+        return (
+            "ScatterElements overwrites the results of tokens with several experts (the TorchScript "
+            "exporter writes index_add so, which is silently wrong); export with dynamo=True"
+        )
     return (
         "what follows this choice computes no weighted sum of two-layer or gated experts; write "
         "them with one known function, weighted by the softmax"
     )
+
+
+def _overwrites(node: ir.Node) -> bool:
+    """Whether ``node`` writes several rows to one place, of which the last remains."""
+    rows = constant(operand(node, 1)) if is_op(node, "ScatterElements") else None
+    if rows is None or rows.ndim != 2 or attribute(node, "reduction", "none") != "none":
+        return False
+    return attribute(node, "axis", 0) == 0 and len(np.unique(rows[:, 0])) < len(rows)
 
 
 def _before(node: ir.Node, *operators: str) -> bool:
