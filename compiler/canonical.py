@@ -36,9 +36,9 @@ MeanTokens    x
 ``PatchEmbed`` orders patches row-major and the features of a patch (channel, y, x).
 ``RMSNorm`` divides each of ``groups`` equal parts of a row by the root of its mean square (plus
 epsilon), then multiplies by gamma.
-``Join`` takes channels of a and b, side by side, in the order that ``columns`` (int64) names them in, some
-several times: heads that are put together of two Linears (multi-head latent attention: DeepSeek-AI
-2024, DeepSeek-V2, section 2.1).
+``Join`` takes channels of a and b, side by side, in the order that ``columns`` (int64) names them
+in, some several times: heads that are put together of two Linears (multi-head latent attention:
+DeepSeek-AI 2024, DeepSeek-V2, section 2.1).
 ``Rotary`` turns channels c and c + dim/2 of each head, a pair, by the angle of row and pair:
 ``(a, b) -> (a cos - b sin, b cos + a sin)``. Rows of weights are permuted where a model pairs
 channels otherwise.

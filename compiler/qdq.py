@@ -44,6 +44,9 @@ def take_out(model: ir.Model) -> None:
         return
     kept = Kept()
     grids: dict[ir.Value, Grid] = {}
+    for node in list(model.graph):
+        if _is(node, "DequantizeLinear"):
+            _move_up(model, node)
     variable = _variable(model)
     for node in list(model.graph):
         if _is(node, "DequantizeLinear") and node.inputs[0] not in variable:
@@ -71,6 +74,29 @@ def _variable(model: ir.Model) -> set[ir.Value]:
         if any(value in found for value in inputs_of(node)):
             found.update(node.outputs)
     return found
+
+
+def _move_up(model: ir.Model, node: ir.Node) -> None:
+    """Dequantise a stored tensor before parts of it are chosen, not after that."""
+    integers, chain = node.inputs[0], []
+    while _is(integers.producer(), *_SAME, "Gather", "GatherND", "Slice", "Expand"):
+        if len(integers.uses()) != 1 or integers.is_graph_output():
+            return
+        chain.append(integers.producer())
+        integers = chain[-1].inputs[0]
+    scale = _array(model, node.inputs[1])
+    fixed = integers.const_value is not None and not integers.is_graph_input()
+    if not chain or not fixed or scale is None or scale.size != 1 or node.outputs[0].is_graph_output():
+        return
+    whole = ir.node("DequantizeLinear", [integers, *node.inputs[1:]], domain=node.domain,
+                    name=f"{node.name}_whole")
+    whole.outputs[0].name = f"{node.outputs[0].name}_whole"
+    whole.outputs[0].dtype = ir.DataType.FLOAT
+    model.graph.insert_before(chain[-1], whole)
+    chain[-1].replace_input_with(0, whole.outputs[0])
+    for each in chain:
+        each.outputs[0].dtype = ir.DataType.FLOAT
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
 def _constant(model: ir.Model, node: ir.Node, kept: Kept) -> None:

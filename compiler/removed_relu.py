@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.fuse.trace import constant, operand, scalar
+from moeware.compiler.fuse.trace import operand
 
 __all__ = ["restore_relus"]
 
@@ -46,7 +46,7 @@ def _least(node: ir.Node, least: dict[ir.Value, float]) -> float:
     reads = [_bound(value, least) for value in node.inputs if value is not None]
     if node.op_type in _SUMS:
         return sum(reads)
-    even = node.op_type == "Pow" and scalar(second) in (2.0, 4.0)
+    even = node.op_type == "Pow" and _bound(second, least) % 2 != 1
     if even or node.op_type == "Mul" and _plain(first) is _plain(second):
         return 0.0
     if node.op_type in _FIRST:
@@ -57,10 +57,10 @@ def _least(node: ir.Node, least: dict[ir.Value, float]) -> float:
 
 
 def _bound(value: ir.Value, least: dict[ir.Value, float]) -> float:
-    array = constant(value)
-    if array is None or array.dtype.kind in "OSU":
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype is ir.DataType.STRING or not tensor.size:
         return least.get(value, 0.0)
-    return float(array.min()) if array.size else 0.0
+    return float(tensor.numpy().min())
 
 
 def _plain(value: ir.Value | None) -> ir.Value | None:

@@ -17,14 +17,11 @@ def rewrite_scatter(model: ir.Model) -> None:
             continue
         axis, parts = found
         build = Builder(model, node, chain)
-        values = [build.reshape(value, shape) for value, shape in parts]
-        # Parts that were transposed alike are joined before they are.
-        orders = [_order(value) for value in values]
-        if orders[0] is not None and orders.count(orders[0]) == len(orders):
-            before = [value.producer().inputs[0] for value in values]  # type: ignore[union-attr]
-            joined = build.transpose(build.concat(before, orders[0][axis]), orders[0])
-        else:
-            joined = build.concat(values, axis)
+        # On the last axis, as channels of heads are: parts are often written in another order of axes.
+        axes = range(len(parts[0][1]))
+        last = (*(each for each in axes if each != axis), axis)
+        values = [build.transpose(build.reshape(value, shape), last) for value, shape in parts]
+        joined = build.transpose(build.concat(values, -1), tuple(np.argsort(last).tolist()))
         build.replace(node.outputs[0], joined)
 
 
@@ -70,10 +67,3 @@ def _parts(chain: list[ir.Node]) -> tuple[int, list[tuple[ir.Value, tuple[int, .
         ):
             return axis, [(value, block.shape) for value, block in zip(values, blocks)]  # type: ignore
     return None
-
-
-def _order(value: ir.Value) -> tuple[int, ...] | None:
-    """The order of axes that ``value`` was transposed to."""
-    node = value.producer()
-    order = attribute(node, "perm", None) if node is not None and is_op(node, "Transpose") else None
-    return None if order is None else tuple(order)

@@ -8,9 +8,11 @@ before anything is rounded:
   nothing normalises or turns the key behind it;
 - a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
   what follows;
-- scale and shift of LayerNorm and RMSNorm of the stream move into the weights that follow. In exchange each channel of the
-  normalised tensor is scaled so that tensor and weights share the rounding error (SmoothQuant,
-  Xiao et al. 2023, section 4, with alpha = 1/2);
+- scale and shift of LayerNorm and RMSNorm, of the stream or between two Linears, move into the weights
+  that follow. In exchange each channel of the normalised tensor is scaled so that tensor and weights
+  share the rounding error (SmoothQuant, Xiao et al. 2023, section 4, with alpha = 1/2);
+- what `Join` makes of two Linears is a sum of two products, each with zeros where the other makes a
+  channel;
 - scores do not depend on an order of channels that queries and keys share: where they are turned, the
   two of a pair are neighbours.
 """

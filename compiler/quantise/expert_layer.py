@@ -58,21 +58,20 @@ class ExpertLayer:
         """The quantised operation, with so many bits for each expert."""
         for e, each in enumerate(bits):
             if each < 8:
-                self._give_up(e, NARROW.format(each))
+                self.give_up(e, NARROW.format(each))
         return self._operation([self._integers(e, b) for e, b in enumerate(bits)], bits)
+
+    def give_up(self, expert: int, reason: str) -> None:
+        """Note why an expert's weights are none that they came with."""
+        for weight in self.constants[::2]:
+            give_up(self.kept, weight[expert], reason)
 
     def nested(self) -> tuple[q.Experts, q.Experts]:
         """The quantised operation with experts of 8 bits, and with their upper 4."""
-        for e in range(len(self.tokens)):
-            self._give_up(e, "nested weights were asked for, of which 4 bits are good ones, too")
         pairs = [self._products(e, nested_weights, True) for e in range(len(self.tokens))]
         return tuple(self._operation([{name: pair[which] for name, pair in each.items()}
                                       for each in pairs], [bits] * len(pairs))
                      for which, bits in enumerate((8, 4)))
-
-    def _give_up(self, expert: int, reason: str) -> None:
-        for weight in self.constants[::2]:
-            give_up(self.kept, weight[expert], reason)
 
     def _operation(self, products: Sequence[dict[str, Product]], bits: Sequence[int]) -> q.Experts:
         fields: dict[str, Any] = {}

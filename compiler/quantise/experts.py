@@ -63,6 +63,9 @@ class Experts(State):
             fixed=[self.precision.of_expert(node.name, e) for e in range(len(constants[0]))],
             rest={"output": output, "source": source.tensor, "residual": stream.tensor,
                   "route": node.inputs[1].name})
+        if self.precision.nested:
+            for e in range(len(layer.fixed)):
+                layer.give_up(e, "nested weights were asked for, of which 4 bits are good ones, too")
         self.result.layers.append(layer)
         self._add(layer.operation([bits or 8 for bits in layer.fixed]))
 

@@ -57,12 +57,12 @@ def values(path, names, feeds) -> list[np.ndarray]:
 
 
 def quantised_step(path, images) -> tuple[QuantisedStep, Kept]:
-    """The device step that the model at `path` is, and what became of its scales."""
+    """The first device step of the model at `path`, and what became of its scales."""
     canonical = fuse(load(path))
     kept = Kept.of(canonical)
-    part, = partition(canonical).steps
+    part, *rest = partition(canonical).steps
     statistics = calibrate(canonical, {"image": images})
     step = quantise(part.nodes, part.inputs, part.outputs, statistics, kept=kept)
     verify_quantised(step)
-    kept.settle([part])
+    kept.settle([part, *rest])
     return step, kept

@@ -158,8 +158,10 @@ def test_blocks_of_rows_behind_attention_give_the_same(monkeypatch, frames):
     compare(graph, program(graph, large, frames=frames), frames=2)
 
 
-def test_any_interleaving_that_tokens_allow_gives_the_same():
-    run_in_any_order(latent(7, **GRAPHS["odd"]), ROTARY[0])
+@pytest.mark.parametrize("size", ["odd", "large values", "joined queries"])
+@pytest.mark.parametrize("config", [ROTARY[0], ROTARY[-1]], ids=["even", "ragged"])
+def test_any_interleaving_that_tokens_allow_gives_the_same(config, size):
+    run_in_any_order(latent(7, **GRAPHS[size]), config)
 
 
 def test_the_second_product_of_a_key_makes_the_words_that_it_changes():

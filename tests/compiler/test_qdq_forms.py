@@ -215,6 +215,22 @@ def test_weights_with_a_zero_point(tmp_path, kind, zero, reason):
         np.testing.assert_array_equal(found[0], stored.T.astype(int) - zero)
 
 
+@pytest.mark.parametrize("select", [
+    "g = Gather(w, i)", "f = Gather(w, i) g = Squeeze(f, o)"])
+def test_weights_chosen_before_they_become_floats(tmp_path, select):
+    """As the quantiser writes a gather of experts' weights in integers."""
+    stored = np.random.default_rng(3).integers(-127, 128, (5, 6, 8)).astype(np.int8)
+    index = np.array([2] if "o" in select else 2)
+    body = f"i = ArgMax <axis = 0, keepdims = {index.ndim}> (v) {select} b = DequantizeLinear(g, s) "
+    path = text(tmp_path, "d = ReduceMax <keepdims = 0> (x) v = Add(c, d) " + body + "y = MatMul(x, b)",
+                w=stored, o=np.array([0]), c=np.arange(5, dtype=np.float32))
+    model = load(path)
+    assert "DequantizeLinear" not in operators(model)
+    assert Kept.of(model).weights == {"w": [float(np.float32(0.1))]}
+    gather = next(node for node in model.graph if node.op_type == "Gather")
+    np.testing.assert_array_equal(gather.inputs[0].const_value.numpy(), stored * np.float32(0.1))
+
+
 def test_blocks_of_weights_become_floats(tmp_path):
     scales = np.array([[0.1] * 8, [0.2] * 8], np.float32)
     model = fuse(load(text(tmp_path, """b = DequantizeLinear <axis = 0, block_size = 3> (w, e)

@@ -138,13 +138,36 @@ def test_gated_experts_keep_the_weights_of_their_file(files, setting):
     np.testing.assert_array_equal(experts.down, integers(path, kept, "GatedExperts_0", 5)[0])
 
 
+@pytest.mark.parametrize("options, reason", [
+    (dict(bits={"experts": 4}), "weights of 4 bits were asked for"),
+    (dict(bits={"GatedExperts_0/expert1": 2}), "weights of 2 bits were asked for"),
+    (dict(expert_bits=6.0), "weights of 4 bits were asked for"),
+    (dict(nested=True), "nested weights were asked for"),
+])
+def test_experts_of_other_bits_give_their_integers_up(files, options, reason):
+    path = files("experts", "symmetric, per channel")
+    program = compile_model(path, WITH, {"image": exports.example(16, 1)}, **options)
+    bits = [2 if e == 1 else 8 for e in range(exports.EXPERTS)]
+    if "expert_bits" in options:
+        bits, = program.metadata["expert_bits"]["layers"].values()
+        assert {4, 8} <= set(bits)
+    narrow = exports.EXPERTS if reason.startswith("nested") or "experts" in options.get("bits", ()) else (
+        sum(f"of {each} bits" in reason for each in bits))
+    given_up = [name for why, names in program.metadata["kept"]["others"].items() for name in names
+                if why.startswith(reason)]
+    assert len(given_up) == 3 * narrow  # tensors of the file
+    images = exports.example(4, 3)
+    ours, = Session(program, GoldenDevice()).run(None, {"image": images})
+    np.testing.assert_array_equal(ours, Session(program, "torch").run(None, {"image": images})[0])
+
+
 @pytest.mark.parametrize("setting", ["symmetric, per channel", "uint8"])
 @pytest.mark.parametrize("kind", ["swiglu", "turned", "experts"])
 def test_it_answers_like_its_file(files, kind, setting):
     """As a ViT in `test_qdq` does, and as near; ONNX Runtime itself may be far from the float model."""
     path, images = files(kind, setting), exports.example(48, 3)
     program = compile_model(path, WITH, {"image": exports.example(16, 1)})
-    assert program.placement.endswith("100.0 % of MACs")
+    assert "100.0 % of MACs" in program.placement
     ours, = Session(program, GoldenDevice()).run(None, {"image": images})
     np.testing.assert_array_equal(ours, Session(program, "torch").run(None, {"image": images})[0])
     real = exports.run_onnx(path.with_name("model.onnx"), image=images)[0]
