@@ -9,6 +9,7 @@ and the gather of stacked weights need no pattern each.
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON
@@ -35,6 +36,10 @@ _NO_EXPERTS = (
     "what follows this choice computes no weighted sum of two-layer or gated experts; write them with "
     "one known function, weighted by the softmax"
 )
+_OVERWRITTEN = (
+    "ScatterElements overwrites the results of tokens with several experts (the TorchScript exporter "
+    "writes index_add so, which is silently wrong); export with dynamo=True"
+)
 
 
 def fuse_moe(model: ir.Model) -> None:
@@ -54,7 +59,8 @@ def fuse_moe(model: ir.Model) -> None:
         - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
         - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
         - one-hot or scattered weights and ``Einsum`` or ``MatMul`` over stacked experts
-        - a ``Gather`` of each token's stacked weights, then ``MatMul`` or ``Einsum``
+        - a ``Gather`` of each token's stacked weights, of all choices or one by one, then ``MatMul``
+          or ``Einsum``
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
     """
     for node in list(model.graph):
@@ -114,12 +120,25 @@ def _decides(choice: ir.Node) -> bool:
         is_op(choice, "TopK") or any(is_op(each, "MatMul", "Gemm", "Einsum") for each in after))
 
 
+def _no_experts(choice: ir.Node) -> str:
+    """Why what follows the choice of a router was proven to be no mixture."""
+    return _OVERWRITTEN if any(map(_overwrites, _descendants(choice.outputs[-1]))) else _NO_EXPERTS
+
+
+def _overwrites(node: ir.Node) -> bool:
+    """Whether ``node`` writes several rows to one place, of which the last remains."""
+    rows = constant(operand(node, 1)) if is_op(node, "ScatterElements") else None
+    if rows is None or rows.ndim != 2 or attribute(node, "reduction", "none") != "none":
+        return False
+    return attribute(node, "axis", 0) == 0 and len(np.unique(rows[:, 0])) < len(rows)
+
+
 def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
     """Replace the mixture behind ``choice``; why it was proven to be none, if it is a router's."""
     found = _router(choice) if is_op(choice, "TopK") else None
     k = constant(operand(choice, 1))
     if is_op(choice, "TopK") and (k is None or k.size != 1 or attribute(choice, "largest", 1) != 1):
-        return _NO_ROUTER if found is None else _NO_EXPERTS
+        return _NO_ROUTER if found is None else _no_experts(choice)
     if found is not None and k is not None:
         logits, layer = found
         forms = plain_forms(len(layer.weight), int(k.reshape(())))
@@ -129,7 +148,7 @@ def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
     if match is None and found is None:
         return _NO_ROUTER if is_op(choice, "TopK") or is_router(choice) else None
     if match is None or not _fuse_routed(model, match.logits, match.layer, [match.form]):
-        return _NO_EXPERTS
+        return _no_experts(choice)
     return None
 
 

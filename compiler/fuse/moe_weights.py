@@ -167,8 +167,10 @@ def _layers(nodes: list[ir.Node], combine_size: int) -> list[_Layer]:
             weight = next(array for array in known if array.ndim >= 2)
             if is_op(node, "Gemm"):
                 weight = weight if attribute(node, "transB", 0) else weight.T
-            layers.append(_Layer(weight, node, before=set(before)))
-            layer = len(layers) - 1
+            layer = _again(layers, weight) if any(map(_is_chosen, reads[:2])) else None
+            if layer is None:
+                layers.append(_Layer(weight, node, before=set(before)))
+                layer = len(layers) - 1
             before = before | {layer}
             if is_op(node, "Gemm"):
                 layers[layer].bias = constant(operand(node, 2))
@@ -185,6 +187,25 @@ def _layers(nodes: list[ir.Node], combine_size: int) -> list[_Layer]:
             if layer is not None:
                 direct[output] = layer
     return layers
+
+
+def _again(layers: list[_Layer], weight: np.ndarray) -> int | None:
+    """The layer of ``weight``, where it is used for another choice of a token already."""
+    for number, layer in enumerate(layers):
+        if layer.weight.shape == weight.shape and np.array_equal(layer.weight, weight):
+            return number
+    return None
+
+
+def _is_chosen(value: ir.Value) -> bool:
+    """Whether ``value`` is selected from a constant by computed places."""
+    node = value.producer()
+    while is_op(node, *_LAYOUT, *_SELECT) and node is not None and node.inputs[0] is not None:
+        places = operand(node, 1) if is_op(node, "Gather", "GatherND") else None
+        if places is not None and places.const_value is None:
+            return _weight_source(node.inputs[0]) is not None
+        node = node.inputs[0].producer()
+    return False
 
 
 def _weight_source(value: ir.Value | None) -> np.ndarray | None:

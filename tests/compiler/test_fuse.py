@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeware.compiler.canonical import sources
+from moeware.compiler.canonical import REASON, sources
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from tests.compiler import exports
@@ -66,6 +66,7 @@ MODELS = {
     "onehot": (lambda: vit(mixer=Moe("onehot")), (ATTENTION, MOE), CLASS),
     "gather": (lambda: vit(mixer=Moe("gather")), (ATTENTION, MOE), CLASS),
     "gather einsum": (lambda: vit(mixer=Moe("gather_einsum")), (ATTENTION, MOE), CLASS),
+    "choice by choice": (lambda: vit(mixer=Moe("slots")), (ATTENTION, MOE), CLASS),
     "stack": (lambda: vit(mixer=Moe("stack")), (ATTENTION, MOE), CLASS),
     "shared expert": (lambda: vit(mixer=Moe("shared")), (ATTENTION, SHARED), CLASS),
     "registers": (lambda: vit(pool="registers"), (ATTENTION, DENSE), REGISTERS),
@@ -182,3 +183,12 @@ def test_other_weights_between_softmax_and_experts_stay_plain(tmp_path):
     path = export(vit(mixer=Squared("loop")), tmp_path / "m.onnx", opset=17, dynamo=False)
     operators = {node.op_type for node in fuse(load(path)).graph}
     assert "TopK" in operators and not operators & {"Route", "Experts"}
+
+
+def test_a_list_of_all_choices(tmp_path):
+    path = export(vit(mixer=Moe("index_add")), tmp_path / "m.onnx", 18, dynamic=False)
+    check(path, expected(ATTENTION, MOE), frames=1)
+    # Each token keeps the result of its last expert: what the file says, not what the module does.
+    path = export(vit(mixer=Moe("index_add")), tmp_path / "m.onnx", 17, False)
+    (top_k,) = [node for node in check(path, frames=1).graph if node.op_type == "TopK"]
+    assert "export with dynamo=True" in top_k.metadata_props[REASON]
