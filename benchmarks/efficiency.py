@@ -178,10 +178,10 @@ def _count(op: q.Operation, block: Block, sizes: dict[str, tuple[int, int]],
         case q.Norm():
             sizes[op.output] = op.rows, sizes[op.source][1]
         case q.Attention():
-            keys, channels = sizes[op.key]
+            (keys, channels), results = sizes[op.key], sizes[op.value][1]
             rows = 1 if op.query is None else sizes[op.query][0]
-            sizes[op.output] = rows, channels
-            attention = frames * 2 * rows * keys * channels
+            sizes[op.output] = rows, results
+            attention = frames * rows * keys * (channels + results)
         case q.Experts():
             sizes[op.output] = sizes[op.residual]
             tokens = np.bincount(chosen[op.route].ravel(), minlength=len(op.up))

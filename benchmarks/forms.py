@@ -20,12 +20,14 @@ import torch
 from record import ROOT, record
 from tqdm import tqdm
 
+import moeware
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.partition import partition, report
 from moeware.compiler.reference import evaluate
 
 sys.path.insert(0, str(ROOT))
+from tests import hugging_face
 from tests.compiler import exports, language_models
 from tests.compiler.capacity_modules import CapacityMoe
 from tests.compiler.contrib import to_qmoe
@@ -82,11 +84,15 @@ def decoders() -> Iterator[tuple[str, str, Export]]:
     """Language models of Hugging Face, experts as batched_mm."""
     for name in language_models.MODELS:
         for opset, attention in ((20, "eager"), (23, "sdpa")):
-            if (name, attention) == ("gpt-j", "sdpa"):
-                continue  # transformers has none
+            if (name, attention) in (("gpt-j", "sdpa"), ("falcon", "sdpa")):
+                continue  # transformers has none; torch does not export it
             yield (f"{name}, {attention}", f"dynamo, opset {opset}",
                    lambda path, name=name, opset=opset, attention=attention: language_models.export(
                        language_models.build(name, attention=attention), path, opset))
+    # Its rotary embedding multiplies complex numbers, which only moeware.export writes otherwise.
+    ids = torch.zeros(1, hugging_face.TOKENS, dtype=torch.int64)
+    yield "deepseek-v2", "moeware.export", lambda path: moeware.export(
+        hugging_face.language_model("deepseek-v2"), ids, path)
 
 
 def measure(path: Path) -> dict:

@@ -9,7 +9,7 @@ from moeware.hw.sdram_timing import SDRAMTiming
 
 from .board import Board
 
-__all__ = ["ULX3S_85F", "ULX3S_85F_LARGE"]
+__all__ = ["ULX3S_85F", "ULX3S_85F_LANGUAGE", "ULX3S_85F_LARGE"]
 
 ULX3S_85F = Board(
     name="ulx3s-85f",
@@ -25,6 +25,14 @@ ULX3S_85F = Board(
                   activation_banks=4, activation_words=1024, residual_words=4096,
                   weight_words=1024, param_words=512, tables=4, row_words=128, max_rows=256,
                   max_experts=16, max_chosen=4, queue=8),
+)
+
+# The same board for language models: what their gated layers, rotary embeddings and routers need, and
+# residual memory for the factors of positions.
+ULX3S_85F_LANGUAGE = dataclasses.replace(
+    ULX3S_85F, name="ulx3s-85f-language",
+    config=dataclasses.replace(ULX3S_85F.config, residual_words=8192, products=1, rotary=1,
+                               router_forms=1),
 )
 
 # The same board as full as it gets: M3ViT-tiny, or two of its frames, in on-chip memories. The linear

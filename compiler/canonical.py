@@ -13,17 +13,18 @@ AddConstant   x, constant[N, D]
 LayerNorm     x, gamma[D], beta[D]                    epsilon
 RMSNorm       x, gamma[D]                             epsilon, groups
 Linear        x, weight[N, K], bias[N]
+Join          a, b, columns[N]
 Rotary        x, cos[N, dim/2], sin[N, dim/2]         heads
 Attention     q, k, v  ([B, N, heads*dim])            heads, kv_heads, scale, causal
 Pointwise     x                                       function (see ``FUNCTIONS``)
 Multiply      a, b
 Add           a, b
-Route         x, weight[E, D], bias[E],               k, score ("softmax" or "sigmoid"),
-              correction[E]                           normalise ("chosen", "all" or "kept"),
-                                                      groups, chosen_groups,
+Route         x, weight[E, D], bias[E],               k, score ("softmax", "sigmoid" or
+              correction[E]                           "sparse"), normalise ("chosen", "all" or
+                                                      "kept"), groups, chosen_groups,
                                                       group_score ("max" or "pair"),
-                                                      capacity, order ("token", "choice" or
-                                                      "priority")
+                                                      threshold, capacity,
+                                                      order ("token", "choice" or "priority")
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
@@ -37,22 +38,30 @@ MeanTokens    x
 ``PatchEmbed`` orders patches row-major and the features of a patch (channel, y, x).
 ``RMSNorm`` divides each of ``groups`` equal parts of a row by the root of its mean square (plus
 epsilon), then multiplies by gamma.
+``Join`` takes channels of a and b, side by side, in the order that ``columns`` (int64) names them
+in, some several times: heads that are put together of two Linears (multi-head latent attention:
+DeepSeek-AI 2024, DeepSeek-V2, section 2.1).
 ``Rotary`` turns channels c and c + dim/2 of each head, a pair, by the angle of row and pair:
 ``(a, b) -> (a cos - b sin, b cos + a sin)``. Rows of weights are permuted where a model pairs
 channels otherwise.
-``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``.
+``Attention`` shares key head ``h * kv_heads // heads`` with query head ``h``; heads of values, and of
+the result, may have another size than those of queries and keys.
 ``Route`` returns ``(indices int64, weights)``: the k experts whose score, of ``Wx + b``, plus
 correction is largest, ties to the lower index, and their scores without it; "chosen" divides these
 by their sum (for softmax equal to softmax over the chosen logits). Where there are several
 ``groups`` of experts that follow one another, only those of the ``chosen_groups`` best are chosen
 from; a group is as good as its largest corrected score or, for "pair", the sum of its two largest
 (DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2). A constant factor of the weights belongs
-into the experts' second layer. With a ``capacity`` that is not 0 an expert takes so many tokens of a
-frame, those that come first, and drops the others: their weight is 0. The order is "token" by token
-(Switch Transformer: Fedus et al. 2022, section 2.2); by "choice", the first ones of all tokens before
-any second one (GShard: Lepikhin et al. 2021, algorithm 1); or so with the tokens by "priority", the
-largest score first (V-MoE: Riquelme et al. 2021, section 4). "kept" divides the scores by the sum of
-those that are not dropped.
+into the experts' second layer. "sparse" chooses one expert after another by ``Wx + b`` alone: the
+largest of those left, weighted by the softmax over those of them that are near it, ``(largest - s) /
+max(|s|, largest) <= threshold``, where 0 / 0 is near (SparseMixer-v2 as Phi-3.5-MoE runs it: Liu et
+al. 2024, GRIN). Its threshold is below 2, which nothing exceeds; others have 0.
+With a ``capacity`` that is not 0 an expert takes so many tokens of a frame, those that come first,
+and drops the others: their weight is 0. The order is "token" by token (Switch Transformer: Fedus et
+al. 2022, section 2.2); by "choice", the first ones of all tokens before any second one (GShard:
+Lepikhin et al. 2021, algorithm 1); or so with the tokens by "priority", the largest score first
+(V-MoE: Riquelme et al. 2021, section 4). "kept" divides the scores by the sum of those that are not
+dropped.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
@@ -91,7 +100,7 @@ __all__ = [
 DOMAIN = "moeware"
 # Attributes of a Route that compares softmax scores alone, beside k and normalise.
 PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max",
-               "capacity": 0, "order": "token"}
+               "threshold": 0.0, "capacity": 0, "order": "token"}
 REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -101,13 +110,14 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "LayerNorm": (3, 1, ("epsilon",)),
     "RMSNorm": (2, 1, ("epsilon", "groups")),
     "Linear": (3, 1, ()),
+    "Join": (3, 2, ()),
     "Rotary": (3, 1, ("heads",)),
     "Attention": (3, 3, ("heads", "kv_heads", "scale", "causal")),
     "Pointwise": (1, 1, ("function",)),
     "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
-    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score", "capacity",
-                     "order")),
+    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score",
+                     "threshold", "capacity", "order")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
     "SoftExperts": (6, 1, ("function",)),
@@ -146,12 +156,12 @@ def shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def projection(value: ir.Value) -> tuple[ir.Node | None, ir.Node | None, ir.Node | None]:
-    """The Linear, RMSNorm and Rotary that make ``value`` one after the other, as attention reads it;
-    None for each that is not there."""
+    """The Linear or Join, the RMSNorm and the Rotary that make ``value`` one after the other, as
+    attention reads it; None for each that is not there."""
     found: list[ir.Node | None] = []
-    for kind in ("Rotary", "RMSNorm", "Linear"):
+    for kinds in (("Rotary",), ("RMSNorm",), ("Linear", "Join")):
         node = value.producer()
-        found.insert(0, node if node is not None and node.op_type == kind else None)
+        found.insert(0, node if node is not None and node.op_type in kinds else None)
         if found[0] is not None and found[0].inputs[0] is not None:
             value = found[0].inputs[0]
     return found[0], found[1], found[2]

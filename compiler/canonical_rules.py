@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
-FUNCTIONS = ("gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh")
-SCORES = ("softmax", "sigmoid")
+FUNCTIONS = (
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu", "hard_swish", "sigmoid", "tanh",
+)  # fmt: skip
+SCORES = ("softmax", "sigmoid", "sparse")
 NORMALISATIONS = ("chosen", "all")
 GROUP_SCORES = ("max", "pair")
 ORDERS = ("token", "choice", "priority")
@@ -53,6 +55,12 @@ def _linear(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> N
     require(outputs[0] == (*inputs[0][:-1], inputs[2][0]), "output is [B, tokens, N]")
 
 
+def _join(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
+    a, b, columns = inputs
+    require(len(a) == 3 and a[:-1] == b[:-1], "a and b have the same rows")
+    require(outputs[0] == (*a[:-1], *columns), "output is [B, N, number of columns]")
+
+
 def _rotary(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> None:
     (_, tokens, features), cos, sin = inputs
     require(attrs["heads"] > 0 and features % (2 * attrs["heads"]) == 0, "a head has pairs")
@@ -65,8 +73,10 @@ def _attention(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -
     require(heads % kv_heads == 0, "kv_heads divides heads")
     require(inputs[0][-1] % heads == 0, "heads divides the features of q")
     require(inputs[1][-1] * heads == inputs[0][-1] * kv_heads, "q and k have heads of one size")
-    require(inputs[1] == inputs[2], "k and v have one shape")
-    require(outputs[0] == inputs[0], "output has the shape of q")
+    require(inputs[1][:-1] == inputs[2][:-1], "k and v have the same rows")
+    require(inputs[2][-1] % kv_heads == 0, "kv_heads divides the features of v")
+    require(outputs[0] == (*inputs[0][:-1], inputs[2][-1] // kv_heads * heads),
+            "output has the rows of q and heads of the size of v's")
     require(attrs["causal"] in (0, 1), "causal is 0 or 1")
 
 
@@ -101,6 +111,12 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     require(limited or attrs["order"] == "token", "without a capacity the order is token")
     require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
     require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
+    sparse = attrs["score"] == "sparse"
+    require(not sparse or groups == 1 and attrs["group_score"] == "max", "sparse has no groups")
+    require(not sparse or attrs["normalise"] == "all", "sparse normalises all")
+    require(not sparse or capacity == 0, "sparse has no capacity")
+    require(0 <= attrs["threshold"] < 2, "threshold is at least 0 and below 2")
+    require(sparse or attrs["threshold"] == 0, "threshold is 0 unless score is sparse")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
 
 
@@ -148,6 +164,7 @@ RULES: dict[str, Callable[[Shapes, Shapes, dict, Require], None]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

@@ -30,10 +30,13 @@ READS: dict[str, tuple[tuple[str, ...], str]] = {
     "AddConstant": (("start",), "start"),
     "LayerNorm": (("start", "stream", "row"), "norm"),
     "RMSNorm": (("start", "stream", "row", "linear"), "norm"),
-    "Linear": (("norm", "norm row", "attention", "function", "product"), "linear"),
+    "Linear": (
+        ("norm", "norm row", "attention", "function", "product", "normalised linear"), "linear"
+    ),
     "Pointwise": (("linear",), "function"),
     "Multiply": (("linear", "function"), "product"),
-    "Rotary": (("linear", "normalised linear"), "turned"),
+    "Join": (("linear",), "joined linear"),
+    "Rotary": (("linear", "joined linear", "normalised linear"), "turned"),
     "Attention": (("linear", "normalised linear", "turned"), "attention"),
     "Route": (("norm",), "route"),
     "Experts": (("norm",), "experts"),
@@ -50,8 +53,9 @@ MAY_FOLLOW = {
     ),
     "norm row": ("Linear",),
     "row": ("LayerNorm", "RMSNorm"),
-    "linear": ("Pointwise", "Multiply", "RMSNorm", "Rotary", "Attention", "Add"),
-    "normalised linear": ("Rotary", "Attention"),
+    "linear": ("Pointwise", "Multiply", "RMSNorm", "Join", "Rotary", "Attention", "Add"),
+    "joined linear": ("Rotary",),
+    "normalised linear": ("Linear", "Rotary", "Attention"),
     "turned": ("Attention",),
     "function": ("Linear", "Multiply"),
     "product": ("Linear",),
@@ -75,7 +79,7 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
             f"{node.op_type} of {'an' if first[0] in 'aeiou' else 'a'} {first} value is not a "
             f"supported form, it reads {' or '.join(allowed)}; use pre-norm residual blocks"
         )
-    alone = len(variable[0].uses()) == 1 and not variable[0].is_graph_output()
+    alone = _read_once(variable[0])
     if node.op_type in ("ClassToken", "AddConstant") and not alone:
         return (
             f"{node.op_type} must be the only reader of the embedding that it completes; let all "
@@ -86,6 +90,10 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
             return f"a projection before {node.op_type} must have no other reader; remove it"
     elif node.op_type == "RMSNorm" and attributes(node)["groups"] != 1:
         return "RMSNorm of the residual stream must have 1 group; normalise whole rows"
+    if node.op_type == "Linear" and first == "normalised linear":
+        return _latent_broken(variable[0])
+    if node.op_type == "Join":
+        return _join_broken(variable, given)
     if node.op_type == "Attention":
         return _attention_broken(node, given)
     if node.op_type in ROUTED and given_names[1:] != ["route", "route"]:
@@ -97,6 +105,8 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
 
 def _route_broken(node: ir.Node) -> str | None:
     found, correction = attributes(node), node.inputs[3].const_value.numpy()
+    if found["score"] == "sparse":
+        return None
     if found["score"] == "softmax" and (correction.any() or found["group_score"] == "pair"):
         return (
             "Route by softmax probabilities that are corrected, or of which two are summed, is not a "
@@ -115,6 +125,33 @@ def _route_broken(node: ir.Node) -> str | None:
     spread, limit = np.ptp(correction.astype(np.float64)), 1 << CORRECTION_BITS - GATE_BITS
     if not spread < limit - 1:
         return f"corrections of Route must spread over less than {limit - 1}, not {spread:g}; clip them"
+    return None
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _latent_broken(value: ir.Value) -> str | None:
+    """What a Linear reads of a normalised Linear: its whole rows, as other Linears do."""
+    norm = value.producer()
+    if norm is not None and attributes(norm)["groups"] != 1:
+        return "RMSNorm between two Linears must have 1 group; normalise whole rows"
+    if any(user.op_type != "Linear" for user in value.consumers()):
+        return "RMSNorm between two Linears must have no reader but Linears; repeat it"
+    return None
+
+
+def _join_broken(variable: list[ir.Value], given: list[Kind]) -> str | None:
+    if [kind.name for kind in given] != ["linear", "linear"]:
+        return (
+            f"Join of {given[0].name} and {given[-1].name} is not a supported form, it joins heads of "
+            f"two Linears; project both parts"
+        )
+    if given[0].stream != given[1].stream:
+        return "Join must read one stream, not cross-attend; move it to the host model"
+    if not all(map(_read_once, variable)):
+        return "a projection before Join must have no other reader; remove it"
     return None
 
 

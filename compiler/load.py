@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from moeware.compiler.bounds import is_random
 from moeware.compiler.choices import describe, substitute
-from moeware.compiler.contrib import expand_norms
+from moeware.compiler.contrib import expand_operators
 from moeware.compiler.errors import CompileError
 from moeware.compiler.functions import inline_functions
 from moeware.compiler.fuse.region import inputs_of
@@ -34,7 +34,7 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
         proto = inline_functions(read_model(path))
         substitute(proto, choice or {})
         _fix_batch(proto)
-        expand_norms(proto)
+        expand_operators(proto)
         check_model(proto, path)
         _forget_shapes(proto)
         model = ir.from_proto(proto)

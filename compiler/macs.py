@@ -26,7 +26,7 @@ def macs(node: ir.Node) -> int:
             # Logits, tokens to slots and slots to tokens; two layers.
             return slots * features * (3 * shapes[0][1] + 2 * shapes[2][1])
         if node.op_type == "Attention":
-            return 2 * math.prod(shapes[0]) * shapes[1][-2]
+            return (math.prod(shapes[0]) + math.prod(outputs[0])) * shapes[1][-2]
         return 0
     if node.op_type == "MatMul" and shapes[0]:
         return math.prod(outputs[0]) * shapes[0][-1]

@@ -13,8 +13,11 @@ Record = Callable[[str, np.ndarray], None]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
+    "squared_relu": lambda x: torch.relu(x).square(),
     "silu": torch.nn.functional.silu,
+    "hard_swish": torch.nn.functional.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
@@ -53,6 +56,11 @@ def _rms_norm(inputs, attrs, name, record) -> Outputs:
 
 def _linear(inputs, attrs, name, record) -> Outputs:
     return (torch.nn.functional.linear(*inputs),)
+
+
+def _join(inputs, attrs, name, record) -> Outputs:
+    a, b, columns = inputs
+    return (torch.cat([a, b], -1)[..., columns],)
 
 
 def _rotary(inputs, attrs, name, record) -> Outputs:
@@ -95,6 +103,8 @@ def _route(inputs, attrs, name, record) -> Outputs:
 
 def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Outputs:
     """Indices int64 and weights, [..., k], of logits [..., E] by the attributes of ``Route``."""
+    if attrs["score"] == "sparse":
+        return _one_after_another(logits, attrs["k"], attrs["threshold"])
     sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
     scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
     # Scores rise with the logits, but saturate: logits are compared where nothing is added.
@@ -130,6 +140,17 @@ def _within_capacity(indices: torch.Tensor, scores: torch.Tensor, attrs: dict) -
         before = ranked.flatten(-3, -2).cumsum(-2).view(ranked.shape).transpose(-3, -2)
         before = torch.empty_like(hits).scatter_(-3, turns, before)
     return (before * hits).sum(-1) <= attrs["capacity"]
+
+
+def _one_after_another(logits: torch.Tensor, k: int, threshold: float) -> Outputs:
+    """``route`` of score "sparse"."""
+    indices, left, weights = _largest(logits, k), logits, []
+    for each in indices.split(1, -1):
+        largest = left.gather(-1, each)
+        far = (largest - logits) / logits.abs().maximum(largest) > threshold
+        weights.append(torch.softmax(left.masked_fill(far, -math.inf), -1).gather(-1, each))
+        left = left.scatter(-1, each, -math.inf)
+    return indices, torch.cat(weights, -1)
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -193,6 +214,7 @@ OPERATORS: dict[str, Callable[..., Outputs]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

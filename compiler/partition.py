@@ -64,6 +64,11 @@ class Partition:
 # softmax scores of all experts that take any number of tokens.
 OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary",
            "Route": "router_forms"}
+_NORMS = ("LayerNorm", "RMSNorm")
+_NORM_AS_STREAM = (
+    "{} of the embedding makes the residual stream that `{}` reads, and norms on the accelerator only "
+    "make what a Linear or a router reads; accept that the host runs it, or train without it"
+)
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
 
@@ -110,6 +115,11 @@ def _violations(
         if node not in host:
             known = is_canonical(node) and node.op_type in READS
             text = rule_broken(node, kinds) if known else plain_reason(node)
+            norm = _norm_of_norm(node, kinds)
+            if norm is not None:
+                # Alone: what reads it breaks no rule where the stream enters behind it.
+                yield norm, reason_of(norm, _NORM_AS_STREAM.format(norm.op_type, node.name))
+                return
             if text is not None:
                 before = _host_operand(node, kinds, {*host, *fresh}) if known else None
                 reads = f"reads the result of `{before and before.name}`, which the host computes"
@@ -123,6 +133,12 @@ def _violations(
                 kinds[value] = result(node, kinds, number)
     # The cuts are looked at only when every node that is left fits its rule.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
+
+
+def _norm_of_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
+    """The norm on the accelerator whose result norm ``node`` reads as a residual stream."""
+    x = node.inputs[0] if is_canonical(node) and node.op_type in _NORMS else None
+    return x.producer() if x in kinds and kinds[x].name == "norm" else None
 
 
 def _host_operand(

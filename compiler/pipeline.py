@@ -21,6 +21,7 @@ from moeware.compiler.choices import Choices, check_choices, combinations, requi
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
+from moeware.compiler.kept import Kept
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.mixed_precision import Allocation, allocate_bits
@@ -65,6 +66,7 @@ class State:
     outputs: Ports = field(default_factory=list)
     placement: str = ""
     report: dict = field(default_factory=dict)
+    kept: dict = field(default_factory=dict)  # what `Kept.report` says
     calibration: Calibration | None = None
     allocation: Allocation | None = None
     quantised: list[QuantisedStep | HostStep] = field(default_factory=list)
@@ -102,6 +104,7 @@ def _calibrate(state: State) -> None:
 def _quantise(state: State) -> None:
     state.quantised = []
     precision, layers = Precision(state.bits, state.expert_bits, state.nested), []
+    kept = Kept.joined([Kept.of(model) for model in state.models])
     variants = [partition(model, state.config).steps for model in state.models]
     for choice, parts in zip(combinations(state.choices), variants):
         for part, *alike in zip(parts, *variants, strict=True):
@@ -112,7 +115,7 @@ def _quantise(state: State) -> None:
                                          for name, reason in part.reasons.items()})
             else:
                 step = quantise(part.nodes, part.inputs, part.outputs, state.calibration, precision,
-                                [each.nodes for each in alike])
+                                [each.nodes for each in alike], kept)
                 layers += step.layers
             step.choice = choice
             state.quantised.append(step)
@@ -131,6 +134,8 @@ def _quantise(state: State) -> None:
     for step in [*state.quantised, *state.upper]:
         if isinstance(step, QuantisedStep):
             verify_quantised(step)
+    kept.settle(variants[0])
+    state.kept = kept.report()
 
 
 def _tile(state: State) -> None:
@@ -176,6 +181,7 @@ def _emit(state: State) -> None:
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
                   "starved_experts": state.calibration.starved, "plans": state.plans,
+                  "kept": state.kept,
                   "expert_bits": state.allocation and state.allocation.to_dict()})
     if state.upper:
         half = replace(state, quantised=state.upper, upper=[])

@@ -10,6 +10,12 @@ from moeware.compiler.canonical import REASON, is_canonical
 __all__ = ["Reason", "follows", "no_form", "operator_name", "plain_reason", "reason_of"]
 
 
+_INTEGERS = (
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
+    "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why node `node` runs on the host, and what to change in the model.
@@ -42,6 +48,11 @@ def plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     if REASON in node.metadata_props:
         return node.metadata_props[REASON]
+    if node.op_type in _INTEGERS or node.op_type.startswith(("QLinear", "QAttention")):
+        return (
+            f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
+            f"not read; export in QDQ format (static, quant_format=QuantFormat.QDQ)"
+        )
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "

@@ -102,7 +102,7 @@ def _plain(
             if value.const_value is None and array.ndim:
                 length = len(array) // frames
                 array = array[frame * length : (frame + 1) * length]
-            feed[str(value.name)] = np.ascontiguousarray(array)
+            feed[str(value.name)] = np.asarray(array, order="C")  # a number stays one
         with _running(node):
             results.append(session.run(None, feed))
     used = [index for index, value in enumerate(node.outputs) if value.name]

@@ -124,12 +124,19 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return np.where(x > 9, x, np.interp(x, *_gelu_knots(), left=0.0))
 
 
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -80, 80)))
+
+
 FUNCTION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": _gelu,
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
+    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x / (1 + np.exp(-np.clip(x, -80, 80))),
-    "sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -80, 80))),
+    "squared_relu": lambda x: np.maximum(x, 0) ** 2,
+    "silu": lambda x: x * _sigmoid(x),
+    "hard_swish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+    "sigmoid": _sigmoid,
     "tanh": np.tanh,
 }
 

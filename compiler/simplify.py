@@ -14,6 +14,7 @@ from moeware.compiler.contrib import infer_shapes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
+from moeware.compiler.qdq import take_out
 from moeware.compiler.read import one_line
 
 __all__ = ["simplify"]
@@ -34,7 +35,8 @@ _NODE_OF_INFERENCE = re.compile(
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants, merge equal nodes and give every value its shape, in place.
+    """Take pairs of quantisation out, fold constants, merge equal nodes and give every value its
+    shape, in place.
 
     Raises ``CompileError`` for nodes whose operands and attributes contradict one another, and for
     sizes out of proportion (``bounds``).
@@ -43,6 +45,7 @@ def simplify(model: ir.Model) -> None:
     weights = weight_elements(model)
     passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     check_sizes(model, weights)
+    take_out(model)
 
     def is_small(node: ir.Node) -> bool | None:
         return None if is_foldable(node, weights) else False

@@ -14,8 +14,8 @@ from moeware.runtime.device import runs
 
 __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
-_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")
-# With Config.router_forms, as the form.
+# With Config.router_forms.
+_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair", "sparse", "threshold")
 _PLACES = ("destination_stride", "same_frame", "choice")
 
 
@@ -246,6 +246,8 @@ class Machine:
         if i.destination_stride > self.config.max_rows:
             raise ValueError(f"LINEAR.destination_stride, a queue's capacity, must be at most "
                              f"Config.max_rows = {self.config.max_rows}, not {i.destination_stride}")
+        if i.sparse and (i.over_chosen or i.sigmoid or i.group):
+            raise ValueError("LINEAR.sparse must come without over_chosen, sigmoid and group")
         if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
                         or i.chosen > i.chosen_groups * i.group
                         or i.chosen_groups * i.group > i.channels):

@@ -138,7 +138,7 @@ def test_starved_experts_come_with_a_remedy():
     found = {"program": "x.moe", "placement": "", "file_bytes": 1, "config_digest": "0x0", "image_bytes": 1,
              "dram_bytes": 1, "macs_per_frame": 1, "upper_estimate": None,
              "estimate": {"cycles": 1, "steps": [], "seconds": 1, "clock_hz": 1, "dram": "sdram"},
-             "metadata": {"plans": [], "expert_bits": None,
+             "metadata": {"plans": [], "expert_bits": None, "kept": {"scales": 0},
                           "starved_experts": ["Experts_0/expert3: 0 tokens"]}}
     assert "reached: Experts_0/expert3: 0 tokens; " in compile_command.text(found)
     assert "Calibrate with more inputs" in compile_command.text(found)

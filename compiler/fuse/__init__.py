@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
+from moeware.compiler.fuse.choice import rewrite_choice, rewrite_softmax
 from moeware.compiler.fuse.contrib_moe import fuse_contrib_moe
 from moeware.compiler.fuse.einsum import rewrite_einsum
 from moeware.compiler.fuse.embed import (
@@ -19,6 +20,7 @@ from moeware.compiler.fuse.embed import (
     fuse_patch_embed,
     fuse_tokens,
 )
+from moeware.compiler.fuse.grids import attach_grids, collect_grids
 from moeware.compiler.fuse.linear import (
     fold_output_scale,
     fuse_linear,
@@ -30,6 +32,7 @@ from moeware.compiler.fuse.norm import fuse_head_norm, fuse_norm
 from moeware.compiler.fuse.pointwise import fuse_pointwise, lift_pointwise
 from moeware.compiler.fuse.rebuild import straighten
 from moeware.compiler.fuse.rotary import fuse_rotary
+from moeware.compiler.fuse.scatter import rewrite_scatter
 from moeware.compiler.fuse.shared import fuse_shared_expert
 from moeware.compiler.fuse.soft_moe import fuse_soft_moe
 from moeware.compiler.fuse.tokens import (
@@ -42,10 +45,13 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear. Norms of heads
 # stand before or behind rotations; packed Linears are cut when rotations have found their pairs.
 RULES = (
+    rewrite_softmax,
+    rewrite_choice,
     fuse_moe,
     fuse_contrib_moe,
     fuse_soft_moe,
     rewrite_einsum,
+    rewrite_scatter,
     fuse_norm,
     fuse_pointwise,
     fuse_linear,
@@ -79,6 +85,7 @@ def fuse(model: ir.Model) -> ir.Model:
     """
     names = [value.name for value in model.graph.outputs]
     model.opset_imports[DOMAIN] = 1
+    attach_grids(model)
     for rule in RULES:
         try:
             rule(model)
@@ -112,3 +119,4 @@ def _finish(model: ir.Model, output_names: list[str]) -> None:
     for value, name in zip(model.graph.outputs, output_names):
         value.name = name
     passes.NameFixPass()(model)
+    collect_grids(model)

@@ -21,7 +21,7 @@ def fuse_attention(model: ir.Model) -> None:
         - ``MatMul``, ``Softmax``, ``MatMul``, the scale on queries, keys, both or the scores, a
           constant causal mask or none
         - queries, keys and values from one packed Linear or from three, split in any way; keys and
-          values shared by heads that are repeated
+          values shared by heads that are repeated; values of another size than keys
     """
     for node in list(model.graph):
         if node.graph is None:
@@ -55,7 +55,7 @@ def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
     if len(shape) == 3:
         _replace(model, q, k, v, output, scale, causal, (node,))
         return
-    merged = _merged(output, len(q.columns), q.tokens, dim)
+    merged = _merged(output, len(q.columns), q.tokens, v.columns.shape[1])
     if merged is not None:
         _replace(model, q, k, v, merged[0], scale, causal, (node, *merged[1]))
 
@@ -101,7 +101,7 @@ def _fuse_products(model: ir.Model, softmax: ir.Node) -> None:
     v = select_heads(values, lead=out_shape[:-2])
     if q is None or k is None or v is None:
         return
-    if not (q.columns.shape[1] == k.columns.shape[1] == v.columns.shape[1]):
+    if q.columns.shape[1] != k.columns.shape[1]:
         return
     found = _measure(model, scores, weights, q.columns.shape[1])
     merged = _merged(weighing.outputs[0], len(q.columns), q.tokens, v.columns.shape[1])
@@ -216,7 +216,7 @@ def _replace(
     k, v = _share(k, v)
     heads, kv_heads = len(q.columns), len(k.columns)
     last = output.producer()
-    if last is None or heads % kv_heads or k.columns.shape != v.columns.shape:
+    if last is None or heads % kv_heads or len(v.columns) != kv_heads:
         return
     if k.tokens != v.tokens or q.columns.shape[1] != k.columns.shape[1]:
         return
@@ -232,7 +232,8 @@ def _replace(
     replaced = [node for part in parts for node in part.nodes]
     build = Builder(model, last, dict.fromkeys([*replaced, *nodes]))
     attributes = {"heads": heads, "kv_heads": kv_heads, "scale": float(scale), "causal": causal}
-    (result,) = build.node("Attention", inputs, [(1, q.tokens, q.columns.size)], attributes)
+    shape = (1, q.tokens, heads * v.columns.shape[1])
+    (result,) = build.node("Attention", inputs, [shape], attributes)
     build.replace(output, result)
 
 

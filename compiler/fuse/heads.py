@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.fuse.grids import inherit_traced
 from moeware.compiler.fuse.rebuild import Builder, made_by
 from moeware.compiler.fuse.trace import attribute, constant, size, static_shape, traces
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Rows of heads selected from a value of rows: head h is columns ``columns[h]`` of ``root``.
+    """``value``, heads selected from a value of rows: head h is columns ``columns[h]`` of ``root``.
 
-    ``axis``: where the tokens lie in the value that was selected, -2 or -3.
+    ``axis``: where the tokens lie in ``value``, -2 or -3.
     """
 
+    value: ir.Value
     root: ir.Value
     columns: np.ndarray  # [heads, dim]
     tokens: int
@@ -47,7 +49,9 @@ def select_heads(
             numbers = np.broadcast_to(numbers, (*lead, *numbers.shape[-2:]))
         columns = _columns(numbers, size(trace.root))
         if columns is not None:
-            return Heads(trace.root, columns, numbers.shape[-2], trace.scale, trace.nodes)
+            return Heads(
+                value, trace.root, columns, numbers.shape[-2], trace.scale, trace.nodes
+            )
     return None
 
 
@@ -63,7 +67,7 @@ def select_rows(value: ir.Value) -> Heads | None:
                 continue
             columns = _columns(np.moveaxis(trace.numbers, axis, -2), size(trace.root))
             if columns is not None:
-                return Heads(trace.root, columns, shape[1], 1.0, trace.nodes, axis)
+                return Heads(value, trace.root, columns, shape[1], 1.0, trace.nodes, axis)
     return None
 
 
@@ -85,7 +89,9 @@ def gather_rows(model: ir.Model, at: ir.Node, part: Heads, factor: float = 1.0) 
     again with the rows of weights selected. None where neither is possible."""
     if part.is_whole and factor == 1.0:
         shape = (1, part.tokens, part.columns.size)
-        return Builder(model, at, []).resolve(part.root, shape)
+        whole = Builder(model, at, []).resolve(part.root, shape)
+        inherit_traced(part.value, whole, part.scale)
+        return whole
     if made_by(part.root, "Linear"):
         return _select_linear(model, at, part, factor)
     if made_by(part.root, "RMSNorm") and factor == 1.0:
@@ -108,6 +114,7 @@ def _select_linear(model: ir.Model, at: ir.Node, part: Heads, factor: float) -> 
     features = static_shape(x)
     assert features is not None
     (result,) = build.node("Linear", inputs, [(*features[:-1], len(columns))])
+    inherit_traced(part.value, result, part.scale / factor)
     return build.reshape(result, (1, part.tokens, len(columns)))
 
 
@@ -131,7 +138,30 @@ def _select_norm(model: ir.Model, at: ir.Node, part: Heads) -> ir.Value | None:
     build = Builder(model, at, [node, *part.nodes])
     attributes = {"epsilon": attribute(node, "epsilon", 1e-5), "groups": len(groups)}
     inputs = [x, build.weight(gamma[columns], "gamma")]
-    return build.node("RMSNorm", inputs, [(1, part.tokens, len(columns))], attributes)[0]
+    (result,) = build.node("RMSNorm", inputs, [(1, part.tokens, len(columns))], attributes)
+    inherit_traced(part.value, result, part.scale)
+    return result
+
+
+def join_rows(
+    model: ir.Model, at: ir.Node, roots: tuple[ir.Value, ...], part: Heads
+) -> ir.Value | None:
+    """``part``, whose columns are those of two ``roots`` side by side, as ``[1, tokens, heads * dim]``:
+    channels of Linears joined. None where a root is made by another operator."""
+    if not all(made_by(root, "Linear") for root in roots):
+        return None
+    columns, made, first = part.columns.reshape(-1), [], 0
+    places, before = np.zeros_like(columns), 0
+    for root in roots:
+        width = size(root) // part.tokens
+        own = (columns >= first) & (columns < first + width)
+        used, places_of_own = np.unique(columns[own] - first, return_inverse=True)
+        places[own] = before + places_of_own
+        made.append(gather_rows(model, at, replace(part, value=root, root=root, columns=used[None])))
+        first, before = first + width, before + len(used)
+    build = Builder(model, at, part.nodes)
+    inputs = [*made, build.weight(places, "columns")]
+    return build.node("Join", inputs, [(1, part.tokens, len(columns))])[0]
 
 
 def scatter_rows(build: Builder, rows: ir.Value, part: Heads, shape: tuple[int, ...]) -> ir.Value:

@@ -15,6 +15,7 @@ from moeware.compiler.fuse.trace import (
     operand,
     other_operand,
     same_elements,
+    scalar,
     static_shape,
     traces,
 )
@@ -64,22 +65,38 @@ def fuse_linear(model: ir.Model) -> None:
 
 
 def match_linear(value: ir.Value) -> LinearMatch | None:
-    """The linear map whose result is ``value``: a product, or a product plus its bias."""
+    """The linear map whose result is ``value``: a product, a product plus its bias, or one of these
+    times a number."""
     node = value.producer()
     if node is None:
         return None
     product = match_product(node)
     if product is not None:
         return product
-    pair = other_operand(node) if is_op(node, "Add") else None
+    pair = other_operand(node) if is_op(node, "Add", "Mul", "Div") else None
     inner = pair[0].producer() if pair else None
     if pair is None or inner is None:
         return None
+    if not is_op(node, "Add"):
+        return _scaled(node, *pair)
     product, bias = match_product(inner), constant(pair[1])
     if product is None or bias is None or not _per_feature(bias, len(product.bias)):
         return None
     total = product.bias + np.broadcast_to(bias.reshape(-1), product.bias.shape)
     return LinearMatch(product.x, product.weight, total, (*product.nodes, node))
+
+
+def _scaled(node: ir.Node, value: ir.Value, by: ir.Value) -> LinearMatch | None:
+    """The linear map ``value`` times or divided by the number ``by`` (a temperature)."""
+    factor, match = scalar(by), match_linear(value)
+    if factor is None or match is None or static_shape(value) != static_shape(node.outputs[0]):
+        return None
+    if is_op(node, "Div"):
+        if node.inputs[0] is not value or factor == 0:
+            return None
+        factor = 1 / factor
+    weight, bias = (array * np.float32(factor) for array in (match.weight, match.bias))
+    return LinearMatch(match.x, weight, bias, (*match.nodes, node))
 
 
 def match_product(node: ir.Node) -> LinearMatch | None:
@@ -139,11 +156,13 @@ def _per_feature(array: np.ndarray, features: int) -> bool:
 
 
 def fold_output_scale(model: ir.Model) -> None:
-    """Fold a constant factor, one or for each feature (layer scale), into the Linear or the experts
-    before it.
+    """Fold a constant factor, one or for each feature (layer scale), into the Linear, the experts or
+    the norm before it.
 
     Forms
     -----
+    LayerNorm, RMSNorm
+        - with a ``Mul`` or ``Div`` by a constant, one or for each feature, after it
     Linear
         - with a ``Mul`` or ``Div`` by a constant, one or for each output, after it
     Experts, GatedExperts
@@ -165,18 +184,25 @@ def fold_output_scale(model: ir.Model) -> None:
         factor = np.broadcast_to(factor.reshape(-1).astype(np.float32), shape[-1])
         factor = 1 / factor if is_op(node, "Div") else factor
         build = Builder(model, node, [source, node])
-        inputs, place = list(source.inputs), _SCALED[source.op_type]
-        weight, bias = constant(inputs[place]), constant(inputs[place + 1])
-        assert weight is not None and bias is not None
-        inputs[place] = build.weight(weight * factor[:, None])
-        inputs[place + 1] = build.weight(bias * factor, "bias")
+        inputs = list(source.inputs)
+        for place, name in _SCALED[source.op_type].items():
+            array = constant(inputs[place])
+            assert array is not None
+            of_rows = factor[:, None] if name == "weight" else factor
+            inputs[place] = build.weight(array * of_rows, name)
         attributes = {name: entry.value for name, entry in source.attributes.items()}
         (result,) = build.node(source.op_type, inputs, [shape], attributes)  # type: ignore
         build.replace(node.outputs[0], result)
 
 
-# Canonical operators that a factor can be folded into: where their last weight is.
-_SCALED = {"Linear": 1, "Experts": 5, "GatedExperts": 5}
+# Canonical operators that a factor can be folded into: the constants that it scales, by their place.
+_SCALED = {
+    "LayerNorm": {1: "gamma", 2: "beta"},
+    "RMSNorm": {1: "gamma"},
+    "Linear": {1: "weight", 2: "bias"},
+    "Experts": {5: "weight", 6: "bias"},
+    "GatedExperts": {5: "weight", 6: "bias"},
+}
 
 
 def _only_read(value: ir.Value) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measured_capacity
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, runner
-from moeware.compiler.fuse.routers import RouterForm
+from moeware.compiler.fuse.routers import RouterForm, sample_mixed
 from moeware.compiler.fuse.trace import (
     constant,
     is_op,
@@ -184,6 +184,8 @@ def sample_scores(generator: np.random.Generator, count: int, router: RouterForm
     to the expert whose turn it is.
     """
     experts, rows = len(router.correction), np.arange(count)
+    if router.attributes["score"] == "sparse":  # whose weights are mostly 1 on such logits
+        return sample_mixed(rows % experts, experts, router.attributes["threshold"], generator)
     scores = generator.normal(size=(_DRAWS, count, experts)) * 2
     scores[:, rows, rows % experts] = scores.max(-1) + 1
     scores = scores.astype(np.float32)

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.fuse.expert_order import expert_numbers
 from moeware.compiler.fuse.region import inputs_of
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand
 
@@ -40,12 +41,14 @@ class ExpertWeights:
 
 @dataclass(eq=False)  # compared by identity: arrays have no single truth value
 class _Layer:
-    """A product with a constant, the bias added to it, and the products it is computed from."""
+    """A product with a constant, the bias added to it, the products it is computed from, and the
+    operators between it and the next one."""
 
     weight: np.ndarray
     node: ir.Node
     bias: np.ndarray | None = None
     before: set[int] = field(default_factory=set)
+    users: list[str] = field(default_factory=list)
 
 
 def propose_weights(
@@ -59,13 +62,19 @@ def propose_weights(
     layers = _layers(_after(nodes, x), experts * features)
     first = {number for number, layer in enumerate(layers) if not layer.before}
     last = [number for number, layer in enumerate(layers) if layer.before]
-    read = [sorted(layers[number].before & first) for number in last]
+    # The first of two is the same of all experts, if the graph tells them apart.
+    read = [
+        sorted(layers[number].before & first, key=lambda each: (sorted(layers[each].users), each))
+        for number in last
+    ]
     widths = {len(each) for each in read}
     once = sorted(number for each in read for number in each) == sorted(first)
     if len(last) not in (1, experts) or len(widths) != 1 or not once:
         return
-    # Of separate experts, number e is the one whose first layer is the e-th.
-    order = sorted(range(len(last)), key=lambda place: read[place])
+    order = sorted(range(len(last)), key=lambda place: min(read[place]))
+    if len(last) > 1:
+        numbers = expert_numbers(nodes, x, [layers[number].node for number in last], experts)
+        order = order if numbers is None else list(np.argsort(numbers))
     w2, b2 = _stack([layers[last[place]] for place in order])
     ups = [_stack([layers[read[place][turn]] for place in order]) for turn in range(widths.pop())]
     if w2.size % (experts * features):
@@ -159,6 +168,9 @@ def _layers(nodes: list[ir.Node], combine_size: int) -> list[_Layer]:
     for node in nodes:
         reads = [value for value in node.inputs if value is not None]
         before = set().union(*(behind.get(value, set()) for value in reads))
+        if not any(layers[number].before for number in before):
+            for number in before:
+                layers[number].users.append(node.op_type)
         sources = [_weight_source(value) for value in reads]
         known = [array for array in sources if array is not None]
         layer: int | None = None
@@ -166,8 +178,10 @@ def _layers(nodes: list[ir.Node], combine_size: int) -> list[_Layer]:
             weight = next(array for array in known if array.ndim >= 2)
             if is_op(node, "Gemm"):
                 weight = weight if attribute(node, "transB", 0) else weight.T
-            layers.append(_Layer(weight, node, before=set(before)))
-            layer = len(layers) - 1
+            layer = _again(layers, weight) if any(map(_is_chosen, reads[:2])) else None
+            if layer is None:
+                layers.append(_Layer(weight, node, before=set(before)))
+                layer = len(layers) - 1
             before = before | {layer}
             if is_op(node, "Gemm"):
                 layers[layer].bias = constant(operand(node, 2))
@@ -184,6 +198,25 @@ def _layers(nodes: list[ir.Node], combine_size: int) -> list[_Layer]:
             if layer is not None:
                 direct[output] = layer
     return layers
+
+
+def _again(layers: list[_Layer], weight: np.ndarray) -> int | None:
+    """The layer of ``weight``, where it is used for another choice of a token already."""
+    for number, layer in enumerate(layers):
+        if layer.weight.shape == weight.shape and np.array_equal(layer.weight, weight):
+            return number
+    return None
+
+
+def _is_chosen(value: ir.Value) -> bool:
+    """Whether ``value`` is selected from a constant by computed places."""
+    node = value.producer()
+    while is_op(node, *_LAYOUT, *_SELECT) and node is not None and node.inputs[0] is not None:
+        places = operand(node, 1) if is_op(node, "Gather", "GatherND") else None
+        if places is not None and places.const_value is None:
+            return _weight_source(node.inputs[0]) is not None
+        node = node.inputs[0].producer()
+    return False
 
 
 def _weight_source(value: ir.Value | None) -> np.ndarray | None:

@@ -99,6 +99,8 @@ def _match(model: ir.Model, node: ir.Node) -> _Norm | None:
     norm = None
     if is_op(node, "LayerNormalization", "RMSNormalization"):
         norm = _match_operator(node)
+        if norm is not None:
+            norm = _with_affine(_centred(model, norm) or norm)
     elif is_op(node, "Sqrt") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
         norm = _match_primitives(model, node)
     return norm if norm is not None and 0 < norm.epsilon < math.inf else None
@@ -120,6 +122,39 @@ def _match_operator(node: ir.Node) -> _Norm | None:
     return _Norm(x, node.outputs[0], [node], gamma, beta, attribute(node, "epsilon", 1e-5))
 
 
+def _centred(model: ir.Model, norm: _Norm) -> _Norm | None:
+    """A root mean square ``norm`` of a value less its mean (of a LayerNorm written out, what the
+    exporter fused) as the LayerNorm that it is."""
+    node = norm.x.producer() if norm.beta is None else None
+    mean = node.inputs[1].producer() if is_op(node, "Sub") and node.inputs[1] else None  # type: ignore
+    if not is_op(mean, "ReduceMean"):
+        return None
+    found = replace(norm, x=node.inputs[0], beta=np.zeros_like(norm.gamma),  # type: ignore
+                    nodes=[mean, node, *norm.nodes])
+    return found if _proven(model, found) else None
+
+
+def _with_affine(norm: _Norm) -> _Norm:
+    """``norm`` with the factors and terms of features that follow it as gamma and beta."""
+    shape = static_shape(norm.y)
+    while shape and len(norm.y.uses()) == 1 and not norm.y.is_graph_output():
+        (user,) = norm.y.consumers()
+        pair = other_operand(user) if is_op(user, "Mul", "Add") else None
+        array = constant(pair[1]) if pair else None
+        if array is None or not array.shape[-1:] == (array.size,) == shape[-1:]:
+            break
+        vector = array.reshape(-1)
+        if is_op(user, "Mul"):
+            beta = norm.beta if norm.beta is None else norm.beta * vector
+            norm = replace(norm, gamma=norm.gamma * vector, beta=beta)
+        elif norm.beta is not None:
+            norm = replace(norm, beta=norm.beta + vector)
+        else:
+            break
+        norm = replace(norm, y=user.outputs[0], nodes=[*norm.nodes, user])
+    return norm
+
+
 def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
     """Find x behind the square root and the normalised value after it, and prove them by running.
 
@@ -139,9 +174,11 @@ def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
             nodes, leaves = region([y], [x])
             if leaves or root not in nodes or len(nodes) > _LARGEST_REGION:
                 continue
-            affine = _measure(model, x, y, nodes, centred, epsilon)
-            if affine is not None:
-                return _Norm(x, y, nodes, affine[0], affine[1] if centred else None, epsilon)
+            gamma, beta = _affine(nodes, shape[-1])
+            norm = _Norm(x, y, nodes, gamma, beta if centred else None, epsilon)
+            # RMSNorm has no beta: the value before it is the norm.
+            if (centred or not beta.any()) and _proven(model, norm):
+                return norm
     return None
 
 
@@ -215,33 +252,35 @@ def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
 _AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand")
 
 
-def _measure(
-    model: ir.Model, x: ir.Value, y: ir.Value, nodes: list[ir.Node], centred: bool, epsilon: float
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """gamma and beta with ``y = norm(x) * gamma + beta``, read from the constants, or None."""
-    shape = static_shape(x)
-    assert shape is not None
-    gamma, beta = np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)
+def _affine(nodes: list[ir.Node], features: int) -> tuple[np.ndarray, np.ndarray]:
+    """gamma and beta, read from the constants."""
+    gamma, beta = np.ones(features, np.float32), np.zeros(features, np.float32)
     for node in nodes:
         pair = other_operand(node) if is_op(node, "Mul", "Add") else None
         array = constant(pair[1]) if pair else None
-        if array is None or not array.size == shape[-1] > 1:
+        if array is None or not array.size == features > 1:
             continue
         if node.op_type == "Mul":
             gamma = gamma * array.reshape(-1)
         else:
             beta = array.reshape(-1)
-    if not centred and beta.any():
-        return None  # RMSNorm has none: the value before it is the norm
+    return gamma, beta
+
+
+def _proven(model: ir.Model, norm: _Norm) -> bool:
+    """Whether the region computes the norm of random rows."""
+    shape, centred = static_shape(norm.x), norm.beta is not None
+    if shape is None:
+        return False
     sample = np.random.default_rng(1).normal(size=shape).astype(np.float32) * 2 + 1
-    results = run(model, {x: sample}, [y])
-    if results is None:
-        return None
+    results = run(model, {norm.x: sample}, [norm.y])
+    if results is None or results[0].shape != shape:
+        return False
     normal = sample - sample.mean(-1, keepdims=True) if centred else sample
-    normal = normal / np.sqrt((normal**2).mean(-1, keepdims=True) + epsilon)
-    expected = normal * gamma + beta
+    normal = normal / np.sqrt((normal**2).mean(-1, keepdims=True) + norm.epsilon)
+    expected = normal * norm.gamma + (norm.beta if centred else 0)
     close = np.allclose(results[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    return (gamma, beta) if close else None
+    return bool(close)
 
 
 def _replace_rows(model: ir.Model, norm: _Norm) -> None:

@@ -1,8 +1,5 @@
 """Pointwise functions: recognised by their values on a grid, whatever operators compute them."""
 
-import math
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 
@@ -10,29 +7,11 @@ from moeware.compiler.canonical import DOMAIN
 from moeware.compiler.fuse.rebuild import Builder, flat_root, token_shape
 from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import is_op, scalar, static_shape
+from moeware.compiler.scales import FUNCTION
 
 # Every known function contains exactly one of these.
-_CORES = ("Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Swish", "Exp", "HardSwish")
+_CORES = ("Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Swish", "Exp", "HardSwish", "HardSigmoid")
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal", "Cast", *_CORES)
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()])
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-# Canonical name: the function in float64.
-KNOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "gelu": _gelu,
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x * _sigmoid(x),
-    "sigmoid": _sigmoid,
-    "tanh": np.tanh,
-}
 
 
 def fuse_pointwise(model: ir.Model) -> None:
@@ -41,9 +20,9 @@ def fuse_pointwise(model: ir.Model) -> None:
     Forms
     -----
     Pointwise
-        - ``Gelu``, ``Relu``, ``Sigmoid``, ``Tanh``, ``Swish``
-        - elementwise operators around ``Erf``, ``Tanh``, ``Sigmoid`` or ``Exp`` with the values of
-          a known function
+        - ``Gelu``, ``Relu``, ``Sigmoid``, ``Tanh``, ``Swish``, ``HardSwish``
+        - elementwise operators around ``Erf``, ``Tanh``, ``Sigmoid``, ``HardSigmoid``, ``Relu`` or
+          ``Exp`` with the values of a known function
     """
     for node in list(model.graph):
         if node.graph is None or not is_op(node, *_CORES):
@@ -116,7 +95,7 @@ def _match(model: ir.Model, core: ir.Node, x: ir.Value) -> tuple[ir.Value, str] 
         if values is None or values[0].dtype != np.float32:
             continue
         argument = grid.reshape(-1)[:997].astype(np.float64)
-        for name, function in KNOWN.items():
+        for name, function in FUNCTION.items():
             if np.abs(values[0].reshape(-1)[:997] - function(argument)).max() < 1e-5:
                 return y, name
     return None

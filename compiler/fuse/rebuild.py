@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import DOMAIN
+from moeware.compiler.fuse.grids import inherit
 from moeware.compiler.fuse.trace import same_elements, static_shape, traces
 
 
@@ -51,6 +52,18 @@ class Builder:
         types = types or [ir.DataType.FLOAT] * len(shapes)
         return self._insert(operator, inputs, shapes, attributes or {}, DOMAIN, types)
 
+    def plain(
+        self,
+        operator: str,
+        inputs: list[ir.Value],
+        like: Iterable[ir.Value],
+        attributes: Mapping[str, int | float | str],
+    ) -> list[ir.Value]:
+        """Insert one standard node and return its outputs, with the shapes and types of ``like``."""
+        like = list(like)
+        shapes, types = [value.shape for value in like], [value.dtype for value in like]
+        return self._insert(operator, inputs, shapes, attributes, "", types)
+
     def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """``value`` with another shape (itself where the shape is equal)."""
         if static_shape(value) == shape:
@@ -72,6 +85,14 @@ class Builder:
         (*batch, rows, _), columns = static_shape(a) or (), (static_shape(b) or ())[-1]
         return self._insert("MatMul", [a, b], [(*batch, rows, columns)], {}, "", [a.dtype])[0]
 
+    def concat(self, values: list[ir.Value], axis: int) -> ir.Value:
+        """Values behind each other on one axis."""
+        shapes = [static_shape(value) or () for value in values]
+        shape = list(shapes[0])
+        shape[axis] = sum(each[axis] for each in shapes)
+        return self._insert(
+            "Concat", values, [tuple(shape)], {"axis": axis}, "", [values[0].dtype])[0]
+
     def take(self, value: ir.Value, columns: np.ndarray) -> ir.Value:
         """Columns of the last axis of ``value``."""
         shape, indices = static_shape(value), self.weight(columns.astype(np.int64), "columns")
@@ -89,7 +110,8 @@ class Builder:
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=len(shapes))
         node.metadata_props["sources"] = self._sources
         for output, shape, kind in zip(node.outputs, shapes, types):
-            output.shape, output.dtype = ir.Shape(shape), kind
+            output.shape = None if shape is None else ir.Shape(shape)
+            output.dtype = kind
         self._graph.insert_before(self._at, node)
         return list(node.outputs)
 
@@ -103,6 +125,7 @@ class Builder:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of ``old`` read ``new`` (reshaped to the shape of ``old``)."""
+        inherit(old, new)
         shape = static_shape(old)
         if shape is not None:
             new = self.reshape(new, shape)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moeware.compiler.fuse.heads import Heads, gather_rows, scatter_rows
+from moeware.compiler.fuse.heads import Heads, gather_rows, join_rows, scatter_rows
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.region import run
-from moeware.compiler.fuse.terms import Terms, expand, is_rotary, rotary_heads
+from moeware.compiler.fuse.terms import Terms, expand, is_rotary, joined_shape, rotary_heads
 from moeware.compiler.fuse.trace import is_op, static_shape
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """``inputs``: columns [heads, dim] that meet as canonical channels; ``outputs`` [dim]: where
-    these are in a head of the result; cos and sin [tokens, dim / 2]."""
+    """``inputs``: columns [heads, dim] of the roots, side by side, that meet as canonical channels;
+    ``outputs`` [dim]: where these are in a head of the result; cos and sin [tokens, dim / 2]."""
 
     inputs: np.ndarray
     outputs: np.ndarray
@@ -38,22 +38,23 @@ def fuse_rotary(model: ir.Model) -> None:
         - ``RotaryEmbedding`` of the standard (opset 23 on) or of ONNX Runtime, with constant positions
         - products with constant cosines and sines, and sums, of halves (rotate_half), of neighbours,
           of complex pairs written out; of a part of each head; in any layout of heads
+        - of heads that are put together of two Linears, as the keys of latent attention are
+    Join
+        - heads of channels of two Linears, of which at least one is turned; each may be in several
+          heads
     """
     done: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
         if node in done or not (is_op(node, "Add", "Sub", "Concat") or is_rotary(node)):
             continue
-        expanded = expand(node.outputs[0])
-        if expanded is None:
-            continue
-        root, _, _ = expanded
+        most = 2 if is_op(node, "Concat") else 1
         for y in _reshapes(node.outputs[0]):
-            expanded = expand(y)
-            if expanded is None:  # its shape is not known
+            expanded = expand(y, most)
+            if expanded is None:
                 break
-            _, terms, nodes = expanded
-            turn = _match(_split(terms, rotary_heads(node)), root)
-            if turn is not None and _replace(model, root, y, turn, nodes):
+            roots, terms, nodes = expanded
+            turn = _match(_split(terms, rotary_heads(node)), joined_shape(roots))
+            if turn is not None and _replace(model, roots, y, turn, nodes):
                 done.update(nodes)
                 break
 
@@ -77,8 +78,7 @@ def _split(terms: Terms, heads: int) -> Terms:
     return Terms(terms.places.reshape(shape), terms.factors.reshape(shape))
 
 
-def _match(terms: Terms, root: ir.Value) -> _Turn | None:
-    rows = static_shape(root)
+def _match(terms: Terms, rows: tuple[int, ...] | None) -> _Turn | None:
     if rows is None or len(rows) != 3 or rows[0] != 1 or len(terms.shape) < 2:
         return None
     _, tokens, features = rows
@@ -88,10 +88,10 @@ def _match(terms: Terms, root: ir.Value) -> _Turn | None:
     arrays = [np.moveaxis(each, axis + 1, 1) for each in (terms.places, terms.factors)]
     places, factors = (each.reshape(2, tokens, -1, terms.shape[-1]) for each in arrays)
     offsets = np.arange(tokens)[None, :, None, None] * features
-    columns = np.where(places < 0, -1, places - offsets)
-    if (columns != columns[:, :1]).any() or columns.max() >= features or places.shape[-1] % 2:
+    columns, factors = _alike(np.where(places < 0, -1, places - offsets), factors)
+    if factors is None or columns.max() >= features or places.shape[-1] % 2:
         return None
-    heads = [_pairs(columns[:, 0, head], factors[:, :, head]) for head in range(places.shape[2])]
+    heads = [_pairs(columns[:, head], factors[:, :, head]) for head in range(places.shape[2])]
     first = heads[0]
     if first is None or any(head is None for head in heads):
         return None
@@ -115,6 +115,19 @@ def _token_axis(terms: Terms, tokens: int, features: int) -> int | None:
         if not outside and (number == np.arange(tokens).reshape(shape)).all():
             return axis
     return None
+
+
+def _alike(columns: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Columns [2, ...] that serve all tokens, and the factors that each token has for them; None where
+    tokens read different columns. Tokens that pass (class tokens, registers) may lack a term.
+
+    columns, factors : [2, tokens, ...]
+    """
+    token = (columns[1] >= 0).argmax(0)[None, None]
+    common = np.take_along_axis(columns, token, 1)
+    found = np.stack([np.where(columns == each, factors, 0).sum(0) for each in common])
+    known = (columns < 0) | (columns == common[0]) | (columns == common[1])
+    return common[:, 0], found if known.all() else None
 
 
 def _pairs(
@@ -161,15 +174,15 @@ def _pairs(
 
 
 def _replace(
-    model: ir.Model, root: ir.Value, y: ir.Value, turn: _Turn, nodes: list[ir.Node]
+    model: ir.Model, roots: tuple[ir.Value, ...], y: ir.Value, turn: _Turn, nodes: list[ir.Node]
 ) -> bool:
-    at, shape, rows = y.producer(), static_shape(y), static_shape(root)
+    at, shape, rows = y.producer(), static_shape(y), static_shape(roots[0])
     assert at is not None and shape is not None and rows is not None
-    if not _proven(model, root, y, turn):
+    if not _proven(model, roots, y, turn):
         return False
     heads, dim = turn.inputs.shape
-    part = Heads(root, turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
-    x = gather_rows(model, at, part)
+    part = Heads(roots[0], roots[0], turn.inputs, rows[1], 1.0, tuple(nodes), turn.axis)
+    x = join_rows(model, at, roots, part) if len(roots) > 1 else gather_rows(model, at, part)
     if x is None:
         return False
     length = np.hypot(turn.cos, turn.sin)
@@ -189,12 +202,14 @@ def _replace(
     return True
 
 
-def _proven(model: ir.Model, root: ir.Value, y: ir.Value, turn: _Turn) -> bool:
+def _proven(model: ir.Model, roots: tuple[ir.Value, ...], y: ir.Value, turn: _Turn) -> bool:
     """Whether the region computes the turn of random rows."""
-    sample = np.random.default_rng(5).normal(size=static_shape(root)).astype(np.float32)
-    results = run(model, {root: sample}, [y])
+    random = np.random.default_rng(5)
+    samples = {root: random.normal(size=static_shape(root)).astype(np.float32) for root in roots}
+    results = run(model, samples, [y])
     if results is None:
         return False
+    sample = np.concatenate(list(samples.values()), -1)
     first, second = np.split(sample[0][:, turn.inputs], 2, axis=-1)
     cos, sin = turn.cos[:, None], turn.sin[:, None]
     turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,9 +1,10 @@
-"""Values as sums of a few scaled elements of another, found by running operators on the terms.
+"""Values as sums of a few scaled elements of others, found by running operators on the terms.
 
 `trace` follows elements through layout operators; this follows them through negations, constant
 factors, sums and concatenations, too: all that rotates pairs of channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,6 @@ from moeware.compiler.fuse.trace import (
     move,
     operand,
     other_operand,
-    size,
     static_shape,
 )
 
@@ -28,7 +28,7 @@ _LARGEST_REGION = 48
 @dataclass(frozen=True)
 class Terms:
     """Element ``e`` is the sum over slots ``s`` of ``factors[s, e] *`` element ``places[s, e]`` of a
-    flattened root; a place of -1 holds no term. A term of factor 0 counts: it shows the structure.
+    flattened root, or of several side by side (on the last axis); a place of -1 holds no term. A term of factor 0 counts: it shows the structure.
     """
 
     places: np.ndarray  # int64 [2, *shape]
@@ -85,9 +85,11 @@ def joined(parts: list[Terms], axis: int) -> Terms:
     )
 
 
-def expand(value: ir.Value) -> tuple[ir.Value, Terms, list[ir.Node]] | None:
-    """``value`` in terms of the one value that it is computed from by linear operators, and the
-    nodes between; None where there are several, or more than two terms."""
+def expand(
+    value: ir.Value, most: int = 1
+) -> tuple[tuple[ir.Value, ...], Terms, list[ir.Node]] | None:
+    """``value`` in terms of the values, ``most`` of them, that it is computed from by linear
+    operators, and the nodes between; None where there are more, or more than two terms."""
     nodes: dict[ir.Node, None] = {}
     roots: dict[ir.Value, None] = {}
     stack = [value]
@@ -99,21 +101,35 @@ def expand(value: ir.Value) -> tuple[ir.Value, Terms, list[ir.Node]] | None:
         elif current.producer() not in nodes:
             nodes[current.producer()] = None  # type: ignore[index]
             stack += reads
-        if len(roots) > 1 or len(nodes) > _LARGEST_REGION:
+        if len(roots) > most or len(nodes) > _LARGEST_REGION:
             return None
-    (root,) = roots
-    shape = static_shape(root)
-    if shape is None:
+    shape = joined_shape(tuple(roots))
+    if not shape:
         return None
-    places = np.stack([np.arange(size(root)).reshape(shape), np.full(shape, -1)])
-    found = {root: Terms(places, np.stack([np.ones(shape), np.zeros(shape)]))}
-    ordered = region([value], [root])[0]
+    places = np.stack([np.arange(math.prod(shape)).reshape(shape), np.full(shape, -1)])
+    together = Terms(places, np.stack([np.ones(shape), np.zeros(shape)]))
+    edges = np.cumsum([0, *(static_shape(root)[-1] for root in roots)])  # type: ignore[index]
+    found = {
+        root: together[..., first:last] for root, first, last in zip(roots, edges, edges[1:])
+    }
+    ordered = region([value], roots)[0]
     for node in ordered:
         for output in node.outputs:
             terms = _apply(node, output, found)
             if terms is not None:
                 found[output] = terms
-    return (root, found[value], ordered) if value in found else None
+    return (tuple(roots), found[value], ordered) if value in found else None
+
+
+def joined_shape(roots: tuple[ir.Value, ...]) -> tuple[int, ...] | None:
+    """The shape of values side by side; None where they have none, or differ in other axes."""
+    shapes = [static_shape(root) for root in roots]
+    first, *others = shapes
+    if first is None or not others:
+        return first
+    if any(shape is None or not shape or shape[:-1] != first[:-1] for shape in shapes):
+        return None
+    return (*first[:-1], sum(shape[-1] for shape in shapes))  # type: ignore[index]
 
 
 def _variables(node: ir.Node | None) -> list[ir.Value] | None:

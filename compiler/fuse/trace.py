@@ -110,6 +110,13 @@ def _gather(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     return None if indices is None else [np.take(numbers, indices, attribute(node, "axis", 0))]
 
 
+def _gather_nd(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
+    indices = constant(operand(node, 1))
+    if indices is None or attribute(node, "batch_dims", 0):
+        return None
+    return [numbers[tuple(np.moveaxis(indices, -1, 0))]]
+
+
 def _split(node: ir.Node, numbers: np.ndarray) -> list[np.ndarray] | None:
     axis, sizes = attribute(node, "axis", 0), []
     for output in node.outputs:
@@ -150,6 +157,7 @@ _MOVES = {
     "ReduceMean": _reduce,
     "ReduceMax": _reduce,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Split": _split,
     "Slice": _slice,
 }

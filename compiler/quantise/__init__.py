@@ -8,9 +8,11 @@ before anything is rounded:
   nothing normalises or turns the key behind it;
 - a value's bias passes through attention unchanged, as weights sum to one: it moves into the bias of
   what follows;
-- scale and shift of LayerNorm and RMSNorm of the stream move into the weights that follow. In exchange each channel of the
-  normalised tensor is scaled so that tensor and weights share the rounding error (SmoothQuant,
-  Xiao et al. 2023, section 4, with alpha = 1/2);
+- scale and shift of LayerNorm and RMSNorm, of the stream or between two Linears, move into the weights
+  that follow. In exchange each channel of the normalised tensor is scaled so that tensor and weights
+  share the rounding error (SmoothQuant, Xiao et al. 2023, section 4, with alpha = 1/2);
+- what `Join` makes of two Linears is a sum of two products, each with zeros where the other makes a
+  channel;
 - scores do not depend on an order of channels that queries and keys share: where they are turned, the
   two of a pair are neighbours.
 """
@@ -21,6 +23,7 @@ import onnx_ir as ir
 
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes
+from moeware.compiler.kept import Kept
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise.attention import Attention
 from moeware.compiler.quantise.experts import Experts
@@ -35,12 +38,14 @@ __all__ = ["QuantisedStep", "quantise"]
 
 def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[str],
              calibration: Calibration, precision: Precision | None = None,
-             variants: Sequence[Sequence[ir.Node]] | None = None) -> QuantisedStep:
+             variants: Sequence[Sequence[ir.Node]] | None = None,
+             kept: Kept | None = None) -> QuantisedStep:
     """Quantise the nodes of one device step.
 
     nodes : canonical, in topological order, as `partition` leaves them; inputs, outputs : names of
     the values that enter and leave the step; variants : the same nodes with each choice's constants
-    (None: `nodes` alone), which are to have equal integers wherever their constants are equal.
+    (None: `nodes` alone), which are to have equal integers wherever their constants are equal; kept :
+    scales that the model came with, which layers keep where they can: what became of each is noted.
 
     Raises
     ------
@@ -48,7 +53,7 @@ def quantise(nodes: Sequence[ir.Node], inputs: Sequence[str], outputs: Sequence[
         A tensor without calibration samples, or nodes in an order that no device step may have.
     """
     return _Quantiser(nodes, inputs, outputs, calibration, precision or Precision(),
-                      variants or [nodes]).run()
+                      variants or [nodes], kept or Kept()).run()
 
 
 class _Quantiser(Stream, Rows, Projections, Attention, Experts, SoftExperts):

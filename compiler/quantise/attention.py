@@ -5,6 +5,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.canonical import shape
 from moeware.compiler.quantise.state import State, without
 from moeware.compiler.scales import (
     encode_scale,
@@ -23,14 +24,15 @@ class Attention(State):
     def _Attention(self, node, heads, scale, causal, **_):
         query, key, value = (self._tensor(v) for v in node.inputs)
         output = node.outputs[0]
-        samples, shift = self.calibration.rows(output.name), None
-        if value.shift is not None:
-            shift = value.shift
+        samples, shift = self.calibration.rows(output.name), _shift(value, output)
+        kept = self._kept_mean(output, samples, shift, value.gain)
+        if shift is not None:
             samples = without(samples, shift)
         if value.gain is not None:
             samples = samples / value.gain
-        self._attention(node, query, key, value, output, grid(samples), shift=shift, gain=value.gain,
-                        heads=heads, causal=bool(causal), per_step=scale * query.step * key.step)
+        self._attention(node, query, key, value, output, kept or grid(samples), shift=shift,
+                        gain=value.gain, heads=heads, causal=bool(causal),
+                        per_step=scale * query.step * key.step)
 
     def _attention(self, node, query, key, value, output, step, *, per_step, shift, gain=None,
                    heads, causal) -> None:
@@ -49,13 +51,24 @@ class Attention(State):
     def _MeanTokens(self, node):
         source, output = self._tensor(node.inputs[0]), node.outputs[0]
         plain = self.calibration.rows(output.name).astype(np.float64)
+        kept = self._kept_mean(output, plain, source.shift, source.gain)
         if source.shift is not None:
             plain = without(plain, source.shift)
         if source.gain is not None:
             plain = np.where(source.gain != 0, plain / np.where(source.gain, source.gain, 1), 0)
         # Equal scores weigh every row alike: attention with a query of zeros is the mean.
-        self._attention(node, None, source, source, output, grid(plain), per_step=0.0,
+        self._attention(node, None, source, source, output, kept or grid(plain), per_step=0.0,
                         shift=source.shift, gain=source.gain, heads=1, causal=False)
+
+    def _kept_mean(self, output: ir.Value, samples: np.ndarray, shift, gain) -> float | None:
+        """Step of the grid that a mean of values came with."""
+        if shift is None and gain is None:
+            kept = self._kept_grid(output, samples, "middle")
+            return kept and kept[0]
+        if output.name in self.kept.grids:
+            self.kept.note(self.kept.grids[output.name].names,
+                           "a mean of values has their offset, not one of its own")
+        return None
 
     def _value_gain(self, attention: ir.Node, samples: np.ndarray, shift) -> np.ndarray:
         """Factors that the channels of a value are divided by, and those of the weighted means with
@@ -68,3 +81,10 @@ class Attention(State):
         gain = np.ones(len(values))
         gain[usable] = np.sqrt(values[usable] * means[usable])
         return gain / gain.max()
+
+
+def _shift(value: Tensor, output: ir.Value) -> np.ndarray | None:
+    """What a mean of values has in common over the rows: weights sum to one."""
+    if not value.offset:
+        return value.shift
+    return value.offset + (np.zeros(shape(output)[-1]) if value.shift is None else value.shift)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeware.compiler.kept import Kept
+from moeware.compiler.kept_weights import NARROW, give_up, kept_or_scaled
 from moeware.compiler.operators import FUNCTIONS
 from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.quantise.hidden import Hidden
@@ -26,15 +28,16 @@ class ExpertLayer:
     """Experts before their weights have bits.
 
     name : of the node; constants : w1, b1, w2, b2 and, with a gate, w3, b3, as `canonical` has them;
-    source : what enters; hidden : grids of each expert's hidden layer; rows : what enters each expert
-    in calibration, float [rows, depth], and what the square of an error in its result counts for,
-    [rows]; tokens : of each expert, in calibration; fixed : bits that the user gave an expert, or None;
-    rest : the operation's other fields.
+    kept : scales that the model came with; source : what enters; hidden : grids of each expert's hidden
+    layer; rows : what enters each expert in calibration, float [rows, depth], and what the square of an
+    error in its result counts for, [rows]; tokens : of each expert, in calibration; fixed : bits that
+    the user gave an expert, or None; rest : the operation's other fields.
     """
 
     name: str
     function: str
     constants: Sequence[np.ndarray]
+    kept: Kept
     source: Tensor
     hidden: Sequence[Hidden]
     stream_step: float
@@ -53,7 +56,15 @@ class ExpertLayer:
 
     def operation(self, bits: Sequence[int]) -> q.Experts:
         """The quantised operation, with so many bits for each expert."""
+        for e, each in enumerate(bits):
+            if each < 8:
+                self.give_up(e, NARROW.format(each))
         return self._operation([self._integers(e, b) for e, b in enumerate(bits)], bits)
+
+    def give_up(self, expert: int, reason: str) -> None:
+        """Note why an expert's weights are none that they came with."""
+        for weight in self.constants[::2]:
+            give_up(self.kept, weight[expert], reason)
 
     def nested(self) -> tuple[q.Experts, q.Experts]:
         """The quantised operation with experts of 8 bits, and with their upper 4."""
@@ -84,6 +95,8 @@ class ExpertLayer:
     def _integers(self, expert: int, bits: int) -> dict[str, Product]:
         if (expert, bits) not in self._known:
             def of_bits(*arguments):
+                if bits == 8:
+                    return kept_or_scaled(self.kept, *arguments)
                 return scaled_weights(*arguments, limit=WEIGHT_BITS[bits])
             self._known[expert, bits] = self._products(expert, of_bits, bits < 8)
         return self._known[expert, bits]

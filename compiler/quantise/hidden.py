@@ -42,28 +42,40 @@ def plain_hidden(function: str, samples: Samples) -> list[Hidden]:
     return [Hidden(before, function_table(function, before, after), made)] * len(samples["hidden"])
 
 
-def gated_hidden(function: str | None, samples: Samples, demand: np.ndarray) -> list[Hidden]:
+def gated_hidden(function: str | None, samples: Samples, demand: np.ndarray,
+                 kept: Mapping[str, tuple[float, float] | None] | None = None, *,
+                 whole: bool = False) -> list[Hidden]:
     """The grids of each expert.
 
     function : of the gate, or None; samples : a few may have no rows; demand : largest weight that
-    each channel of the product meets, [experts, hidden].
+    each channel of the product meets, [experts, hidden]; kept : step and offset by stage, of grids
+    that the model came with; whole : whether the weights behind are kept, so that nothing can be
+    folded into them and all channels of the product have one scale.
 
-    The factor has a scale for each channel, and so has the product: tensor and weights share the
+    Else the factor has a scale for each channel, and so has the product: tensor and weights share the
     rounding error (SmoothQuant, Xiao et al. 2023, section 4, alpha = 1/2).
     """
     hidden, activation, _, product = (np.concatenate(samples[stage]) for stage in GATED_STAGES)
-    value = grid(activation)
+    kept = kept or {}
+    value, _ = kept.get("activation") or (grid(activation), 0.0)
     before, table = (value, 0.0), None
     if function is not None:
-        before = shifted_grid(hidden, of=FUNCTION[function])
+        before = kept.get("hidden") or shifted_grid(hidden, of=FUNCTION[function])
         table = function_table(function, before, (value, 0.0))
     other = grid(product)  # of an expert that no row reached
-    found = []
+    one = kept.get("product") or ((other, 0.0) if whole else None)
+    scales = []
     for factor, own, weights in zip(samples["factor"], samples["product"], demand, strict=True):
         # The factor fits into 16 bits, with a bit to spare for what calibration has not seen.
-        largest = np.abs(factor).max(0, initial=0.0)
-        scale = np.maximum(_scale(own, weights, other), 2 * value * largest / REACH)
-        made = Tensor("", 1.0, gain=scale, mean=own.sum(0) / max(1, len(own)) / scale)
+        least = 2 * value * np.abs(factor).max(0, initial=0.0) / REACH
+        scales.append(np.maximum(one[0] if one else _scale(own, weights, other), least))
+    if one:
+        scales = [np.full_like(scale, np.max(scales)) for scale in scales]
+    found = []
+    for own, scale in zip(samples["product"], scales, strict=True):
+        mean = own.sum(0) / max(1, len(own))
+        made = (Tensor("", float(scale[0]), mean=mean) if one
+                else Tensor("", 1.0, gain=scale, mean=mean / scale))
         found.append(Hidden(before, table, made, scale / (value * (1 << PRODUCT_BITS))))
     return found
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, projection, shape
-from moeware.compiler.quantise.state import HEADROOM, State
+from moeware.compiler.quantise.state import State
 from moeware.compiler.scales import encode_scales, grid
 from moeware.compiler.weights import Tensor
 from moeware.hw.arch import numerics
@@ -23,9 +23,9 @@ def head_channels(attention: ir.Node, value: ir.Value) -> np.ndarray:
 
 
 class Projections(State):
-    """Rules for RMSNorm of a Linear and for Rotary.
+    """Rules for RMSNorm of a Linear that attention reads, for Join and for Rotary.
 
-    The product is kept in 16 bits on a grid of its own, with its bias: what stands between bias and
+    The product, or the sum of products of which each makes its own channels and zeros elsewhere, is kept in 16 bits on a grid of its own, with its bias: what stands between bias and
     score is not linear.
     """
 
@@ -34,22 +34,23 @@ class Projections(State):
         if self._consumers(value)[0].op_type != "Rotary":
             self._projection(node)
 
+    def _Join(self, node):
+        self.pending[node.outputs[0].name] = node
+
     def _Rotary(self, node, heads):
         self._projection(node)
 
     def _projection(self, node: ir.Node) -> None:
-        """Emit what the last of a Linear, a norm and a rotary embedding gives."""
+        """Emit what the last of a Linear or Join, a norm and a rotary embedding gives."""
         value = node.outputs[0]
-        linear, norm, rotary = projection(value)
-        del self.pending[linear.outputs[0].name]
+        base, norm, rotary = projection(value)
+        product = base.outputs[0]
+        del self.pending[product.name]
         attention = self._consumers(value)[0]
         heads, width = head_channels(attention, value).shape
         order = _order(attention, value).ravel()
 
-        source = self._tensor(linear.inputs[0])
-        weight, bias = (array.astype(np.float64)[order] for array in self._constants(linear))
-        samples = self.calibration.rows(linear.outputs[0].name)
-        step = float(HEADROOM * np.abs(samples).max() / 32767) or 1.0
+        step, sign = self._wide_step(product), np.ones(len(order))
         mode, groups, epsilon, scale = NormMode.SCALE, 1, 0, np.full(len(order), step)
         if norm is not None:
             attrs, gamma = attributes(norm), self._constants(norm)[0].astype(np.float64)
@@ -62,31 +63,51 @@ class Projections(State):
             scale = np.abs(gamma) / (1 << numerics.NORM_FRACTION_BITS)
             # Multipliers have no sign: the weights take it.
             sign = np.where(gamma < 0, -1.0, 1.0)
-            weight, bias = weight * sign[:, None], bias * sign
-        self._add_linear(linear, linear.outputs[0].name, step, residual=None,
-                         constants=(weight, bias))
+        rows = self._product(base, order, sign, step)
 
-        gain = self._score_gain(attention, value)
-        target = grid(self.calibration.rows(value.name)[:, order] / gain)
+        gain, kept = self._score_gain(attention, value), self._kept_scores(value)
+        target = kept or grid(self.calibration.rows(value.name)[:, order] / gain)
         rotation = None
         if rotary is not None:
             rotation, largest = _factors(*self._constants(rotary))
             scale = scale * largest * (1 << numerics.PAIR_BITS)
         multiplier, shift = encode_scales(scale / (gain * target))
         affine = q.Affine(bias=np.zeros(len(order), np.int32), multiplier=multiplier, shift=shift)
-        self._add(q.Norm(name=node.name, output=value.name, source=linear.outputs[0].name, first_row=0,
-                         rows=source.rows, mode=mode, epsilon=epsilon, affine=affine, groups=groups,
-                         rotation=rotation))
-        self.values[value.name] = Tensor(value.name, target, gain, rows=source.rows)
+        self._add(q.Norm(name=node.name, output=value.name, source=product.name, first_row=0, rows=rows,
+                         mode=mode, epsilon=epsilon, affine=affine, groups=groups, rotation=rotation))
+        self.values[value.name] = Tensor(value.name, target, gain, rows=rows)
         self.columns[value.name] = order
+
+    def _product(self, base: ir.Node, order: np.ndarray, sign: np.ndarray, step: float) -> int:
+        """Emit channels `order` of a Linear or Join, times `sign`; returns the number of rows."""
+        parts = [(base, order)] if base.op_type == "Linear" else self._joined(base, order)
+        outputs = [*(linear.outputs[0].name for linear, _ in parts[:-1]), base.outputs[0].name]
+        for (linear, rows), residual, output in zip(parts, [None, *outputs], outputs):
+            weight, bias = (array[rows] for array in self._constants(linear))
+            factor = np.where(rows < 0, 0, sign).astype(weight.dtype)
+            self._add_linear(linear, output, step, residual=residual,
+                             constants=(weight * factor[:, None], bias * factor))
+        return self._tensor(parts[0][0].inputs[0]).rows
+
+    def _joined(self, join: ir.Node, order: np.ndarray) -> list[tuple[ir.Node, np.ndarray]]:
+        """The Linears of a Join, and the channel of each that every channel of `order` is, or -1."""
+        columns, found = join.inputs[2].const_value.numpy()[order], []
+        for value in join.inputs[:2]:
+            width = shape(value)[-1]
+            found.append((self.pending.pop(value.name),
+                          np.where((0 <= columns) & (columns < width), columns, -1)))
+            columns = columns - width
+        # The one with less to do for each channel makes the zeros, too.
+        return sorted(found, key=lambda part: shape(part[0].inputs[0])[-1])
 
     def _score_gain(self, attention: ir.Node, value: ir.Value) -> np.ndarray:
         """Factors that the channels of queries or keys are divided by, reciprocal to each other, so that
         scores stay and what is loud in one is shared by both (SmoothQuant, section 4, alpha = 1/2); one
         for both channels of a pair, which a rotation mixes."""
-        queries, keys = attention.inputs[:2]
-        if any(projection(each)[1:] == (None, None) for each in (queries, keys)):
-            return np.ones(_order(attention, value).size)  # the other one is a plain Linear
+        queries, keys, values = attention.inputs
+        plain = any(projection(each)[1:] == (None, None) for each in (queries, keys))
+        if value is values or plain or self._kept_scores(queries) or self._kept_scores(keys):
+            return np.ones(_order(attention, value).size)  # a plain Linear or a grid of the file
         loud = []
         for each in (queries, keys):
             samples = self.calibration.rows(each.name)[:, _order(attention, each)]
@@ -96,6 +117,11 @@ class Projections(State):
         gain[usable] = np.sqrt(loud[0][usable] / loud[1][usable])
         gain = np.repeat(np.clip(gain, 1 / 64, 64), _order(attention, value).shape[-1], -1).ravel()
         return gain if value is queries else 1 / gain
+
+    def _kept_scores(self, value: ir.Value) -> float | None:
+        """Step of the grid that queries or keys came with."""
+        kept = self._kept_grid(value, self.calibration.rows(value.name), "middle")
+        return kept and kept[0]
 
 
 def _order(attention: ir.Node, value: ir.Value) -> np.ndarray:

@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes
-from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.quantise.hidden import STAGES, plain_hidden
 from moeware.compiler.quantise.state import HEADROOM, State
 from moeware.compiler.scales import encode_scale, encode_scales, grid
@@ -50,16 +49,16 @@ class SoftExperts(State):
         count = len(slots) // experts
         for e in range(experts):
             own = f"{name}/expert{e}"
-            limit = WEIGHT_BITS[bits := self.precision.of_soft_expert(name, e)]
+            bits = self.precision.of_soft_expert(name, e)
             queries = self._rows_of(f"{own}/slots", stored, slot_step, e * count, count)
             self._mix(f"{own}/filled", queries, tokens, tokens, filled_step)
             rows = Tensor(f"{own}/filled", filled_step, tokens.gain, rows=count)
             step, offset = hidden.before
-            up, affine = scaled_weights(w1[e], b1[e] - offset, rows, step, limit=limit)
+            up, affine = self._scaled_weights(w1[e], b1[e] - offset, rows, step, bits=bits)
             self._add(q.Linear(name=f"{own}/up", output=f"{own}/hidden", source=rows.tensor,
                                weight=up, affine=affine, table=hidden.table, bits=bits))
             made = dataclasses.replace(hidden.made, tensor=f"{own}/hidden", rows=count)
-            down, affine = scaled_weights(w2[e], np.zeros_like(b2[e]), made, wide, 16, limit=limit)
+            down, affine = self._scaled_weights(w2[e], np.zeros_like(b2[e]), made, wide, 16, bits)
             self._add(q.AddLinear(name=f"{own}/down", output=f"{own}/results", source=made.tensor,
                                   residual=results.tensor, first_row=e * count, weight=down,
                                   affine=affine, bits=bits))
@@ -79,6 +78,9 @@ class SoftExperts(State):
         """A norm with its scale and shift, which tokens as keys and queries cannot pass on to a
         weight; `gain` has the signs of the scale."""
         operation, _ = self.norms[value.name]
+        if value.name in self.kept.grids:
+            self.kept.note(self.kept.grids[value.name].names,
+                           "keys of soft experts have a grid of their own, without a zero point")
         gamma, *beta = (array.astype(np.float64) for array in self._constants(value.producer()))
         sign = np.where(gamma < 0, -1.0, 1.0)
         size = np.maximum(np.abs(gamma), LIVE * np.abs(gamma).max() or 1.0)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -11,18 +12,22 @@ import onnx_ir as ir
 from moeware.compiler.calibrate import Calibration
 from moeware.compiler.canonical import attributes, projection, shape
 from moeware.compiler.errors import CompileError
-from moeware.compiler.precision import WEIGHT_BITS, Precision
+from moeware.compiler.kept import Kept
+from moeware.compiler.kept_weights import kept_or_scaled
+from moeware.compiler.precision import Precision
 from moeware.compiler.quantise.expert_layer import ExpertLayer
-from moeware.compiler.weights import Tensor, informed, scaled_weights
+from moeware.compiler.weights import Tensor, informed
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.grid import Grid
 from moeware.hw.arch.isa import Memory
 from moeware.hw.arch.program import Port, Region
 
-__all__ = ["Embedding", "QuantisedStep", "State", "without"]
+__all__ = ["MEETS", "Embedding", "QuantisedStep", "State", "without"]
 
 HEADROOM = 1.5  # of the residual grid over the largest calibrated value
 EPSILON_BITS = 48  # that the normalisation unit holds epsilon in
+# Places of the weights that an operator's first input meets.
+MEETS = {"Linear": (1,), "Route": (1,), "Experts": (3,), "GatedExperts": (3, 7)}
 
 
 @dataclass
@@ -84,18 +89,19 @@ class State:
     """
 
     def __init__(self, nodes, inputs, outputs, calibration: Calibration, precision: Precision,
-                 variants: Sequence[Sequence[ir.Node]]):
+                 variants: Sequence[Sequence[ir.Node]], kept: Kept):
         named = {value.name: value for node in nodes for value in (*node.inputs, *node.outputs)}
         self.nodes = nodes
         self.variants = [{node.name: node for node in variant} for variant in variants]
         self.inputs, self.outputs = ([named[name] for name in names] for names in (inputs, outputs))
-        self.calibration, self.precision = calibration, precision
+        self.calibration, self.precision, self.kept = calibration, precision, kept
         self.result = QuantisedStep()
         self.values: dict[str, Tensor | Embedding] = {}
         self.pending: dict[str, ir.Node] = {}  # what its consumer will emit
         self.norms: dict[str, tuple[q.Norm, Tensor]] = {}  # value of a norm -> all its rows
         self.columns: dict[str, np.ndarray] = {}
         self.added: dict[str, tuple[str, str]] = {}
+        self._scaled_weights = partial(kept_or_scaled, kept)
         self.stream_step = self._stream_step()
 
     # Consumers, grids, weights
@@ -132,6 +138,39 @@ class State:
             found = self._emit_embedding(value.name, found)
         return found
 
+    def _kept_grid(self, value: ir.Value, samples: np.ndarray, *places: str
+                   ) -> tuple[float, float] | None:
+        """Step and offset of the grid that a value came with, where this place in the graph has such;
+        arguments as of `Grid.offset`."""
+        grid = self.kept.grids.get(value.name)
+        if grid is None:
+            return None
+        offset, reason = grid.offset(samples, places)
+        self.kept.note(grid.names, reason)
+        return None if offset is None else (grid.step, offset)
+
+    def _keeps_weights(self, value: ir.Value) -> bool:
+        """Whether a product with a value keeps the weights that it came with, in any variant."""
+        for node in self._consumers(value):
+            if node.op_type in ("TakeToken", "MeanTokens") and self._keeps_weights(node.outputs[0]):
+                return True
+            if self._has_integers(node, *MEETS.get(node.op_type, ())):
+                return True
+        return False
+
+    def _has_integers(self, node: ir.Node, *places: int) -> bool:
+        """Whether weights of a node came as integers, in any variant, and have 8 bits."""
+        return not self._is_narrow(node) and any(
+            self.kept.integers(variant[node.name].inputs[place].const_value.numpy()) is not None
+            for variant in self.variants for place in places)
+
+    def _is_narrow(self, node: ir.Node) -> bool:
+        """Whether the user wants weights of a node to be others than any of 8 bits."""
+        if node.op_type in ("Experts", "GatedExperts"):
+            bits = (self.precision.of_expert(node.name, e) or 8 for e in range(shape(node.inputs[3])[0]))
+            return self.precision.nested or all(each < 8 for each in bits)
+        return node.op_type == "Linear" and self.precision.of(node.name, "linear") < 8
+
     def _add(self, operation: q.Operation) -> None:
         self.result.operations.append(operation)
 
@@ -152,6 +191,7 @@ class State:
             low, high = float(samples.min(initial=0)), float(samples.max(initial=0))
             step = (high - low) / 255 or 1.0
             offset, mean = low + 128 * step, float(samples.mean())
+            step, offset = self._kept_grid(value, samples, "any", "middle") or (step, offset)
             region = Region(memory=Memory.ACTIVATION, rows=rows * columns, channels=channels,
                             address=0)
         else:
@@ -169,7 +209,7 @@ class State:
     def _output(self, value: ir.Value) -> None:
         dims = shape(value)
         if value.name in self.pending:
-            self._head(value)
+            self._wide(value)
         tensor = self._tensor(value)
         rows = dims[1] if len(dims) == 3 else 1
         region = Region(memory=Memory.RESIDUAL, rows=rows, channels=dims[-1], address=0)
@@ -189,13 +229,18 @@ class State:
                                    rows=tensors[after].rows)
                         for name, (after, before) in self.added.items()}
 
-    def _head(self, value: ir.Value) -> None:
-        """A Linear that leaves the step: wide, on a grid of its own."""
+    def _wide(self, value: ir.Value, finest: float = 0.0) -> None:
+        """A Linear of 16 bits, on a grid of its own: one that leaves the step or is normalised."""
         node = self.pending.pop(value.name)
         source = self._tensor(node.inputs[0])
-        step = float(HEADROOM * np.abs(self.calibration.rows(value.name)).max() / 32767) or 1.0
+        step = self._wide_step(value, finest)
         self._add_linear(node, value.name, step, residual=None)
         self.values[value.name] = Tensor(value.name, step, rows=source.rows)
+
+    def _wide_step(self, value: ir.Value, finest: float = 0.0) -> float:
+        """The grid of a value of 16 bits, no finer than `finest`."""
+        largest = np.abs(self.calibration.rows(value.name)).max()
+        return max(float(HEADROOM * largest / 32767) or 1.0, finest)
 
     def _linear_source(self, node: ir.Node, bits: int) -> Tensor:
         """What a Linear reads, as its weights want to know it."""
@@ -210,8 +255,8 @@ class State:
         """constants : weight and bias in place of the node's own."""
         bits = self.precision.of(node.name, "linear")
         source = self._linear_source(node, bits)
-        weight, affine = scaled_weights(*(constants or self._constants(node)), source, step, 16,
-                                        limit=WEIGHT_BITS[bits])
+        weight, affine = self._scaled_weights(*(constants or self._constants(node)), source, step, 16,
+                                              bits)
         self._add(q.AddLinear(name=node.name, output=output, source=source.tensor,
                               residual=residual, first_row=first_row, weight=weight, affine=affine,
                               bits=bits))

@@ -67,7 +67,16 @@ class Stream(State):
         value, name = node.inputs[0], node.outputs[0].name
         if value.name in self.norms:
             # Only the row that is used gets normalised.
+            self._note_row(value.name, name)
             self.values[name] = self._norm(value.name, name, index, 1)
             return
         source = self._tensor(value)
         self.values[name] = dataclasses.replace(source, first_row=source.first_row + index, rows=1)
+
+    def _note_row(self, norm: str, row: str) -> None:
+        """A row of a normalised tensor that has a grid of its own in the file."""
+        whole, grid = (self.kept.grids.get(name) for name in (norm, row))
+        if grid is not None and whole is not None:
+            same = dataclasses.replace(whole, names=grid.names) == grid
+            reason = "" if same else "its rows have the grid of the normalised tensor"
+            self.kept.note(grid.names, reason)

@@ -53,8 +53,8 @@ def attend_blocks(lowering: Lowering, op: q.Attention, blocks: list[tuple[int, i
             for head in late:
                 _attend_rows(lowering, op, frame, head, block)
             yield
-    key = lowering.tensors[op.key]
-    lowering.macs += 2 * rows * key.rows * lowering.tensors[op.query].channels
+    query, key, out = (lowering.tensors[name] for name in (op.query, op.key, op.output))
+    lowering.macs += rows * key.rows * (query.channels + out.channels)
 
 
 def _make_head(lowering: Lowering, op: q.Attention, frame: int, head: int,
@@ -82,7 +82,7 @@ def _attend_rows(lowering: Lowering, op: q.Attention, frame: int, head: int,
     query, key, value = (lowering.tensors[name] for name in (op.query, op.key, op.value))
     if op.output not in lowering.tensors:
         _check(lowering, op, query, key)
-        lowering.tensor(op.output, Memory.ACTIVATION, query.rows, query.channels, 3)
+        lowering.tensor(op.output, Memory.ACTIVATION, query.rows, lowering.channels[op.output], 3)
     out = lowering.tensors[op.output]
     for a, b in chunks(lowering.config, *block) if head == op.heads - 1 else [block]:
         # The last row of a causal chunk sees all keys that its chunk needs.

@@ -31,18 +31,19 @@ MOST_BLOCKS = 3  # of one frame
 @dataclass(frozen=True)
 class Chain:
     """Consecutive operations: `attention`, the projection `project` that only reads it, and `norm`; a
-    feed-forward network, `up` and `down`; or all of them; or queries or keys that are made as a whole,
-    `project`, and normalised, `norm`. What is missing is None."""
+    feed-forward network, `up` and `down`; or all of them; or queries or keys that are made as a whole, by
+    `products` that add up, and normalised, `norm`. What is missing is None."""
 
     attention: q.Attention | None = None
     project: q.AddLinear | None = None
     norm: q.Norm | None = None
     up: q.Linear | None = None
     down: q.AddLinear | None = None
+    products: tuple[q.AddLinear, ...] = ()
 
     @property
     def operations(self) -> list[q.Operation]:
-        found = (self.attention, self.project, self.norm, self.up, self.down)
+        found = (*self.products, self.attention, self.project, self.norm, self.up, self.down)
         return [op for op in found if op is not None]
 
 
@@ -72,11 +73,12 @@ def _chain(lowering: Lowering, operations: list[q.Operation]) -> Chain | None:
             return Chain(attention, project, norm, up, down)
     if lowering.plan.blocks == 1:
         return None
-    match operations:
-        case [q.AddLinear() as project, q.Norm() as norm, *_] if (
-                lowering.wide.get(norm.output) is project and norm.output not in lowering.split
-                and _reads(lowering, norm, project, alone=True)):
-            return Chain(project=project, norm=norm)
+    count = next((n for n, op in enumerate(operations) if not isinstance(op, q.AddLinear)), 0)
+    products, norm = operations[:count], operations[count]
+    wide = lowering.wide.get(norm.output, [])
+    if wide and list(map(id, products)) == list(map(id, wide)) and norm.output not in lowering.split and (
+            _reads(lowering, norm, wide[-1], alone=True)):
+        return Chain(products=tuple(wide), norm=norm)
     up, down = _feed_forward(lowering, operations)
     return Chain(up=up, down=down) if up is not None else None
 
@@ -117,8 +119,8 @@ def lower_chain(lowering: Lowering, chain: Chain) -> None:
             _down(lowering, chain, hidden, block)
     else:
         _follow(lowering, chain, blocks)
-    lowering.macs += sum(rows * op.row_macs for op in (chain.project, chain.up, chain.down)
-                         if op is not None)
+    lowering.macs += sum(rows * op.row_macs for op in chain.operations
+                         if isinstance(op, (q.Linear, q.AddLinear)))
 
 
 def _follow(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -> None:
@@ -144,11 +146,12 @@ def _together(lowering: Lowering, chain: Chain, blocks: list[tuple[int, int]]) -
     """Heads that a block passes before the next block does. Before a feed-forward network, so many
     that the first rows have passed all heads when the last head is made."""
     op, c = chain.attention, lowering.config
-    parts = [lowering.deferred_product(tensor) for tensor in (op.query, op.key, op.value)]
-    if chain.up is None or None in parts:
+    tensors = (op.query, op.key, op.value)
+    if chain.up is None or not set(tensors) <= set(lowering.deferred):
         return 1
-    rows, channels = lowering.rows[op.output], len(parts[0].weight)
-    made = rows * sum(part.weight.size for part in parts) / c.linear_macs / op.heads
+    rows, channels = lowering.rows[op.output], lowering.channels[op.query]
+    macs = sum(part.row_macs for tensor in tensors for part in lowering.deferred_products(tensor))
+    made = rows * macs / c.linear_macs / op.heads
     attended = 2 * rows * lowering.rows[op.key] * channels / c.attention_macs / op.heads
     share = lowering.frames / len(blocks)
     wanted = next((count for count in range(1, op.heads)
@@ -217,12 +220,14 @@ def _project(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> tuple[
 
 def _normalised(lowering: Lowering, chain: Chain, block: tuple[int, int]) -> None:
     """A block of queries or keys, whose product stays no longer than its norm needs it."""
-    op, norm, (first, last) = chain.project, chain.norm, block
-    source, channels = lowering.tensors[op.source], len(op.weight)
-    wide = Tensor(lowering.config, f"{op.output}/{first}", Memory.RESIDUAL, 1, last - first, channels,
-                  groups=lowering.groups[op.output], bank=1)
-    add_rows(lowering, op, source, wide, [Run(source.span(first, last), wide.span())])
-    lowering.probe_rows(op, wide.span(), first, channels)
+    norm, (first, last) = chain.norm, block
+    name, channels = norm.source, lowering.channels[norm.source]
+    wide = Tensor(lowering.config, f"{name}/{first}", Memory.RESIDUAL, 1, last - first, channels,
+                  groups=lowering.groups[name], room=lowering.rooms.get(name, 0), bank=1)
+    for op in chain.products:
+        source = lowering.tensors[op.source]
+        add_rows(lowering, op, source, wide, [Run(source.span(first, last), wide.span())])
+        lowering.probe_rows(op, wide.span(), first, channels)
     target = lowering.tensors.get(norm.output) or lowering.tensor(
         norm.output, Memory.ACTIVATION, norm.rows, channels, lowering.attended[norm.output])
     norm_rows(lowering, norm, wide, target, [(a, b, a - first)

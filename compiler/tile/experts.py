@@ -25,8 +25,9 @@ def lower_route(lowering: Lowering, op: q.Route, *, same_frame: bool = False) ->
     require(rows, c.max_rows, f"The tokens of {op.name}, of all frames in flight,", "max_rows")
     require(op.capacity, c.max_rows, f"The capacity of the experts of {op.name}", "max_rows")
     require(op.chosen_groups, c.max_chosen, f"The chosen groups of {op.name}", "max_chosen")
-    require(int(op.sigmoid or op.group > 0 or op.capacity > 0), c.router_forms,
-            f"The router {op.name}, with sigmoid scores, groups or a capacity,", "router_forms")
+    require(int(op.sigmoid or op.group > 0 or op.sparse or op.capacity > 0), c.router_forms,
+            f"The router {op.name}, with sigmoid scores, groups, a sparse mixer or a capacity,",
+            "router_forms")
     multiplier, shift = np.zeros(experts, np.uint16), np.ones(experts, np.uint8)
     if op.correction is not None:
         multiplier, shift = layout.as_scale(op.correction)

@@ -43,7 +43,9 @@ class Plan:
 class Lowering:
     """Instructions, tensors, ports and probes of a step of `frames` frames in the making.
 
-    split : tensors whose heads are made one by one, by the attention that reads them; deferred : the
+    groups : of channels that start at a word, which are the heads of what attention reads and writes;
+    rooms : channels that each of these takes words for, where others of its attention have more; split :
+    tensors whose heads are made one by one, by the attention that reads them; deferred : the
     operations that make these; rotations : factors of `q.Norm.rotation` on chip, by their words;
     apart : inputs with a tensor for each frame, as the room for all at
     once would be for a single product.
@@ -54,7 +56,10 @@ class Lowering:
         self.trace, self.plan = trace, plan
         self.assembly = Assembly(config)
         self.tensors: dict[str, Tensor] = {}
-        self.groups, self.split = self._heads()
+        self.groups: dict[str, int] = {}
+        self.rooms: dict[str, int] = {}
+        self.split: set[str] = set()
+        self._heads()
         self.deferred: dict[str, q.Linear | q.AddLinear | q.Norm] = {}
         self.rotations: dict[bytes, Span] = {}
         self.apart: dict[str, list[Tensor]] = {}
@@ -63,34 +68,42 @@ class Lowering:
         self.probes: list[tuple[Probe, Block]] = []
         self.macs = 0
 
-    def _heads(self) -> tuple[dict[str, int], set[str]]:
-        """Groups of channels that start at a word, which are the heads of what attention reads and
-        writes; and the tensors that are made head by head."""
-        groups: dict[str, int] = {}
-        split: set[str] = set()
+    def _heads(self) -> None:
+        """Find `groups`, `rooms` and `split`."""
         for op in self.step.operations:
             if not isinstance(op, q.Attention) or op.query is None:
                 continue
             sources = {op.query: op.heads, op.key: op.key_heads, op.value: op.key_heads}
-            sources |= {self.wide[tensor].output: count for tensor, count in sources.items()
-                        if tensor in self.wide}
-            for tensor, count in (*sources.items(), (op.output, op.heads)):
-                if groups.setdefault(tensor, count) != count:
+            sources |= {product.output: count for tensor, count in sources.items()
+                        for product in self.wide.get(tensor, [])}
+            tensors = sources | {op.output: op.heads}
+            widest = max(self.channels[tensor] // count for tensor, count in tensors.items())
+            for tensor, count in tensors.items():
+                if self.groups.setdefault(tensor, count) != count:
                     raise CompileError(f"Tensor {tensor!r} must have one number of heads, not "
-                                       f"{groups[tensor]} and {count}")
-            if all(self._made_by_heads(tensor, count) for tensor, count in sources.items()):
-                split |= set(sources)
-        return groups, split
+                                       f"{self.groups[tensor]} and {count}")
+                if self.channels[tensor] // count < widest:
+                    self.rooms[tensor] = widest
+            # Queries come in blocks of rows: their products would be stored when they are sums.
+            if len(self.wide.get(op.query, [])) < 2 and all(
+                    self._made_by_heads(tensor, count) for tensor, count in sources.items()):
+                self.split |= set(sources)
 
     @cached_property
-    def wide(self) -> dict[str, q.AddLinear]:
-        """The products whose results are normalised or turned on their way to attention, by the tensor
+    def wide(self) -> dict[str, list[q.AddLinear]]:
+        """The products whose sums are normalised or turned on their way to attention, by the tensor
         that they become."""
         made = {op.output: op for op in self.step.operations}
-        norms = [made[tensor] for op in made.values() if isinstance(op, q.Attention)
-                 for tensor in (op.query, op.key, op.value) if isinstance(made.get(tensor), q.Norm)]
-        return {op.output: made[op.source] for op in norms
-                if isinstance(made.get(op.source), q.AddLinear) and made[op.source].residual is None}
+        found = {}
+        for norm in [made.get(tensor) for op in made.values() if isinstance(op, q.Attention)
+                     for tensor in (op.query, op.key, op.value)]:
+            op, products = norm and made.get(getattr(norm, "source", None)), []
+            while isinstance(norm, q.Norm) and isinstance(op, q.AddLinear):
+                products.insert(0, op)
+                op = made.get(op.residual)
+            if products and products[0].residual is None:
+                found[norm.output] = products
+        return found
 
     @cached_property
     def attended(self) -> dict[str, int]:
@@ -110,7 +123,7 @@ class Lowering:
         if not isinstance(op, (q.Linear, q.AddLinear)):
             return False
         c = self.config
-        words = -(-(len(op.weight) // heads) // c.depth)
+        words = -(-max(len(op.weight) // heads, self.rooms.get(tensor, 0)) // c.depth)
         return words * c.depth % (c.outputs << self.assembly.narrow(op.bits)) == 0
 
     @cached_property
@@ -129,16 +142,34 @@ class Lowering:
                     rows[op.output] = rows[getattr(op, "residual", None) or op.source]
         return rows
 
+    @cached_property
+    def channels(self) -> dict[str, int]:
+        """Of each tensor of a whole step, but of routes."""
+        channels = {port.tensor: port.region.channels for port in self.step.inputs}
+        for op in self.step.operations:
+            match op:
+                case q.Constant():
+                    channels[op.output] = op.value.shape[1]
+                case q.Linear() | q.AddLinear():
+                    channels[op.output] = len(op.weight)
+                case q.Norm():
+                    channels[op.output] = len(op.affine.bias)
+                case q.Attention():
+                    channels[op.output] = channels[op.value] // op.key_heads * op.heads
+                case q.Experts():
+                    channels[op.output] = channels[op.residual]
+        return channels
+
     def users(self, tensor: str) -> list[q.Operation]:
         roles = ("source", "residual", "query", "key", "value", "route")
         return [op for op in self.step.operations
                 if any(isinstance(getattr(op, role, None), str) and getattr(op, role) == tensor
                        for role in roles)]
 
-    def deferred_product(self, name: str) -> q.Linear | q.AddLinear | None:
-        """The product of a tensor that is made head by head, or None."""
-        op = self.deferred.get(name)
-        return self.deferred[op.source] if isinstance(op, q.Norm) else op
+    def deferred_products(self, name: str) -> list[q.Linear] | list[q.AddLinear]:
+        """The products of a tensor that is made head by head."""
+        op = self.deferred[name]
+        return self.wide[name] if isinstance(op, q.Norm) else [op]
 
     def tensor(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
         self.tensors[name] = self.shape(name, memory, rows, channels, bank)
@@ -147,7 +178,8 @@ class Lowering:
     def shape(self, name: str, memory: Memory, rows: int, channels: int, bank: int = 0) -> Tensor:
         """How a tensor lies, or will lie."""
         return Tensor(self.config, name, memory, self.frames, rows, channels,
-                      groups=self.groups.get(name, 1), split=name in self.split, bank=bank)
+                      groups=self.groups.get(name, 1), split=name in self.split,
+                      room=self.rooms.get(name, 0), bank=bank)
 
     def block(self, name: str, tensor: Tensor) -> Block:
         """Room for a tensor of all frames in DRAM."""
@@ -191,7 +223,7 @@ class Lowering:
             return
         name, rows = operation.output, self.rows[operation.output]
         shape = Tensor(self.config, name, span.buffer.memory, self.frames, rows, channels,
-                       groups=self.groups.get(name, 1))
+                       groups=self.groups.get(name, 1), room=self.rooms.get(name, 0))
         block = next((b for probe, b in self.probes if probe.tensor == name), None)
         if block is None:
             block = self.block(operation.name, shape)

@@ -54,7 +54,7 @@ def norm_rows(lowering: Lowering, op: q.Norm, source: Tensor, target: Tensor, pi
                                for span, tensor in ((read, source), (write, target)))
             spans.append((read, write, first % op.rows))
         if groups > 1 or source.groups == 1:
-            _normalise(lowering, op.name, part, source, spans, np.arange(source.channels // groups))
+            _normalise_head(lowering, op.name, part, source, spans)
         else:
             _normalise(lowering, op.name, part, source, spans, source.columns(),
                        source.stride * source.per_word)
@@ -69,8 +69,7 @@ def norm_head(lowering: Lowering, op: q.Norm, frame: int, group: int, rows: tupl
     target = lowering.tensors[op.output]
     spans = [(source.head(frame, group, a, b), target.head(frame, group, a, b), a)
              for a, b in chunks(lowering.config, *rows)]
-    _normalise(lowering, op.name, head_of(op, group, source.groups), source, spans,
-               np.arange(source.channels // source.groups))
+    _normalise_head(lowering, op.name, head_of(op, group, source.groups), source, spans)
 
 
 def head_of(op, head: int, heads: int):
@@ -79,6 +78,13 @@ def head_of(op, head: int, heads: int):
                          for field in dataclasses.fields(q.Affine)})
     changes = {"groups": 1} if isinstance(op, q.Norm) else {"weight": np.split(op.weight, heads)[head]}
     return dataclasses.replace(op, name=f"{op.name}/head{head}", affine=affine, **changes)
+
+
+def _normalise_head(lowering: Lowering, layer: str, op: q.Norm, source: Tensor,
+                    spans: list[tuple[Span, Span, int]]) -> None:
+    """Rows of one group, whose channels lie one after another."""
+    width = source.width * source.per_word if source.room else 0
+    _normalise(lowering, layer, op, source, spans, np.arange(len(op.affine.bias)), width)
 
 
 def _normalise(lowering: Lowering, layer: str, op: q.Norm, source: Tensor,

@@ -1,5 +1,7 @@
 """Linear, AddLinear and Constant: what works row by row; and heads of what attention reads."""
 
+import dataclasses
+
 import numpy as np
 
 from moeware.compiler.lowered import Block
@@ -59,16 +61,18 @@ def lower_head(lowering: Lowering, name: str, frame: int, group: int, bank: int,
 
     Other frames load its weights again: their heads would take more room than that is worth.
     """
-    op, product = lowering.deferred[name], lowering.deferred_product(name)
-    source = lowering.tensors[product.source]
-    block = rows or (0, source.rows)
-    if product is op:
-        _product_head(lowering, op, frame, group, block, bank, first=first, last=last)
-    else:
-        _product_head(lowering, product, frame, group, block, bank, first=first, last=True)
+    op, products = lowering.deferred[name], lowering.deferred_products(name)
+    whole = lowering.tensors[products[0].source].rows
+    block, direct = rows or (0, whole), products[0] is op
+    for product in products:
+        _product_head(lowering, product, frame, group, block, bank, first=first,
+                      last=last if direct else True)
+        if lowering.trace and product is not products[-1]:  # the next one adds to it
+            lowering.probe(product, frame, group)
+    if not direct:
         norm_head(lowering, op, frame, group, block, bank)
-    if lowering.trace and block[1] == source.rows:
-        for each in dict.fromkeys((product.output, op.output)):
+    if lowering.trace and block[1] == whole:
+        for each in dict.fromkeys((products[-1].output, op.output)):
             lowering.probe(lowering.deferred[each], frame, group)
 
 
@@ -78,7 +82,10 @@ def _product_head(lowering: Lowering, op: q.Linear | q.AddLinear, frame: int, gr
     residual memory."""
     source, (start, stop) = lowering.tensors[op.source], rows
     plain = isinstance(op, q.Linear)
-    if op.output not in lowering.tensors:
+    adds = not plain and op.residual is not None
+    if adds:
+        lowering.inherit(op.output, op.residual)
+    elif op.output not in lowering.tensors:
         lowering.tensor(op.output, Memory.ACTIVATION if plain else Memory.RESIDUAL, source.rows,
                         len(op.weight), bank)
     target = lowering.tensors[op.output]
@@ -90,10 +97,23 @@ def _product_head(lowering: Lowering, op: q.Linear | q.AddLinear, frame: int, gr
     else:
         weight, affine = filled(spread(part.weight, source), part.affine, columns,
                                 target.width * target.per_word)
+        if adds:
+            weight, affine, run = _changed(weight, affine, run, target.per_word)
         lowering.assembly.product(op.name, weight, affine, [run], name=part.name, first=first,
-                                  last=last, bits=op.bits, target=Target.RESIDUAL)
+                                  last=last, bits=op.bits, target=Target.RESIDUAL,
+                                  accumulate=int(adds))
     if frame == 0:
         lowering.macs += (stop - start) * part.row_macs
+
+
+def _changed(weight: np.ndarray, affine: q.Affine, run: Run,
+             per_word: int) -> tuple[np.ndarray, q.Affine, Run]:
+    """The words that adding the product changes, from the first to the last."""
+    used = np.flatnonzero(weight.any(1) | (affine.bias != 0)) // per_word
+    first, last = (used[0], used[-1] + 1) if len(used) else (0, 1)
+    part = slice(first * per_word, last * per_word)
+    target = run.target.columns(int(first), int(last - first))
+    return weight[part], affine.part(part), dataclasses.replace(run, target=target)
 
 
 def lower_add_linear(lowering: Lowering, op: q.AddLinear) -> None:
@@ -124,7 +144,7 @@ def add_rows(lowering: Lowering, op: q.AddLinear, source: Tensor, target: Tensor
              runs: list[Run]) -> None:
     """Some rows of `source`, or of what lies like it, to some of `target`."""
     weight, affine = spread(op.weight, source), op.affine
-    if target.groups > 1:
+    if target.groups > 1 or target.room:
         weight, affine = filled(weight, affine, target.columns(), target.stride * target.per_word)
     lowering.assembly.product(op.name, weight, affine, runs, bits=op.bits, target=Target.RESIDUAL,
                               accumulate=int(op.residual is not None))

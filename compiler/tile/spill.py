@@ -71,8 +71,8 @@ class _Spiller:
         for op in self.whole.step.operations:
             if isinstance(op, q.Attention) and op.query is not None:
                 tensors = {op.query: op.heads, op.key: op.key_heads, op.value: op.key_heads}
-                wide = {self.whole.wide[tensor].output: count for tensor, count in tensors.items()
-                        if tensor in self.whole.wide}
+                wide = {product.output: count for tensor, count in tensors.items()
+                        for product in self.whole.wide.get(tensor, [])}
                 # What is normalised over all heads is made as a whole.
                 apart = all(made[tensor].mode is NormMode.SCALE or made[tensor].groups == count
                             for tensor, count in tensors.items() if tensor in self.whole.wide)
@@ -88,7 +88,8 @@ class _Spiller:
     def _tensor(self, name: str, memory: Memory, rows: int, channels: int) -> Tensor:
         groups = self.heads.get(name, self.whole.groups.get(name, 1))
         self.shapes[name] = tensor = Tensor(self.config, name, memory, 1, rows, channels,
-                                            groups=groups, split=name in self.heads)
+                                            groups=groups, split=name in self.heads,
+                                            room=self.whole.rooms.get(name, 0))
         size = layout.aligned(tensor.region().bytes(self.config))
         self.blocks[name] = Block(name, self.whole.frames * size)
         return tensor
@@ -112,8 +113,8 @@ class _Spiller:
         groups, channels = shape.groups, shape.channels
         if shape.split:
             groups, channels = 1, shape.channels // shape.groups
-        tensor = Tensor(c, name, shape.memory, 1, last - first, channels, groups=groups, bank=bank,
-                        lead=lead)
+        tensor = Tensor(c, name, shape.memory, 1, last - first, channels, groups=groups,
+                        room=shape.room, bank=bank, lead=lead)
         self.assembly.load(tensor.span(-lead, last - first), self.blocks[name], name,
                            offset=self._offset(name, frame, first - lead, group))
         return tensor
@@ -142,7 +143,7 @@ class _Spiller:
         """A step of a few operations and rows that adds to the same instructions."""
         step = dataclasses.replace(self.whole.step, operations=list(operations), inputs=[], outputs=[])
         small = Lowering(step, self.config, 1, False, self.whole.plan)
-        small.assembly = self.assembly
+        small.assembly, small.rooms = self.assembly, self.whole.rooms
         small.groups |= {op.output: self.shapes[op.output].groups for op in operations
                          if op.output in self.shapes and not self.shapes[op.output].split}
         return small
@@ -184,7 +185,7 @@ class _Spiller:
                 part = dataclasses.replace(part, first_row=max(op.first_row - a, 0))
                 small = self._small(part)
                 if op.residual is not None:
-                    small.tensors[op.residual] = self._fetch(op.residual, frame, a, b)
+                    small.tensors[op.residual] = self._fetch(op.residual, frame, a, b, head)
                 if fetched is not None:
                     small.tensors[op.source] = fetched
                     lower_add_linear(small, part)
@@ -218,7 +219,8 @@ class _Spiller:
             raise CompileError(f"A head of {op.name} must be at most {HEAD_WORDS} words of "
                                f"{self.config.depth} channels, not {query.width}; use a configuration "
                                "with a larger Config.depth")
-        target = self._tensor(op.output, Memory.ACTIVATION, query.rows, query.channels)
+        target = self._tensor(op.output, Memory.ACTIVATION, query.rows,
+                              self.whole.channels[op.output])
         for frame, a, b in self._row_blocks(query.rows, query.stride + target.stride,
                                             fixed=(key.stride + value.stride) * key.rows):
             whole: dict[str, Tensor] = {}
@@ -231,7 +233,7 @@ class _Spiller:
                 return whole[name].head(0, group)
 
             out = Tensor(self.config, op.output, Memory.ACTIVATION, 1, b - a, target.channels,
-                         groups=op.heads, bank=3)
+                         groups=op.heads, room=target.room, bank=3)
             for head in range(op.heads):
                 at = head * op.key_heads // op.heads
                 seen = key.rows - (query.rows - b if op.causal else 0)
@@ -239,7 +241,7 @@ class _Spiller:
                        part(op.key, 0, key.rows, at, 1), part(op.value, 0, key.rows, at, 2),
                        out.head(0, head), seen)
             self._keep(out, op.output, frame, a)
-        self.whole.macs += 2 * query.rows * key.rows * query.channels
+        self.whole.macs += query.rows * key.rows * (query.channels + target.channels)
 
     def _mean(self, op: q.Attention) -> None:
         key, value = self.shapes[op.key], self.shapes[op.value]

@@ -34,21 +34,22 @@ class Tensor:
     """An activation or residual tensor, of all `frames` that a run works on.
 
     Each of its `rows` has `channels` values in `groups` (the heads of attention, else 1) that lie as
-    `Region` says. Either all rows of all frames lie one after another, or, where it is `split`, each
+    `Region` says, with `room`. Either all rows of all frames lie one after another, or, where it is `split`, each
     group of each frame has a buffer to itself, which lives only as long as its head is at work.
     Rows of a tensor that is not split are counted through all frames. lead : rows of its buffer
     before the first one.
     """
 
     def __init__(self, config: Config, name: str, memory: Memory, frames: int, rows: int,
-                 channels: int, *, groups: int = 1, split: bool = False, bank: int = 0,
-                 lead: int = 0):
+                 channels: int, *, groups: int = 1, split: bool = False, room: int = 0,
+                 bank: int = 0, lead: int = 0):
         self.config, self.name, self.memory = config, name, memory
         self.frames, self.rows, self.channels = frames, rows, channels
-        self.groups, self.split, self.lead = groups, split, lead
+        self.groups, self.split, self.room, self.lead = groups, split, room, lead
         self.per_word = per_word = config.depth if memory is Memory.ACTIVATION else config.lanes
         filled = per_word if groups == 1 or split else config.depth
-        self.width = -(-(channels // groups) // filled) * filled // per_word  # words of a group
+        group = max(channels // groups, room)
+        self.width = -(-group // filled) * filled // per_word  # words of a group
         self.stride = self.width if split else groups * self.width
         if memory is Memory.ACTIVATION:
             bank %= config.activation_banks
@@ -83,7 +84,7 @@ class Tensor:
     def region(self) -> Region:
         """Of one frame in DRAM, at address 0."""
         return Region(memory=self.memory, rows=self.rows, channels=self.channels, address=0,
-                      groups=self.groups, split=self.split)
+                      groups=self.groups, split=self.split, room=self.room)
 
     def pieces(self, frame: int, *, cut: bool = True) -> Iterable[tuple[Span, int]]:
         """A frame's words in the order of its region, with their bytes from the region's start.

@@ -67,6 +67,12 @@ def _rms_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     emitter.emit("Mul", [rows, gamma], node.outputs[0].name)
 
 
+def _join(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
+    a, b, columns = _names(node)
+    emitter.emit("Gather", [emitter.emit("Concat", [a, b], axis=-1), columns],
+                 node.outputs[0].name, axis=-1)
+
+
 def _rotary(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     x = _names(node)[0]
     cos, sin = (emitter.constant(_array(value)[:, None]) for value in node.inputs[1:])
@@ -91,14 +97,15 @@ def _linear(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     heads, kv_heads = attrs["heads"], attrs["kv_heads"]
     parts = []
-    for name, count in zip(_names(node), (heads, kv_heads, kv_heads)):
+    for value, count in zip(node.inputs, (heads, kv_heads, kv_heads)):
+        name, dim = str(value.name), shape(value)[-1] // count
         split = emitter.emit("Reshape", [name, emitter.integers(0, 0, count, -1)])
         # Queries and keys of one group meet on the axes [B, kv_heads, group, N, dim].
         groups = emitter.emit("Transpose", [split], perm=[0, 2, 1, 3])
         if count == heads and heads != kv_heads:
-            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, heads // kv_heads, -1, dim)
         else:
-            target = emitter.integers(0, kv_heads, 1, -1, _dim(node, heads))
+            target = emitter.integers(0, kv_heads, 1, -1, dim)
         if heads == kv_heads:
             parts.append(groups)
         else:
@@ -113,17 +120,12 @@ def _attention(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
         mask = np.where(np.tri(tokens).astype(bool), 0, -np.inf).astype(np.float32)
         scores = emitter.emit("Add", [scores, emitter.constant(mask)])
     weighted = emitter.emit("MatMul", [emitter.emit("Softmax", [scores], axis=-1), v])
+    _, tokens, features = shape(node.outputs[0])
     if heads != kv_heads:
-        tokens = shape(node.outputs[0])[1]
-        target = emitter.integers(0, heads, tokens, _dim(node, heads))
+        target = emitter.integers(0, heads, tokens, features // heads)
         weighted = emitter.emit("Reshape", [weighted, target])
     rows = emitter.emit("Transpose", [weighted], perm=[0, 2, 1, 3])
-    target = emitter.integers(0, 0, heads * _dim(node, heads))
-    emitter.emit("Reshape", [rows, target], node.outputs[0].name)
-
-
-def _dim(node: ir.Node, heads: int) -> int:
-    return shape(node.outputs[0])[-1] // heads
+    emitter.emit("Reshape", [rows, emitter.integers(0, 0, features)], node.outputs[0].name)
 
 
 def _function(emitter: Emitter, name: str, x: str, output: str | None = None) -> str:
@@ -132,8 +134,14 @@ def _function(emitter: Emitter, name: str, x: str, output: str | None = None) ->
 
     if name in ("relu", "sigmoid", "tanh"):
         return emitter.emit(name.capitalize(), [x], output)
-    if name == "silu":
-        return emitter.emit("Mul", [x, emitter.emit("Sigmoid", [x])], output)
+    if name == "hard_swish":
+        return emitter.emit("HardSwish", [x], output)
+    if name == "squared_relu":
+        half = emitter.emit("Relu", [x])
+        return emitter.emit("Mul", [half, half], output)
+    if name in ("silu", "quick_gelu"):
+        argument = x if name == "silu" else emitter.emit("Mul", [x, number(1.702)])
+        return emitter.emit("Mul", [x, emitter.emit("Sigmoid", [argument])], output)
     if name == "gelu":
         inner = emitter.emit("Erf", [emitter.emit("Mul", [x, number(0.5**0.5)])])
     else:
@@ -153,6 +161,9 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     weight = emitter.constant(np.ascontiguousarray(_array(node.inputs[1]).T))
     logits = emitter.emit("Add", [emitter.emit("MatMul", [x, weight]), bias])
     indices, factors = (str(value.name) for value in node.outputs)
+    if attrs["score"] == "sparse":
+        _one_after_another(emitter, logits, attrs["k"], attrs["threshold"], indices, factors)
+        return
     sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
     scores = emitter.emit("Sigmoid", [logits]) if sigmoid else emitter.emit("Softmax", [logits], axis=-1)
     compared = logits
@@ -210,6 +221,25 @@ def _places(emitter: Emitter, indices: str, scores: str, tokens: int, experts: i
                          keepdims=0)
     limit = emitter.constant(np.array(attrs["capacity"], np.float32))
     return emitter.emit("Cast", [emitter.emit("LessOrEqual", [place, limit])], to=TensorProto.FLOAT)
+
+
+def _one_after_another(emitter: Emitter, logits: str, k: int, threshold: float, indices: str,
+                       factors: str) -> None:
+    """Experts of score "sparse", each weighted by the softmax over those near it that are left."""
+    top, last = _top(emitter, logits, k, indices)[0], emitter.integers(-1)
+    magnitudes, left, weights = emitter.emit("Abs", [logits]), logits, []
+    limit, least = (emitter.constant(np.array(number, np.float32)) for number in (threshold, -np.inf))
+    for number in range(k):
+        span = emitter.integers(number), emitter.integers(number + 1), last
+        largest, each = (emitter.emit("Slice", [whole, *span]) for whole in (top, indices))
+        distance = emitter.emit("Sub", [largest, logits])
+        ratio = emitter.emit("Div", [distance, emitter.emit("Max", [magnitudes, largest])])
+        far = emitter.emit("Greater", [ratio, limit])
+        near = emitter.emit("Softmax", [emitter.emit("Where", [far, least, left])], axis=-1)
+        weights.append(emitter.emit("GatherElements", [near, each], axis=-1))
+        gone = emitter.emit("Add", [largest, least])  # minus infinity, of its shape
+        left = emitter.emit("ScatterElements", [left, each, gone], axis=-1)
+    emitter.emit("Concat", weights, factors, axis=-1)
 
 
 def _best_groups(emitter: Emitter, values: str, groups: int, count: int, largest: int) -> str:
@@ -301,6 +331,7 @@ LOWERINGS: dict[str, Lowering] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     "Linear": _linear,
+    "Join": _join,
     "Rotary": _rotary,
     "Attention": _attention,
     "Pointwise": _pointwise,

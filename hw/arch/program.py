@@ -33,8 +33,8 @@ class Region:
 
     memory : ACTIVATION (int8) or RESIDUAL (int16); a row has `groups` equal groups of channels (the
     heads of attention, else 1), and each group takes whole words: side by side in the residual
-    memory as many channels as in the activation memory. What fills up a group's last word is
-    arbitrary. split : the rows of one group lie together, then those of the next, each from
+    memory as many channels as in the activation memory; room : channels that it takes words for, where
+    they are more than it has. What fills up a group's last words is arbitrary. split : the rows of one group lie together, then those of the next, each from
     a multiple of `layout.ALIGNMENT` on. address : byte address, such a multiple, too.
     """
 
@@ -44,13 +44,14 @@ class Region:
     address: int
     groups: int = 1
     split: bool = False
+    room: int = 0
 
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.int8 if self.memory is Memory.ACTIVATION else "<i2")
 
     def words_per_row(self, config: Config) -> int:
-        channels = self.channels // self.groups
+        channels = max(self.channels // self.groups, self.room)
         if self.groups > 1 and not self.split:
             channels = -(-channels // config.depth) * config.depth
         group_bytes = channels * self.dtype.itemsize

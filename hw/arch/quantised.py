@@ -110,8 +110,8 @@ class AddLinear(Operation):
 
     @property
     def row_macs(self) -> int:
-        """Multiply-accumulates of a row."""
-        return self.weight.size
+        """Multiply-accumulates of a row; channels of zeros, which another product makes, have none."""
+        return int(self.weight.any(1).sum()) * self.weight.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,8 @@ class Norm(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Operation):
-    """Activation: softmax(query @ key.T) @ value for each of `heads` heads of equal width.
+    """Activation: softmax(query @ key.T) @ value for each of `heads` heads, of one width in queries and
+    keys, and of one in values and results.
 
     query : None stands for one row of zeros, so that the result is the mean of the value rows.
     heads of key and value are `key_heads`; query head h uses key head h * key_heads // heads.
@@ -163,8 +164,9 @@ class Route(Operation):
     weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
     softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
     where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
-    group is chosen by its two largest values; capacity : rows that an expert takes of a frame, 0 for
-    any number, in the order of `numerics.within_capacity`: the weights of others are 0.
+    group is chosen by its two largest values; sparse, threshold : experts are chosen one after
+    another, see `numerics.sparse_weights`; capacity : rows that an expert takes of a frame, 0 for any
+    number, in the order of `numerics.within_capacity`: the weights of others are 0.
     """
 
     source: str
@@ -179,6 +181,8 @@ class Route(Operation):
     group: int = 0
     chosen_groups: int = 0
     pair: bool = False
+    sparse: bool = False
+    threshold: int = 0
     capacity: int = 0
     by_rank: bool = False
 
@@ -188,7 +192,8 @@ class Route(Operation):
         return {"chosen": self.chosen, "over_chosen": int(self.over_chosen),
                 "multiplier": self.multiplier, "shift": self.shift, "sigmoid": int(self.sigmoid),
                 "by_score": int(self.correction is not None), "group": self.group,
-                "chosen_groups": self.chosen_groups, "pair": int(self.pair)}
+                "chosen_groups": self.chosen_groups, "pair": int(self.pair),
+                "sparse": int(self.sparse), "threshold": self.threshold}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,10 @@ class Decoder:
         self.nodes: list[ir.Node] = [host]
         self.weights: list[ir.Value] = []
 
-    def weight(self, array: np.ndarray) -> ir.Value:
-        name = f"weight{len(self.weights)}"
-        value = ir.val(name, dtype=ir.DataType.FLOAT, shape=ir.Shape(np.shape(array)))
-        value.const_value = ir.tensor(np.asarray(array, np.float32), name=name)
+    def weight(self, array: np.ndarray, dtype: type = np.float32) -> ir.Value:
+        name, array = f"weight{len(self.weights)}", np.asarray(array, dtype)
+        value = ir.val(name, dtype=ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape))
+        value.const_value = ir.tensor(array, name=name)
         self.weights.append(value)
         return value
 
@@ -83,6 +83,35 @@ class Decoder:
                       causal=1)
         x = self.node("Add", x, self.linear(y, features))
         y = self.node("Pointwise", self.linear(self.norm(x), hidden), function="silu")
+        return self.node("Add", x, self.linear(y, features))
+
+    def join(self, a: ir.Value, b: ir.Value, heads: int) -> ir.Value:
+        """Heads with the channels of b, which all of them share, at the beginning of both halves and
+        each its own of a behind them."""
+        plain, turned = int(a.shape[-1]), int(b.shape[-1])
+        own = np.arange(plain).reshape(heads, 2, -1)
+        shared = np.broadcast_to(plain + np.arange(turned).reshape(1, 2, -1), (heads, 2, turned // 2))
+        columns = np.concatenate([shared, own], -1).ravel()
+        return self.node("Join", a, b, self.weight(columns, np.int64), channels=len(columns))
+
+    def latent(self, x: ir.Value, heads: int, plain: int, turned: int, value: int, rank: int,
+               query_rank: int = 0, *, joined: bool = False, bias: float = 0.0) -> ir.Value:
+        """Multi-head latent attention. plain : channels of a head that are made of a normalised latent
+        of `rank` channels; turned : of one that all heads share; value : of a head of values;
+        query_rank : of the latent of queries, if any; joined : whether queries are joined, too."""
+        y, features, width = self.norm(x), int(x.shape[-1]), plain + turned
+        latent = self.norm(self.linear(y, rank, bias))
+        of_query = self.norm(self.linear(y, query_rank, bias)) if query_rank else y
+        join = lambda source: self.join(self.linear(source, heads * plain),
+                                        self.linear(y, turned, bias), heads)
+        q = join(of_query) if joined else self.linear(of_query, heads * width)
+        k = join(latent)
+        passing = np.ones((self.tokens, plain // 2)), np.zeros((self.tokens, plain // 2))
+        factors = [self.weight(np.hstack(pair))
+                   for pair in zip(rotary_factors(self.tokens, turned), passing)]
+        q, k = (self.node("Rotary", each, *factors, heads=heads) for each in (q, k))
+        y = self.node("Attention", q, k, self.linear(latent, heads * value, bias), heads=heads,
+                      kv_heads=heads, scale=width**-0.5, causal=1, channels=heads * value)
         return self.node("Add", x, self.linear(y, features))
 
     def model(self, *outputs: ir.Value) -> ir.Model:

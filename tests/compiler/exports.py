@@ -189,6 +189,23 @@ class Moe(nn.Module):
         output = (w2 @ hidden[..., None]).squeeze(-1) + b2
         return (output * weights[..., None]).sum(1)
 
+    def _slots(self, rows, weights, indices):
+        """The weights of one choice after the other gathered."""
+        result = 0
+        for slot in range(self.k):
+            e = indices[:, slot]
+            hidden = self.function((rows[:, None] @ self.w1[e].transpose(1, 2)).squeeze(1) + self.b1[e])
+            output = (hidden[:, None] @ self.w2[e].transpose(1, 2)).squeeze(1) + self.b2[e]
+            result = result + output * weights[:, slot, None]
+        return result
+
+    def _index_add(self, rows, weights, indices):
+        """A list of all choices, added to their tokens; TorchScript exports it wrong."""
+        token, e = torch.arange(rows.shape[0]).repeat_interleave(self.k), indices.reshape(-1)
+        hidden = torch.bmm(self.w1[e], rows[token][..., None]).squeeze(-1) + self.b1[e]
+        output = torch.bmm(self.w2[e], self.function(hidden)[..., None]).squeeze(-1) + self.b2[e]
+        return torch.zeros_like(rows).index_add(0, token, output * weights.reshape(-1, 1))
+
     def _gather_einsum(self, rows, weights, indices):
         hidden = torch.einsum("td,tkhd->tkh", rows, self.w1[indices]) + self.b1[indices]
         output = torch.einsum("tkh,tkdh->tkd", self.function(hidden), self.w2[indices])

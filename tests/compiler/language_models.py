@@ -28,6 +28,9 @@ MODELS = {
     "gpt-neox": ("GPTNeoXConfig", {}),
     "gpt-j": ("GPTJConfig", dict(n_embd=HIDDEN, n_head=4, n_layer=LAYERS, rotary_dim=4,
                                  n_positions=64)),
+    "cohere": ("CohereConfig", {}),
+    "falcon": ("FalconConfig", dict(multi_query=True, parallel_attn=True, new_decoder_architecture=False,
+                                    alibi=False, ffn_hidden_size=48)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
     "olmoe": ("OlmoeConfig", EXPERTS),
     "qwen2-moe": ("Qwen2MoeConfig", dict(EXPERTS, moe_intermediate_size=24,
@@ -38,6 +41,8 @@ MODELS = {
     "glm4-moe": ("Glm4MoeConfig", dict(ROUTED, n_group=2, topk_group=1, head_dim=8)),
     "dots1": ("Dots1Config", dict(ROUTED, n_routed_experts=16, n_group=4, topk_group=2, head_dim=8)),
     "minimax-m2": ("MiniMaxM2Config", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "youtu": ("YoutuConfig", dict(LATENT, q_lora_rank=24)),
+    "minicpm3": ("MiniCPM3Config", dict(LATENT, q_lora_rank=24)),
     "deepseek-v3": ("DeepseekV3Config", dict(LATENT, q_lora_rank=24, n_group=2, topk_group=1)),
 }
 

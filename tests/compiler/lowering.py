@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+import numpy as np
+
 from moeware.compiler.allocate import allocate
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
@@ -63,6 +65,43 @@ def decoder(seed: int, form: str, *, tokens: int, width: int, heads: int, hidden
     return graph
 
 
+def latent(seed: int, *, tokens: int, plain: int, turned: int, value: int, heads: int, hidden: int,
+           rank: int | None = 5, gain: float = 1.0, bits: int = 8, joined: bool = False) -> Graph:
+    """A block with multi-head latent attention: a head of a key has `plain` channels of a normalised
+    latent and `turned` ones that all heads share, a head of a value `value`.
+
+    rank : of the latent that queries are made of, or None; joined : whether queries are made of two
+    products, too.
+    """
+    graph = Graph(seed, gain=gain, bits=bits)
+    size, width = heads * value, plain + turned
+    x = graph.input(tokens, size, Memory.RESIDUAL)
+    y = graph.norm(x, NormMode.RMS)
+    of_query, of_key = (
+        graph.norm(graph.add_linear(y, None, depth), NormMode.RMS) if depth else y
+        for depth in (rank, 7))
+    rotation = graph.rotation(tokens, width)
+
+    def join() -> str:
+        """Of every head the first channels from one product and the last ones from another."""
+        made = graph.add_linear(y, graph.add_linear(of_key, None, heads * width), heads * width)
+        for op, mine in zip(graph.operations[-2:], (slice(turned, None), slice(turned))):
+            for array in (op.weight, op.affine.bias):
+                kept = np.zeros_like(array).reshape(heads, width, -1)
+                kept[:, mine] = array.reshape(kept.shape)[:, mine]
+                array[:] = kept.reshape(array.shape)
+        return made
+
+    project = lambda: graph.add_linear(of_query, None, heads * width)
+    q, k = (graph.norm(made(), NormMode.SCALE, rotation=rotation)
+            for made in (join if joined else project, join))
+    attended = graph.attention(q, k, graph.linear(of_key, size), heads, heads, causal=True)
+    x = graph.add_linear(attended, x, size)
+    x = graph.add_linear(graph.linear(graph.norm(x, NormMode.RMS), hidden, table=True), x, size)
+    graph.add_linear(graph.norm(x, NormMode.RMS, first_row=tokens - 1, rows=1), None, 7)
+    return graph
+
+
 def quantised(graph: Graph | QuantisedStep) -> QuantisedStep:
     """The graph as a step whose inputs and results that nothing reads are ports."""
     if isinstance(graph, QuantisedStep):
@@ -74,7 +113,8 @@ def quantised(graph: Graph | QuantisedStep) -> QuantisedStep:
                     split=(rows, channels), order=(0, 1),
                     region=Region(memory=memory, rows=rows, channels=channels, address=0))
     heads = [op.output for op in graph.operations if getattr(op, "residual", "") is None
-             and not any(getattr(other, "source", None) == op.output for other in graph.operations)]
+             and not any(op.output in (getattr(other, "source", None), getattr(other, "residual", None))
+                         for other in graph.operations)]
     return QuantisedStep(graph.operations, [port(*item) for item in graph.sources.items()],
                          [port(name, Memory.RESIDUAL) for name in heads])
 

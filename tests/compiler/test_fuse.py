@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from moeware.compiler.canonical import sources
+from moeware.compiler.canonical import REASON, sources
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from tests.compiler import exports
@@ -22,6 +24,10 @@ SHARED = "LayerNorm Linear Pointwise Linear Route Experts Add Add"
 CLASS = ("PatchEmbed ClassToken AddConstant", "LayerNorm TakeToken Linear")
 REGISTERS = (f"PatchEmbed{3 * ' ClassToken'} AddConstant", "LayerNorm TakeToken Linear")
 MEAN = ("PatchEmbed AddConstant", "LayerNorm MeanTokens Linear")
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 def expected(*blocks, ends=CLASS):
@@ -51,12 +57,16 @@ MODELS = {
     "gelu tanh": (lambda: vit(mixer=Mlp(nn.GELU("tanh"))), (ATTENTION, DENSE), CLASS),
     "silu": (lambda: vit(mixer=Mlp(nn.SiLU())), (ATTENTION, DENSE), CLASS),
     "relu": (lambda: vit(mixer=Mlp(nn.ReLU())), (ATTENTION, DENSE), CLASS),
+    "squared relu": (lambda: vit(mixer=Mlp(lambda x: F.relu(x) ** 2)), (ATTENTION, DENSE), CLASS),
+    "hard swish": (lambda: vit(mixer=Mlp(nn.Hardswish())), (ATTENTION, DENSE), CLASS),
+    "quick gelu": (lambda: vit(mixer=Mlp(quick_gelu)), (ATTENTION, DENSE), CLASS),
     "loop": (lambda: vit(mixer=Moe("loop")), (ATTENTION, MOE), CLASS),
     "where": (lambda: vit(mixer=Moe("where")), (ATTENTION, MOE), CLASS),
     "scatter": (lambda: vit(mixer=Moe("scatter")), (ATTENTION, MOE), CLASS),
     "onehot": (lambda: vit(mixer=Moe("onehot")), (ATTENTION, MOE), CLASS),
     "gather": (lambda: vit(mixer=Moe("gather")), (ATTENTION, MOE), CLASS),
     "gather einsum": (lambda: vit(mixer=Moe("gather_einsum")), (ATTENTION, MOE), CLASS),
+    "choice by choice": (lambda: vit(mixer=Moe("slots")), (ATTENTION, MOE), CLASS),
     "stack": (lambda: vit(mixer=Moe("stack")), (ATTENTION, MOE), CLASS),
     "shared expert": (lambda: vit(mixer=Moe("shared")), (ATTENTION, SHARED), CLASS),
     "registers": (lambda: vit(pool="registers"), (ATTENTION, DENSE), REGISTERS),
@@ -64,6 +74,8 @@ MODELS = {
     "top first": (lambda: vit(mixer=Moe("scatter", "top_first")), (ATTENTION, MOE), CLASS),
     "top 1": (lambda: vit(mixer=Moe("gather", "all", k=1)), (ATTENTION, MOE), CLASS),
     "top 3": (lambda: vit(mixer=Moe("onehot", k=3)), (ATTENTION, MOE), CLASS),
+    "quick gelu experts": (
+        lambda: vit(mixer=Moe("scatter", function=quick_gelu)), (ATTENTION, MOE), CLASS),
     "silu experts": (lambda: vit(mixer=Moe("gather", function=nn.SiLU())), (ATTENTION, MOE), CLASS),
 }
 
@@ -171,3 +183,12 @@ def test_other_weights_between_softmax_and_experts_stay_plain(tmp_path):
     path = export(vit(mixer=Squared("loop")), tmp_path / "m.onnx", opset=17, dynamo=False)
     operators = {node.op_type for node in fuse(load(path)).graph}
     assert "TopK" in operators and not operators & {"Route", "Experts"}
+
+
+def test_a_list_of_all_choices(tmp_path):
+    path = export(vit(mixer=Moe("index_add")), tmp_path / "m.onnx", 18, dynamic=False)
+    check(path, expected(ATTENTION, MOE), frames=1)
+    # Each token keeps the result of its last expert: what the file says, not what the module does.
+    path = export(vit(mixer=Moe("index_add")), tmp_path / "m.onnx", 17, False)
+    (top_k,) = [node for node in check(path, frames=1).graph if node.op_type == "TopK"]
+    assert "export with dynamo=True" in top_k.metadata_props[REASON]

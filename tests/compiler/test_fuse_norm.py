@@ -1,4 +1,4 @@
-"""Root-mean-square norms, in every form that exporters write, become RMSNorm."""
+"""Norms, in every form that exporters write, become RMSNorm and LayerNorm."""
 
 from pathlib import Path
 
@@ -112,3 +112,38 @@ def test_layer_norm_is_not_taken_for_one(tmp_path):
 def test_operator_of_onnx_runtime(case):
     model = check(CASES / f"{case}.onnxtxt", seeds=(1, 2), frames=1)
     assert operators_of(model).count("RMSNorm") == 1
+
+
+def by_moments(x):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x * x).mean(-1, keepdim=True) - mean * mean + EPSILON).sqrt()
+
+
+LAYER_FORMS = {
+    "deviation": lambda x: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(
+        (x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + EPSILON),
+    "variance": lambda x: (x - x.mean(-1, keepdim=True)) / (
+        x.var(-1, keepdim=True, unbiased=False) + EPSILON).sqrt(),
+    "moments": by_moments,
+    "operator": lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPSILON),
+}
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, form, affine):
+        super().__init__()
+        self.form, self.affine = form, affine
+        self.gamma, self.beta = (nn.Parameter(torch.randn(FEATURES)) for _ in range(2))
+
+    def forward(self, x):
+        y = self.form(x)
+        return {"gamma and beta": y * self.gamma + self.beta, "gamma": self.gamma * y, "": y}[self.affine]
+
+
+@pytest.mark.parametrize("form", LAYER_FORMS)
+@pytest.mark.parametrize("affine", ["gamma and beta", "gamma", ""])
+@pytest.mark.parametrize("opset,dynamo", [(17, False), (20, True), (23, True)])
+def test_layer_norm(tmp_path, form, affine, opset, dynamo):
+    torch.manual_seed(1)
+    path = write(tmp_path, LayerNorm(LAYER_FORMS[form], affine), opset, dynamo)
+    check(path, ["LayerNorm"], seeds=(1, 2), frames=1)

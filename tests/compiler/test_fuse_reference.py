@@ -67,3 +67,13 @@ def test_verifier_names_node_and_rule(model):
     finally:
         attention.attributes["heads"] = heads
     verify(model)
+
+
+def test_a_number_stays_one(tmp_path):
+    """An index without axes takes one away; as a list of one it would leave an axis of 1."""
+    (tmp_path / "m.onnxtxt").write_text("""<ir_version: 8, opset_import: ["" : 17]>
+        model (float[1, 4, 3] x) => (float[1, 3] y)
+        <int64 second = {1}> { y = Gather <axis: int = 1> (x, second) }""")
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    model = load(tmp_path / "m.onnxtxt")
+    np.testing.assert_array_equal(evaluate(model, {"x": x})["y"], x[:, 1])

@@ -13,6 +13,7 @@ from moeware.compiler.load import load
 from moeware.compiler.partition import describe, partition, report
 from moeware.compiler.reference import evaluate
 from tests.compiler import exports
+from tests.compiler.canonical_models import CHANNELS, SIDE, Canonical
 from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, export
 
 CASES = Path(__file__).parent / "cases"
@@ -58,6 +59,21 @@ def test_whole_model_on_the_accelerator(tmp_path, mixer, pool):
     assert (step.kind, step.inputs, step.outputs) == ("fpga", ("image",), ("logits",))
     count = len(model.graph)
     assert describe(parts) == f"fpga {count}/{count} nodes, 100.0 % of MACs"
+
+
+def test_only_the_norm_of_an_embedding_stays_on_the_host():
+    """CLIP: the first norm makes the stream; what it reads and what reads it is on the accelerator."""
+    made = Canonical(5)
+    x = made.norm(made.start(12))
+    x = made.residual(x, made.linear(made.pointwise(made.linear(made.norm(x), 16), "quick_gelu"), 12))
+    model = made.model(made.linear(made.norm(x), 5))
+    parts = partition(model)
+    assert [step.kind for step in parts.steps] == ["fpga", "host", "fpga"]
+    (node,) = parts.steps[1].nodes
+    reason = parts.reasons[node.name]
+    assert node.op_type == "LayerNorm" and reason.rule.startswith("LayerNorm of the embedding makes")
+    image = np.random.default_rng(0).normal(size=(3, CHANNELS, SIDE, SIDE)).astype(np.float32)
+    run_steps(model, parts, {"image": image})
 
 
 def test_steps_are_cut_at_the_stream(mixed):
@@ -123,7 +139,7 @@ def test_report_counts_macs(mixed):
     "case,words",
     [
         ("three_operand_einsum", "3-operand Einsum is not a supported form; write"),
-        ("post_norm", "reads norm or norm row or attention or function or product; use pre-norm"),
+        ("post_norm", "or attention or function or product or normalised linear; use pre-norm"),
         ("masked_attention", "Softmax of an attention that no rule recognises; write it as"),
     ],
 )

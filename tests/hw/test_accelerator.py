@@ -352,6 +352,7 @@ FORMS = [
     {"sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1, "pair": 1, "shift": 14},
     {"destination_stride": 2}, {"destination_stride": 1, "choice": 2},
     {"destination_stride": 3, "sigmoid": 1, "shift": 14},
+    {"sparse": 1, "threshold": 12_000, "over_chosen": 0},
 ]
 
 

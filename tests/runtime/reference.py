@@ -87,21 +87,21 @@ def _norm(op, values):
 
 def _attention(op, values):
     key, value = values[op.key], values[op.value]
-    width = value.shape[1] // op.key_heads
-    query = (np.zeros((1, op.heads * width), np.int64) if op.query is None else values[op.query])
-    result = np.zeros((len(query), op.heads * width), np.int64)
-    for head in range(op.heads):
-        own = slice(head * width, (head + 1) * width)
-        shared = head * op.key_heads // op.heads
-        shared = slice(shared * width, (shared + 1) * width)
-        for row in range(len(query)):
+    keys, values_of = (np.split(array, op.key_heads, 1) for array in (key, value))
+    query = np.zeros((1, keys[0].shape[1] * op.heads), np.int64) if op.query is None else values[op.query]
+    results = []
+    for head, queries in enumerate(np.split(query, op.heads, 1)):
+        key, value = (each[head * op.key_heads // op.heads] for each in (keys, values_of))
+        rows = []
+        for row, own in enumerate(queries):
             seen = row + len(key) - len(query) + 1 if op.causal else len(key)
-            scores = key[:seen, shared] @ query[row, own]
+            scores = key[:seen] @ own
             weights = numerics.probability(
                 numerics.octaves(scores.max() - scores, op.multiplier, op.shift))
             scale = numerics.row_scale(weights.sum(), op.out_multiplier, op.out_shift)
-            result[row, own] = numerics.requantise(weights @ value[:seen, shared], *scale)
-    return result
+            rows.append(numerics.requantise(weights @ value[:seen], *scale))
+        results.append(np.stack(rows))
+    return np.hstack(results)
 
 
 def _route(op, values):
@@ -224,7 +224,8 @@ class Graph:
         grouped = {"group": 2, "chosen_groups": -(-chosen // 2)}
         yield from ({}, grouped, {"sigmoid": True}, {"sigmoid": True, **grouped},
                     {"sigmoid": True, "correction": correction},
-                    {"sigmoid": True, "correction": correction, "pair": True, **grouped})
+                    {"sigmoid": True, "correction": correction, "pair": True, **grouped},
+                    {"sparse": True, "threshold": 6000})
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
                 table: bool = True, gated: bool = False) -> str:

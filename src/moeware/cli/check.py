@@ -35,21 +35,27 @@ def placement(model: str, choices: dict[str, list[int]] | None = None, *,
     from moeware.api import find_config
     from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
+    from moeware.compiler.kept import Kept
+    from moeware.compiler.kept_weights import survey
     from moeware.compiler.load import load
     from moeware.compiler.partition import describe, partition, report
     from moeware.compiler.problems import problems
     first = combinations(check_choices(choices or {}))[0]
-    parts = partition(fuse(load(model, first)), config and find_config(config))
-    facts = report(parts)
+    canonical = fuse(load(model, first))
+    parts = partition(canonical, config and find_config(config))
+    kept = Kept.of(canonical)
+    survey(kept, parts.steps)
+    facts = report(parts) | {"kept": kept.report()}
     return {"ok": not (strict and facts["host_nodes"]), "model": model,
             "placement": describe(parts), **facts,
             "problems": [problem.to_dict(facts["macs"]) for problem in problems(parts)]}
 
 
 def text(facts: dict) -> str:
-    from moeware.cli.tables import table
+    from moeware.cli.tables import kept_lines, table
+    kept = kept_lines(facts["kept"], "can keep")
     if not facts["problems"]:
-        return f"{facts['model']}: {facts['placement']}"
+        return "\n".join([f"{facts['model']}: {facts['placement']}", *kept])
     rows = [["node", "operator", "MACs", "why on the host", "what to change"]]
     notes: dict[int, list[str]] = {}  # below the row of this number
     for problem in facts["problems"]:
@@ -61,7 +67,7 @@ def text(facts: dict) -> str:
     lines = [f"{facts['model']}: {facts['placement']}", ""]
     for number, line in enumerate(table(rows, right=(2,)).splitlines()):
         lines += [line, *notes.get(number, [])]
-    return "\n".join(lines)
+    return "\n".join(lines + kept)
 
 
 def _notes(problem: dict) -> list[str]:

@@ -82,12 +82,13 @@ def _estimate(program, arguments) -> dict:
 def text(facts: dict) -> str:
     if facts["program"] is None:
         return f"stopped after stage {facts['stopped']}; results in {facts['dump']}"
-    from moeware.cli.tables import estimate_table, expert_bits_table
+    from moeware.cli.tables import estimate_table, expert_bits_table, kept_lines
     lines = [facts["placement"],
              (f"{facts['program']}: {facts['file_bytes']:,} bytes, for configuration "
              f"{facts['config_digest']}; image {facts['image_bytes']:,} bytes, DRAM "
              f"{facts['dram_bytes']:,} bytes, {facts['macs_per_frame']:,} MACs a frame")]
     lines += sorted(set(facts["metadata"]["plans"]))
+    lines += kept_lines(facts["metadata"]["kept"], "kept")
     if facts["metadata"]["expert_bits"]:
         lines.append(expert_bits_table(facts["metadata"]["expert_bits"]))
     lines.append(estimate_table(facts["estimate"]))

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-__all__ = ["counter_table", "estimate_table", "expert_bits_table", "idle_table", "layer_table", "table", "working_line"]
+__all__ = ["counter_table", "estimate_table", "expert_bits_table", "idle_table", "kept_lines",
+           "layer_table", "table", "working_line"]
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
@@ -28,6 +29,18 @@ def counter_table(counters: dict[str, float]) -> str:
                                     for state in ENGINE_COUNTERS)]
             for engine in Engine)], right=(1, 2, 3)))
     return "\n".join(lines)
+
+
+def kept_lines(kept: dict, verb: str, most: int = 6) -> list[str]:
+    """What becomes of the scales that a quantised model brings along (see `Kept.report`): none for a
+    float model; at most so many names for a reason."""
+    if not kept["scales"]:
+        return []
+    lines = [f"{verb} {kept['kept']} of {kept['scales']} scales of the file"]
+    for reason, names in kept["others"].items():
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        lines.append(f"  {reason}: {', '.join(names[:most])}{more}")
+    return lines
 
 
 def layer_table(step: dict) -> str:
