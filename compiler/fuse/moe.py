@@ -50,7 +50,7 @@ def fuse_moe(model: ir.Model) -> None:
     Route
         - ``TopK`` of a linear gate's logits, of their ``Softmax``, or a ``Softmax`` of the chosen;
           weights divided by their sum or not
-        - one ``TopK`` after another, of what is left (GShard)
+        - one ``TopK`` or ``ArgMax`` after another, of what is left (GShard)
         - a limited number of tokens for each expert, places counted by ``CumSum`` or a product, token
           by token (Switch Transformer), or the first choices of all before any second one (GShard,
           V-MoE)

@@ -127,6 +127,35 @@ class TopOneTwice(CapacityMoe):
         return getattr(self, f"_{self.form}")(rows, weights, indices, place, kept).reshape(x.shape)
 
 
+class Switch(CapacityMoe):
+    """One expert, the largest, and a mask of those that have a place (Hugging Face's Switch)."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, exports.DIM)
+        probabilities = self.gate(rows).softmax(-1)
+        hot = F.one_hot(probabilities.argmax(-1), exports.EXPERTS)
+        hot = hot * (hot.cumsum(-2) <= self.capacity)
+        results = sum(hot[:, e, None] * self._expert(e, rows) for e in range(exports.EXPERTS))
+        return (results * probabilities.max(-1, keepdim=True).values).reshape(x.shape)
+
+
+class ArgMaxTwice(CapacityMoe):
+    """The second expert is the largest of the logits left (GShard in fairseq)."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, exports.DIM)
+        logits = self.gate(rows)
+        probabilities, one = logits.softmax(-1), logits.argmax(-1)
+        first = F.one_hot(one, exports.EXPERTS)
+        two = logits.masked_fill(first.bool(), float("-inf")).argmax(-1)
+        indices = torch.stack([one, two], 1)
+        weights = probabilities.gather(1, indices)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-7)
+        place = getattr(self, f"_by_{self.places}")(indices, weights)
+        kept = place < self.capacity
+        return getattr(self, f"_{self.form}")(rows, weights, indices, place, kept).reshape(x.shape)
+
+
 def vit(*mixers):
     """A vision transformer with a block for each mixer, without attention, as an export takes time."""
     torch.manual_seed(5)

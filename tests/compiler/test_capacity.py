@@ -9,7 +9,13 @@ from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.reference import evaluate
 from tests.compiler import exports
-from tests.compiler.capacity_modules import CapacityMoe, TopOneTwice, vit
+from tests.compiler.capacity_modules import (
+    ArgMaxTwice,
+    CapacityMoe,
+    Switch,
+    TopOneTwice,
+    vit,
+)
 from tests.compiler.exports import example, export, run_onnx
 
 DYNAMO, TORCHSCRIPT = {"dynamo": True, "opset": 20}, {"dynamo": False, "opset": 17}
@@ -87,6 +93,17 @@ def test_one_choice_after_another(tmp_path, how):
     path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **how)
     check(path, [{"capacity": 2, "order": "choice", "normalise": "chosen", "k": 2},
                  {"capacity": 0, "order": "token", "normalise": "all", "k": 2}])
+
+
+@pytest.mark.parametrize("how", [DYNAMO, TORCHSCRIPT], ids=["dynamo", "TorchScript"])
+def test_choices_by_arg_max(tmp_path, how):
+    mixers = [Switch(capacity=2), ArgMaxTwice("einsum", "ranks", capacity=2), Switch(capacity=7),
+              ArgMaxTwice("scatter", "tokens", capacity=7)]
+    path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **how)
+    check(path, [{"k": k, "capacity": capacity, "order": order, "normalise": normalise}
+                 for k, capacity, order, normalise in (
+                     (1, 2, "token", "all"), (2, 2, "choice", "chosen"), (1, 0, "token", "all"),
+                     (2, 0, "token", "chosen"))])
 
 
 class Groups(CapacityMoe):

@@ -243,7 +243,8 @@ def test_equal_scores_are_chosen_by_index():
     ({"group_score": "mean"}, "group_score is one of"), ({"threshold": 0.5}, "0 unless score"),
     (SPARSE | {"threshold": 2.0}, "below 2"), (SPARSE | {"threshold": -0.5}, "at least 0"),
     (SPARSE | {"groups": 4, "chosen_groups": 2}, "no groups"),
-    (SPARSE | {"normalise": "chosen"}, "sparse normalises all"), ({"capacity": 5}, "less than the tokens"),
+    (SPARSE | {"normalise": "chosen"}, "sparse normalises all"),
+    (SPARSE | {"capacity": 1}, "sparse has no capacity"), ({"capacity": 5}, "less than the tokens"),
     ({"capacity": -1}, "less than the tokens"), ({"normalise": "kept"}, "with a capacity, kept"),
     ({"order": "choice"}, "without a capacity"), ({"capacity": 1, "order": "last"}, "order is one of")])
 def test_verifier_refuses_routes(change, rule):
