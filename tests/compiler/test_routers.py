@@ -149,7 +149,8 @@ def test_sparse_mixer_of_transformers(tmp_path, jitter):
     module = Chosen()
     torch.nn.init.normal_(module.router.weight)
     (match,), _ = matches(module, tmp_path)
-    assert match.form.attributes == SPARSE | {"k": 2, "threshold": pytest.approx(2 * jitter, rel=1e-6)}
+    assert match.form.attributes == UNLIMITED | SPARSE | {
+        "k": 2, "threshold": pytest.approx(2 * jitter, rel=1e-6)}
     assert match.form.factor == pytest.approx(1, rel=1e-5)
 
 
