@@ -135,3 +135,11 @@ def test_rate(experts, chosen):
     assert lone == (corrected + fed + 2 * experts + 2 + (chosen - 1) * turn + Router.LATENCY
                     + Router.FORMS_LATENCY)
     assert many <= lone + fed * (subject.tokens - 1) + 20 * chosen * turn
+
+
+def test_capacities():
+    """Each round of a row is a choice of its own number; a row ends with its last one."""
+    fields = [{"capacity": 1}, {"choice": 2}, {"capacity": 3, "choice": 1},
+              {"capacity": 3, "choice": 3, "same_frame": 1}, {}]
+    route(sizes(), [(close_logits(7, 6, number), 3, 0, LOUD, sparse() | each)
+                    for number, each in enumerate(fields)], 0.3)
