@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, is_canonical, sources
 from moeware.compiler.fuse.region import inputs_of
-from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.fuse.trace import LAYOUT, is_op, static_shape
 from moeware.compiler.kinds import MAY_FOLLOW, READS, STREAMS, Kind, result, rule_broken
 from moeware.compiler.macs import macs
 from moeware.compiler.reasons import Reason, follows, plain_reason, reason_of
@@ -253,7 +253,7 @@ def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
 
 def describe(parts: Partition) -> str:
     """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``, with the cause that keeps
-    the most MACs on the host, or of equals the most nodes."""
+    the most MACs on the host, or of equals the most nodes; one that computes, if there is any."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
@@ -264,7 +264,9 @@ def describe(parts: Partition) -> str:
     for entry in counts["host"]:
         stakes[causes[str(entry["node"])]] += entry["macs"]
         followers[causes[str(entry["node"])]] += 1
-    cause = max(followers, key=lambda each: (stakes[each], followers[each]))
+    computing = {str(node.name) for step in parts.steps for node in step.nodes
+                 if not is_op(node, *LAYOUT)}
+    cause = max(followers, key=lambda each: (each.node in computing, stakes[each], followers[each]))
     return f"{line}; host {counts['host_nodes']} ({cause.rule})"
 
 
