@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, is_canonical, sources
-from moeware.compiler.fuse.region import inputs_of
+from moeware.compiler.fuse.region import inputs_of, region
 from moeware.compiler.fuse.trace import LAYOUT, is_op, static_shape
 from moeware.compiler.kinds import MAY_FOLLOW, READS, STREAMS, Kind, result, rule_broken
 from moeware.compiler.macs import macs
@@ -65,9 +65,10 @@ class Partition:
 OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary",
            "Route": "router_forms"}
 _NORMS = ("LayerNorm", "RMSNorm")
+_EMBEDS = ("PatchEmbed", "ClassToken", "AddConstant")
 _NORM_AS_STREAM = (
-    "{} of the embedding makes the residual stream that `{}` reads, and norms on the accelerator only "
-    "make what a Linear or a router reads; accept that the host runs it, or train without it"
+    "{} of the embedding makes the residual stream, and norms on the accelerator only make what a "
+    "Linear or a router reads; accept that the host runs it, or train without it"
 )
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
@@ -115,10 +116,10 @@ def _violations(
         if node not in host:
             known = is_canonical(node) and node.op_type in READS
             text = rule_broken(node, kinds) if known else plain_reason(node)
-            norm = _norm_of_norm(node, kinds)
+            norm = _embedding_norm(node, kinds)
             if norm is not None:
                 # Alone: what reads it breaks no rule where the stream enters behind it.
-                yield norm, reason_of(norm, _NORM_AS_STREAM.format(norm.op_type, node.name))
+                yield norm, reason_of(norm, _NORM_AS_STREAM.format(norm.op_type))
                 return
             if text is not None:
                 before = _host_operand(node, kinds, {*host, *fresh}) if known else None
@@ -135,10 +136,14 @@ def _violations(
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
 
 
-def _norm_of_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
-    """The norm on the accelerator whose result norm ``node`` reads as a residual stream."""
+def _embedding_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
+    """The norm of an embedding whose result norm ``node`` reads as a residual stream."""
     x = node.inputs[0] if is_canonical(node) and node.op_type in _NORMS else None
-    return x.producer() if x in kinds and kinds[x].name == "norm" else None
+    if x not in kinds or kinds[x].name != "norm":
+        return None
+    norm, *before = region([x], [])[0][::-1]
+    embeds = all(not is_canonical(each) or each.op_type in _EMBEDS for each in before)
+    return norm if embeds else None
 
 
 def _host_operand(
