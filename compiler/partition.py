@@ -110,7 +110,7 @@ def _violations(
     model: ir.Model, host: dict[ir.Node, Reason]
 ) -> Iterator[tuple[ir.Node, Reason]]:
     """Nodes that cannot run on the accelerator while ``host`` runs on the host, with reasons."""
-    kinds: dict[ir.Value, Kind] = {value: Kind("image") for value in model.graph.inputs}
+    kinds = {value: Kind("stream" if _is_rows(value) else "image") for value in model.graph.inputs}
     fresh: dict[ir.Node, Reason] = {}
     for number, node in enumerate(model.graph):
         if node not in host:
@@ -127,13 +127,17 @@ def _violations(
                 fresh[node] = follows(node, before, reads) if before else reason_of(node, text)
         for value in node.outputs:
             if node in host or node in fresh:
-                shape = static_shape(value)
-                rows = shape is not None and len(shape) == 3 and shape[0] == 1
-                kinds[value] = Kind("stream" if rows else "image", number)
+                kinds[value] = Kind("stream" if _is_rows(value) else "image", number)
             else:
                 kinds[value] = result(node, kinds, number)
     # The cuts are looked at only when every node that is left fits its rule.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
+
+
+def _is_rows(value: ir.Value) -> bool:
+    """Whether ``value`` may enter as a residual stream: an embedding that the caller or the host made."""
+    shape = static_shape(value)
+    return shape is not None and len(shape) == 3 and shape[0] == 1
 
 
 def _embedding_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
