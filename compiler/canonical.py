@@ -19,10 +19,11 @@ Attention     q, k, v  ([B, N, heads*dim])            heads, kv_heads, scale, ca
 Pointwise     x                                       function (see ``FUNCTIONS``)
 Multiply      a, b
 Add           a, b
-Route         x, weight[E, D], bias[E],               k, score ("softmax" or "sigmoid"),
-              correction[E]                           normalise ("chosen" or "all"),
+Route         x, weight[E, D], bias[E],               k, score ("softmax", "sigmoid" or
+              correction[E]                           "sparse"), normalise ("chosen" or "all"),
                                                       groups, chosen_groups,
-                                                      group_score ("max" or "pair")
+                                                      group_score ("max" or "pair"),
+                                                      threshold
 Experts       x, indices[B, N, k], weights[B, N, k],  function
               w1[E, H, D], b1[E, H],
               w2[E, D, H], b2[E, D]
@@ -50,7 +51,10 @@ by their sum (for softmax equal to softmax over the chosen logits). Where there 
 ``groups`` of experts that follow one another, only those of the ``chosen_groups`` best are chosen
 from; a group is as good as its largest corrected score or, for "pair", the sum of its two largest
 (DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2). A constant factor of the weights belongs
-into the experts' second layer.
+into the experts' second layer. "sparse" chooses one expert after another by ``Wx + b`` alone: the
+largest of those left, weighted by the softmax over those of them that are near it, ``(largest - s) /
+max(|s|, largest) <= threshold``, where 0 / 0 is near (SparseMixer-v2 as Phi-3.5-MoE runs it: Liu et
+al. 2024, GRIN). Its threshold is below 2, which nothing exceeds; others have 0.
 ``Experts`` is ``sum over the chosen of weight * (W2 f(W1 x + b1) + b2)``; ``GatedExperts`` has
 ``f(W1 x + b1) * (W3 x + b3)`` in place of ``f(W1 x + b1)``, as a gated feed-forward network has by
 ``Multiply`` (GLU: Shazeer 2020, section 2).
@@ -88,7 +92,8 @@ __all__ = [
 
 DOMAIN = "moeware"
 # Attributes of a Route that compares softmax scores alone, beside k and normalise.
-PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max"}
+PLAIN_ROUTE = {"score": "softmax", "groups": 1, "chosen_groups": 1, "group_score": "max",
+               "threshold": 0.0}
 REASON = "moeware.reason"  # metadata of a plain node: why it has no canonical form, and a remedy
 # Operator: (number of inputs, index of the first weight, attributes).
 _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -104,7 +109,8 @@ _SIGNATURES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "Pointwise": (1, 1, ("function",)),
     "Multiply": (2, 2, ()),
     "Add": (2, 2, ()),
-    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score")),
+    "Route": (4, 1, ("k", "score", "normalise", "groups", "chosen_groups", "group_score",
+                     "threshold")),
     "Experts": (7, 3, ("function",)),
     "GatedExperts": (9, 3, ("function",)),
     "SoftExperts": (6, 1, ("function",)),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 FUNCTIONS = (
     "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu", "silu", "hard_swish", "sigmoid", "tanh",
 )  # fmt: skip
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sparse")
 NORMALISATIONS = ("chosen", "all")
 GROUP_SCORES = ("max", "pair")
 
@@ -102,6 +102,11 @@ def _route(inputs: Shapes, outputs: Shapes, attrs: dict, require: Require) -> No
     require(attrs["normalise"] in NORMALISATIONS, f"normalise is one of {NORMALISATIONS}")
     require(attrs["group_score"] in GROUP_SCORES, f"group_score is one of {GROUP_SCORES}")
     require(attrs["group_score"] != "pair" or size > 1, "a group of which a pair counts has two")
+    sparse = attrs["score"] == "sparse"
+    require(not sparse or groups == 1 and attrs["group_score"] == "max", "sparse has no groups")
+    require(not sparse or attrs["normalise"] == "all", "sparse normalises all")
+    require(0 <= attrs["threshold"] < 2, "threshold is at least 0 and below 2")
+    require(sparse or attrs["threshold"] == 0, "threshold is 0 unless score is sparse")
     require(outputs == [(*inputs[0][:2], attrs["k"])] * 2, "indices and weights are [B, N, k]")
 
 

@@ -155,6 +155,8 @@ class Linear(Engine):
         tail = i.channels - (groups - 1) * outputs
         self._fetched = max(self._fetched, start + self.ROWS + self.QUEUED * i.queued)
         alone = i.over_chosen | i.sigmoid  # only the chosen are weighed
+        rounds, chosen = (i.chosen, 1) if i.sparse else (1, i.chosen)
+        each = max(i.channels + (0 if alone else chosen), self.ROUTE_ROW)  # of a round
         routed = 0
         for first in range(0, work.rows, c.tokens):
             rows = min(c.tokens, work.rows - first)
@@ -168,16 +170,15 @@ class Linear(Engine):
             self._array = max(end, left - i.source_words)
             self._released = [self._released[1], end]
             if i.target == Target.ROUTER:
-                each = max(i.channels + (0 if alone else i.chosen), self.ROUTE_ROW)
                 for row in range(rows):  # its logits come one row after another
                     came = left - last * (rows - 1 - row) // rows + self._latency
-                    routed = max(routed + each, came)
+                    routed = max(routed + rounds * each, came)
         more = {Target.ACTIVATION: self.ACTIVATE, Target.ROUTER: 0,
                 Target.RESIDUAL: self.RESIDUAL + self.ACCUMULATE * i.accumulate}[i.target]
         self._done = max(self._done + 1, left + self._latency + more)
         if i.target == Target.ROUTER:
-            self._done = (routed + self.ROUTE + 2 * i.chosen + i.channels * (1 if alone else 2)
-                          + self.FORMS * c.router_forms
+            self._done = (routed + self.ROUTE + 2 * chosen + i.channels * (1 if alone else 2)
+                          + (rounds - 1) * each + self.FORMS * c.router_forms
                           + (i.channels + self.GROUPS if i.group else 0))
             free = self._done + 1
         return free, self._done

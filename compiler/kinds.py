@@ -105,6 +105,8 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
 
 def _route_broken(node: ir.Node) -> str | None:
     found, correction = attributes(node), node.inputs[3].const_value.numpy()
+    if found["score"] == "sparse":
+        return None
     if found["score"] == "softmax" and (correction.any() or found["group_score"] == "pair"):
         return (
             "Route by softmax probabilities that are corrected, or of which two are summed, is not a "

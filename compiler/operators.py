@@ -103,6 +103,8 @@ def _route(inputs, attrs, name, record) -> Outputs:
 
 def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Outputs:
     """Indices int64 and weights, [..., k], of logits [..., E] by the attributes of ``Route``."""
+    if attrs["score"] == "sparse":
+        return _one_after_another(logits, attrs["k"], attrs["threshold"])
     sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
     scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
     # Scores rise with the logits, but saturate: logits are compared where nothing is added.
@@ -119,6 +121,17 @@ def route(logits: torch.Tensor, correction: torch.Tensor, attrs: dict) -> Output
         total = weights.sum(-1, keepdim=True)
         weights = weights / total if sigmoid else torch.softmax(logits.gather(-1, indices), -1)
     return indices, weights
+
+
+def _one_after_another(logits: torch.Tensor, k: int, threshold: float) -> Outputs:
+    """``route`` of score "sparse"."""
+    indices, left, weights = _largest(logits, k), logits, []
+    for each in indices.split(1, -1):
+        largest = left.gather(-1, each)
+        far = (largest - logits) / logits.abs().maximum(largest) > threshold
+        weights.append(torch.softmax(left.masked_fill(far, -math.inf), -1).gather(-1, each))
+        left = left.scatter(-1, each, -math.inf)
+    return indices, torch.cat(weights, -1)
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:

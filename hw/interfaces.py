@@ -216,6 +216,8 @@ class RouteSetup(data.Struct):
     group: 8
     chosen_groups: 5
     pair: 1
+    sparse: 1
+    threshold: 16
 
 
 class Logits(data.StructLayout):

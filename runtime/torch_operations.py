@@ -161,7 +161,7 @@ def _(op: quantised.Attention, attended: bool):
 def _(op: quantised.Route, attended: bool):
     product = Product(op.weight)
     bias = torch.from_numpy(np.asarray(op.bias, np.float64))
-    weigh = _scores(op) if op.sigmoid else _softmax(op)
+    weigh = _scores(op) if op.sigmoid else _sparse(op) if op.sparse else _softmax(op)
 
     def route(values: Values, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = product.sums(values[op.source].flatten(0, 1)).double().add_(bias)
@@ -200,6 +200,27 @@ def _scores(op: quantised.Route):
         weights = scores.gather(1, experts)
         r, octave = inverse(weights.sum(-1, keepdim=True) if op.over_chosen else one)
         return experts, weights.mul_(r).mul_(octave).floor_().clamp_(max=65535)
+    return weigh
+
+
+def _sparse(op: quantised.Route):
+    table, factor = gate_weight_table(), op.multiplier * 2.0 ** -op.shift
+    one = 2.0 ** numerics.NEAR_BITS
+
+    def weigh(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, weights = top_experts(logits, op.chosen), []
+        left = torch.ones_like(logits)  # 1 for each expert that was not chosen before
+        for each in experts.split(1, -1):
+            largest = logits.gather(1, each)
+            below = largest - logits
+            # Both sides are integers below 2**48.
+            near = below * one <= logits.abs().maximum(largest) * op.threshold
+            index = (below * factor).add_(0.5).clamp_(0, len(table) - 1).to(torch.int32)
+            parts = table.index_select(0, index.view(-1)).view(index.shape)
+            r, octave = inverse((parts * left * near).sum(-1, keepdim=True))
+            weights.append(parts.gather(1, each).mul_(r).mul_(octave).floor_().clamp_(max=65535))
+            left.scatter_(1, each, 0.0)
+        return experts, torch.cat(weights, 1)
     return weigh
 
 

@@ -14,7 +14,8 @@ from moeware.runtime.device import runs
 
 __all__ = ["GoldenDevice", "GoldenError", "Machine"]
 
-_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair")  # with Config.router_forms
+# With Config.router_forms.
+_ROUTER_FORM = ("sigmoid", "by_score", "group", "chosen_groups", "pair", "sparse", "threshold")
 
 
 class GoldenError(ValueError):
@@ -232,6 +233,8 @@ class Machine:
                              f"not {', '.join(map(str, used.values()))}")
         if i.by_score and not i.sigmoid or i.pair and not i.by_score:
             raise ValueError("LINEAR.by_score must come with sigmoid, and pair with by_score")
+        if i.sparse and (i.over_chosen or i.sigmoid or i.group):
+            raise ValueError("LINEAR.sparse must come without over_chosen, sigmoid and group")
         if i.group and (i.channels % i.group or not 1 <= i.chosen_groups <= self.config.max_chosen
                         or i.chosen > i.chosen_groups * i.group
                         or i.chosen_groups * i.group > i.channels):

@@ -1,6 +1,6 @@
 """Route and Experts: the mixture-of-experts layer, in whatever form it was exported.
 
-Seed: a TopK on router logits. Region: everything between (x, logits) and the first value of x's
+Seed: a TopK or ArgMax on router logits. Region: everything between (x, logits) and the first value of x's
 size through which every result of the routing passes. The products with constants inside the
 region name the expert weights (`moe_weights`); running the region and comparing with the canonical
 form proves or rejects the proposal (`moe_proof`), so the loop over experts, the one-hot combination
@@ -18,8 +18,28 @@ from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe_proof import Proof, prove
 from moeware.compiler.fuse.rebuild import Builder, flat_root
 from moeware.compiler.fuse.region import inputs_of, region
-from moeware.compiler.fuse.routers import RouterForm, match_router, plain_forms
+from moeware.compiler.fuse.routers import (
+    CHOICES,
+    RouterForm,
+    is_router,
+    match_router,
+    plain_forms,
+)
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
+
+_NO_ROUTER = (
+    "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected by "
+    "constants or limited to the best groups, or as a sparse mixer does, is not supported; route by "
+    "softmax and top-k"
+)
+_NO_EXPERTS = (
+    "what follows this choice computes no weighted sum of two-layer or gated experts; write them with "
+    "one known function, weighted by the softmax"
+)
+_OVERWRITTEN = (
+    "ScatterElements overwrites the results of tokens with several experts (the TorchScript exporter "
+    "writes index_add so, which is silently wrong); export with dynamo=True"
+)
 
 
 def fuse_moe(model: ir.Model) -> None:
@@ -33,6 +53,8 @@ def fuse_moe(model: ir.Model) -> None:
         - ``TopK`` of their ``Sigmoid``, with a constant added for the choice or not
         - ``TopK`` among the experts of the best groups, a group's score being its largest, or the sum
           of its two largest (DeepSeek-V2, -V3)
+        - ``ArgMax`` of the logits, and again of those left, each weighted by a ``Softmax`` over those
+          within a proportion of it (sparse mixer: Phi-3.5-MoE)
     Experts, GatedExperts
         - a loop over the experts with a mask weight (``Equal``, ``Cast`` or ``Where``, ``Mul``)
         - a loop with ``NonZero``, ``GatherND`` and an addition by ``ScatterND`` (index_add)
@@ -42,13 +64,9 @@ def fuse_moe(model: ir.Model) -> None:
         - all experts on all tokens, and a ``GatherElements`` of the chosen results
     """
     for node in list(model.graph):
-        if node.graph is not None and is_op(node, "TopK") and not _fuse(model, node):
-            node.metadata_props[REASON] = _reason(node)
-        elif is_op(node, "ArgMax") and _before(node, "MatMul", "Gemm"):
-            node.metadata_props[REASON] = (
-                "a router that takes one largest score at a time (sparse mixer) is no softmax over "
-                "its choice, which is the one that the accelerator makes; route by softmax and top-k"
-            )
+        reason = _fuse(model, node) if is_op(node, *CHOICES) and _decides(node) else None
+        if reason is not None:
+            node.metadata_props[REASON] = reason
 
 
 def refuse_baked_counts(model: ir.Model) -> None:
@@ -94,22 +112,17 @@ def _descendants(value: ir.Value) -> list[ir.Node]:
     return list(found)
 
 
-def _reason(top_k: ir.Node) -> str:
-    """Why the choice of ``top_k`` is that of no recognised mixture."""
-    if _router(top_k) is None:
-        return (
-            "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected "
-            "by constants or limited to the best groups, is not supported; route by softmax and top-k"
-        )
-    if any(map(_overwrites, _descendants(top_k.outputs[1]))):
-        return (
-            "ScatterElements overwrites the results of tokens with several experts (the TorchScript "
-            "exporter writes index_add so, which is silently wrong); export with dynamo=True"
-        )
-    return (
-        "what follows this choice computes no weighted sum of two-layer or gated experts; write "
-        "them with one known function, weighted by the softmax"
-    )
+def _decides(choice: ir.Node) -> bool:
+    """Whether ``choice`` may choose among products: those that an output of the graph depends on, as no
+    longer on those of a replaced region."""
+    after = [each for value in choice.outputs for each in _descendants(value)]
+    return any(value.is_graph_output() for each in after for value in each.outputs) and (
+        is_op(choice, "TopK") or any(is_op(each, "MatMul", "Gemm", "Einsum") for each in after))
+
+
+def _no_experts(choice: ir.Node) -> str:
+    """Why what follows the choice of a router was proven to be no mixture."""
+    return _OVERWRITTEN if any(map(_overwrites, _descendants(choice.outputs[-1]))) else _NO_EXPERTS
 
 
 def _overwrites(node: ir.Node) -> bool:
@@ -120,30 +133,23 @@ def _overwrites(node: ir.Node) -> bool:
     return attribute(node, "axis", 0) == 0 and len(np.unique(rows[:, 0])) < len(rows)
 
 
-def _before(node: ir.Node, *operators: str) -> bool:
-    """Whether one of ``operators`` is among the few nodes that make what ``node`` reads first."""
-    value = node.inputs[0]
-    for _ in range(8):
-        node = value.producer() if value is not None else None  # type: ignore[assignment]
-        if node is None or is_op(node, *operators):
-            return node is not None
-        variable = [read for read in node.inputs if read is not None and read.const_value is None]
-        value = variable[-1] if variable else None
-    return False
-
-
-def _fuse(model: ir.Model, top_k: ir.Node) -> bool:
-    """Replace the mixture behind ``top_k``; whether it was proven to be one."""
-    found, k = _router(top_k), constant(operand(top_k, 1))
-    if k is None or k.size != 1 or attribute(top_k, "largest", 1) != 1:
-        return False
-    if found is not None:
+def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
+    """Replace the mixture behind ``choice``; why it was proven to be none, if it is a router's."""
+    found = _router(choice) if is_op(choice, "TopK") else None
+    k = constant(operand(choice, 1))
+    if is_op(choice, "TopK") and (k is None or k.size != 1 or attribute(choice, "largest", 1) != 1):
+        return _NO_ROUTER if found is None else _no_experts(choice)
+    if found is not None and k is not None:
         logits, layer = found
         forms = plain_forms(len(layer.weight), int(k.reshape(())))
         if _fuse_routed(model, logits, layer, forms):
-            return True
-    match = match_router(model, top_k)
-    return match is not None and _fuse_routed(model, match.logits, match.layer, [match.form])
+            return None
+    match = match_router(model, choice)
+    if match is None and found is None:
+        return _NO_ROUTER if is_op(choice, "TopK") or is_router(choice) else None
+    if match is None or not _fuse_routed(model, match.logits, match.layer, [match.form]):
+        return _no_experts(choice)
+    return None
 
 
 def _fuse_routed(
@@ -262,4 +268,4 @@ def replace_moe(
 
 def _is_routing(node: ir.Node) -> bool:
     """Whether ``node`` works on scores alone; the rest of the region belongs to Experts."""
-    return is_op(node, "Softmax", "TopK", "ReduceSum", "Div", "Clip")
+    return is_op(node, "Softmax", "TopK", "ArgMax", "ReduceMax", "ReduceSum", "Div", "Clip")

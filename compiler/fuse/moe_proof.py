@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, run
-from moeware.compiler.fuse.routers import RouterForm
+from moeware.compiler.fuse.routers import RouterForm, sample_mixed
 from moeware.compiler.fuse.trace import is_op, other_operand, scalar, static_shape
 from moeware.compiler.operators import FUNCTIONS
 
@@ -124,6 +124,8 @@ def sample_scores(generator: np.random.Generator, count: int, router: RouterForm
     to the expert whose turn it is.
     """
     experts, rows = len(router.correction), np.arange(count)
+    if router.attributes["score"] == "sparse":  # whose weights are mostly 1 on such logits
+        return sample_mixed(rows % experts, experts, router.attributes["threshold"], generator)
     scores = generator.normal(size=(_DRAWS, count, experts)) * 2
     scores[:, rows, rows % experts] = scores.max(-1) + 1
     scores = scores.astype(np.float32)

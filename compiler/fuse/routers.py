@@ -1,13 +1,14 @@
 """The forms of routers: what is chosen by which scores, proved by running the routing itself.
 
-Seed: the TopK that chooses experts. The scores that it compares come from a linear map, the logits;
-the weights are the last values of its shape that follow from the logits alone. Constants and shapes
-between them propose forms of ``Route``; running the region on random logits and comparing with each
-proves or rejects it. So it does not matter how groups are masked or weights are gathered.
+Seed: the TopK that chooses experts, or an ArgMax that chooses one, perhaps before others. The scores
+that it compares come from a linear map, the logits; the weights are the last values as large as the
+chosen indices that follow from the logits alone. Constants and shapes between them propose forms of
+``Route``; running the region on random logits and comparing with each proves or rejects it. So it
+does not matter how groups are masked or weights are gathered.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,14 +17,25 @@ import onnx_ir as ir
 import torch
 
 from moeware.compiler.canonical import PLAIN_ROUTE
-from moeware.compiler.canonical_rules import GROUP_SCORES, NORMALISATIONS, SCORES
+from moeware.compiler.canonical_rules import GROUP_SCORES, NORMALISATIONS
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.region import inputs_of, region, runner
-from moeware.compiler.fuse.trace import constant, is_op, operand, static_shape
+from moeware.compiler.fuse.trace import (
+    constant,
+    forward,
+    is_op,
+    operand,
+    other_operand,
+    scalar,
+    size,
+    static_shape,
+)
 from moeware.compiler.operators import route
 
-__all__ = ["RouterForm", "RouterMatch", "match_router", "plain_forms", "propose_forms",
-           "sample_logits"]
+__all__ = ["CHOICES", "RouterForm", "RouterMatch", "is_router", "match_router", "plain_forms",
+           "propose_forms", "sample_logits", "sample_mixed"]
+
+CHOICES = ("TopK", "ArgMax")
 
 ROWS = 256  # of logits on which a form is proved, at least
 # Relative difference that separates the rounding of float32 from another function.
@@ -31,6 +43,7 @@ _TOLERANCE = 2e-4
 # Rows that may differ: the values at the edge of a choice can lie as near as rounding. Another form
 # differs in many rows, as logits are drawn on the scale of every correction, too.
 _NEAR_TIES = 0.02
+_LEAST = 1e-3  # proportion of two logits that float32 tells from equal ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +80,23 @@ def plain_forms(experts: int, k: int) -> list[RouterForm]:
             for name in NORMALISATIONS]
 
 
-def match_router(model: ir.Model, top_k: ir.Node) -> RouterMatch | None:
-    """The router whose experts ``top_k`` chooses, if it has one of the forms of ``Route``."""
-    found = _logits(top_k)
-    if found is None or len(top_k.outputs) < 2:
+def match_router(model: ir.Model, choice: ir.Node) -> RouterMatch | None:
+    """The router some of whose experts ``choice``, one of `CHOICES`, chooses, if it has one of the
+    forms of ``Route``."""
+    found = _logits(choice)
+    if found is None:
         return None
     logits, layer = found
-    indices = top_k.outputs[1]
-    for weights in reversed(_weights(model, top_k, logits)):
+    for indices, weights in _results(model, choice, logits):
         form = _prove(model, logits, indices, weights)
         if form is not None:
             return RouterMatch(layer, logits, indices, weights, form)
     return None
+
+
+def is_router(choice: ir.Node) -> bool:
+    """Whether ``choice`` is among results of a linear map."""
+    return _logits(choice) is not None
 
 
 def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[RouterForm]:
@@ -98,16 +116,20 @@ def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[Router
         and (name == "max" or experts // groups > 1)
     ]
     for correction, grouping, score, normalise in product(
-        _corrections(nodes, experts), groupings, SCORES, NORMALISATIONS
+        _corrections(nodes, experts), groupings, ("softmax", "sigmoid"), NORMALISATIONS
     ):
         names = ("groups", "chosen_groups", "group_score")
-        yield RouterForm({"k": k, "score": score, "normalise": normalise}
+        yield RouterForm({"k": k, "score": score, "normalise": normalise, "threshold": 0.0}
                          | dict(zip(names, grouping)), correction)
+    for threshold in _thresholds(nodes):
+        sparse = {"score": "sparse", "normalise": "all", "threshold": threshold}
+        yield RouterForm({"k": k, **PLAIN_ROUTE, **sparse}, np.zeros(experts, np.float32))
 
 
-def sample_logits(shape: tuple[int, ...], corrections: list[np.ndarray]) -> Iterator[np.ndarray]:
+def sample_logits(shape: tuple[int, ...], corrections: Sequence[np.ndarray],
+                  thresholds: Sequence[float] = ()) -> Iterator[np.ndarray]:
     """Random logits float32 of ``shape``, on the scale on which scores spread, and on those on which
-    each correction decides."""
+    each correction and threshold decides."""
     generator, experts = np.random.default_rng(11), shape[-1]
     spreads = [float(np.std(each)) for each in corrections if np.ptp(each) > 0]
     # A score changes by a quarter of a small logit (sigmoid), or by one part in E (softmax).
@@ -115,6 +137,39 @@ def sample_logits(shape: tuple[int, ...], corrections: list[np.ndarray]) -> Iter
     for _ in range(math.ceil(ROWS / math.prod(shape[:-1]))):
         for scale in scales:
             yield generator.normal(size=shape).astype(np.float32) * np.float32(scale)
+        for threshold in thresholds:
+            yield _around(threshold, shape, generator)
+
+
+def sample_mixed(first: np.ndarray, experts: int, threshold: float,
+                 generator: np.random.Generator) -> np.ndarray:
+    """Random logits float32 [rows, experts] of a sparse mixer. In each row that of ``first`` is the
+    largest, some are near it, one at least where there is another, and all others clearly are not."""
+    unit, shape = max(threshold, _LEAST), (len(first), experts)
+    near = generator.random(shape) < 0.5
+    np.put_along_axis(near, (first[:, None] + 1) % experts, True, -1)
+    distances = np.where(near, generator.uniform(0.05, 0.3, shape), generator.uniform(1.6, 2.2, shape))
+    np.put_along_axis(distances, first[:, None], 0, -1)
+    return _at_distances(unit * distances, unit, generator)
+
+
+def _around(threshold: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Logits of which some are near the largest, and others about as far as the threshold."""
+    unit = max(threshold, _LEAST)
+    near = 0.1 * threshold * generator.random(shape)
+    # Two logits so far apart differ by this proportion, as then do distances that one or the other
+    # divides.
+    edge = threshold * (1 + unit * generator.uniform(-1, 1, shape))
+    return _at_distances(np.where(generator.random(shape) < 0.5, near, edge), unit, generator)
+
+
+def _at_distances(distances: np.ndarray, unit: float, generator: np.random.Generator) -> np.ndarray:
+    """Logits at such distances below 2, in the proportion that a sparse mixer compares, from a largest
+    one of either sign; weights of those a ``unit`` away differ by octaves."""
+    largest = generator.choice([-2 / unit, 2 / unit], (*distances.shape[:-1], 1))
+    divided_by_it = largest * (1 - np.minimum(distances, 2))
+    divided_by_other = largest / (1 - np.minimum(distances, 0.99))
+    return np.where(largest > 0, divided_by_it, divided_by_other).astype(np.float32)
 
 
 def _corrections(nodes: list[ir.Node], experts: int) -> list[np.ndarray]:
@@ -129,12 +184,26 @@ def _corrections(nodes: list[ir.Node], experts: int) -> list[np.ndarray]:
     return [each for each in found if np.isfinite(each).all()]
 
 
-def _logits(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
-    """The nearest linear map behind ``top_k`` with one result for each of what it compares."""
-    compared = static_shape(top_k.inputs[0]) if top_k.inputs[0] is not None else None
+def _thresholds(nodes: list[ir.Node]) -> list[float]:
+    """Constants below 2 that the nodes compare with, or multiply by to compare."""
+    found: dict[float, None] = {}
+    for node in nodes:
+        if is_op(node, "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+            compared = [node, *(value.producer() for value in node.inputs if value is not None)]
+            for pair in [other_operand(each) for each in compared
+                         if each is node or is_op(each, "Mul")]:
+                number = scalar(pair[1]) if pair else None
+                if number is not None and 0 <= number < 2:
+                    found[number] = None
+    return list(found)
+
+
+def _logits(choice: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
+    """The nearest linear map behind ``choice`` with one result for each of what it compares."""
+    compared = static_shape(choice.inputs[0]) if choice.inputs[0] is not None else None
     if not compared:
         return None
-    seen, level = set(), [top_k.inputs[0]]
+    seen, level = set(), [choice.inputs[0]]
     while level:
         for value in level:
             layer = match_linear(value)
@@ -147,15 +216,33 @@ def _logits(top_k: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
     return None
 
 
-def _weights(model: ir.Model, top_k: ir.Node, logits: ir.Value) -> list[ir.Value]:
-    """Values as large as the indices of ``top_k`` that follow from the logits alone, in order."""
-    shape, after, found = static_shape(top_k.outputs[1]), {top_k}, []
+def _results(model: ir.Model, choice: ir.Node,
+             logits: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Indices with each value of their shape that follows from the logits alone, the last first."""
+    for indices in _indices(choice):
+        for weights in reversed(_weights(model, logits, indices)):
+            yield indices, weights
+
+
+def _indices(choice: ir.Node) -> list[ir.Value]:
+    """What ``choice`` chooses, joined with what others choose, and by itself."""
+    own = choice.outputs[-1]
+    if own.dtype not in (None, ir.DataType.INT64):  # a TopK for its values
+        return []
+    joints = [node.outputs[0] for value, _, _ in forward(own) for node in value.consumers()
+              if is_op(node, "Concat")]
+    return [*joints, own]
+
+
+def _weights(model: ir.Model, logits: ir.Value, indices: ir.Value) -> list[ir.Value]:
+    """Values of the shape of ``indices`` that follow from the logits alone, in order."""
+    shape, after, found = static_shape(indices), {logits}, []
     for node in model.graph:
-        if node is not top_k and not any(value.producer() in after for value in inputs_of(node)):
+        if after.isdisjoint(inputs_of(node)):
             continue
-        after.add(node)
+        after.update(node.outputs)
         for value in node.outputs:
-            if (value is not top_k.outputs[1] and shape and static_shape(value) == shape
+            if (value is not indices and shape and static_shape(value) == shape
                     and value.dtype in (None, ir.DataType.FLOAT)
                     and not region([value], [logits])[1]):
                 found.append(value)
@@ -164,12 +251,15 @@ def _weights(model: ir.Model, top_k: ir.Node, logits: ir.Value) -> list[ir.Value
 
 def _prove(model: ir.Model, logits: ir.Value, indices: ir.Value,
            weights: ir.Value) -> RouterForm | None:
-    shape, inside = static_shape(logits), set(region([indices, weights], [logits])[0])
+    nodes_of, leaves = region([indices, weights], [logits])
+    shape, inside = static_shape(logits), set(nodes_of)
     nodes = [node for node in model.graph if node in inside]
-    experts, k = shape[-1], static_shape(indices)[-1]
+    experts, k = shape[-1], size(indices) * shape[-1] // max(1, size(logits))
+    if leaves or not 0 < k <= experts:
+        return None
     samples, expected = [], []
     call = runner(model, {logits: np.zeros(shape, np.float32)}, [indices, weights])
-    for sample in sample_logits(shape, _corrections(nodes, experts)):
+    for sample in sample_logits(shape, _corrections(nodes, experts), _thresholds(nodes)):
         results = call and call({logits: sample})
         if results is None or results[0].size * experts != sample.size * k:
             return None

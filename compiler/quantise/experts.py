@@ -29,25 +29,28 @@ __all__ = ["Experts"]
 class Experts(State):
     """Rules for Route, Experts and GatedExperts."""
 
-    def _Route(self, node, k, score, normalise, groups, chosen_groups, group_score):
+    def _Route(self, node, k, score, normalise, groups, chosen_groups, group_score,
+               threshold):
         source = self._tensor(node.inputs[0])
         weight, bias, correction = self._constants(node)
         # One step for all experts: their logits are compared with one another.
         integers = usable_integers(self.kept, weight, per_tensor=True)
         kept = integers and kept_weights(self.kept, *integers, bias, source)
         weight, bias, accumulator = kept or quantise_weights(weight, bias, source, per_tensor=True)
-        sigmoid, pair = score == "sigmoid", group_score == "pair"
+        sigmoid, sparse, pair = score == "sigmoid", score == "sparse", group_score == "pair"
         # A place on the sigmoid's curve is finer: of its 18 bits 4 are whole octaves, too.
         fraction = numerics.SIGMOID_BITS - 4 if sigmoid else numerics.OCTAVE_BITS
         multiplier, shift = encode_scale(float(accumulator[0]) * math.log2(math.e) * (1 << fraction))
         # Only differences of corrections count; without them the choice is exact, by logits.
+        by_score = not sparse and bool(pair or correction.any())
         lifted = np.rint((correction - correction.min()).astype(np.float64) * (1 << numerics.GATE_BITS))
         self._add(q.Route(name=node.name, output=node.outputs[0].name, source=source.tensor,
                           weight=weight, bias=bias, chosen=k, over_chosen=normalise == "chosen",
                           multiplier=multiplier, shift=shift, sigmoid=sigmoid, pair=pair,
-                          correction=lifted.astype(np.uint32) if pair or correction.any() else None,
+                          correction=lifted.astype(np.uint32) if by_score else None,
                           group=len(bias) // groups if groups > 1 else 0,
-                          chosen_groups=chosen_groups if groups > 1 else 0))
+                          chosen_groups=chosen_groups if groups > 1 else 0, sparse=sparse,
+                          threshold=min(round(threshold * (1 << numerics.NEAR_BITS)), 0xffff)))
 
     def _Experts(self, node, function):
         self.pending[node.outputs[0].name] = node

@@ -23,8 +23,8 @@ def lower_route(lowering: Lowering, op: q.Route) -> None:
     require(op.chosen, c.max_chosen, f"The chosen experts of {op.name}", "max_chosen")
     require(rows, c.max_rows, f"The tokens of {op.name}, of all frames in flight,", "max_rows")
     require(op.chosen_groups, c.max_chosen, f"The chosen groups of {op.name}", "max_chosen")
-    require(int(op.sigmoid or op.group > 0), c.router_forms,
-            f"The router {op.name}, with sigmoid scores or groups,", "router_forms")
+    require(int(op.sigmoid or op.group > 0 or op.sparse), c.router_forms,
+            f"The router {op.name}, with sigmoid scores, groups or a sparse mixer,", "router_forms")
     multiplier, shift = np.zeros(experts, np.uint16), np.ones(experts, np.uint8)
     if op.correction is not None:
         multiplier, shift = layout.as_scale(op.correction)

@@ -161,6 +161,9 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     weight = emitter.constant(np.ascontiguousarray(_array(node.inputs[1]).T))
     logits = emitter.emit("Add", [emitter.emit("MatMul", [x, weight]), bias])
     indices, factors = (str(value.name) for value in node.outputs)
+    if attrs["score"] == "sparse":
+        _one_after_another(emitter, logits, attrs["k"], attrs["threshold"], indices, factors)
+        return
     sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
     scores = emitter.emit("Sigmoid", [logits]) if sigmoid else emitter.emit("Softmax", [logits], axis=-1)
     compared = logits
@@ -177,6 +180,25 @@ def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
         emitter.emit("Div", [found, total], factors)
     elif chosen:
         emitter.emit("Softmax", [found], factors, axis=-1)
+
+
+def _one_after_another(emitter: Emitter, logits: str, k: int, threshold: float, indices: str,
+                       factors: str) -> None:
+    """Experts of score "sparse", each weighted by the softmax over those near it that are left."""
+    top, last = _top(emitter, logits, k, indices)[0], emitter.integers(-1)
+    magnitudes, left, weights = emitter.emit("Abs", [logits]), logits, []
+    limit, least = (emitter.constant(np.array(number, np.float32)) for number in (threshold, -np.inf))
+    for number in range(k):
+        span = emitter.integers(number), emitter.integers(number + 1), last
+        largest, each = (emitter.emit("Slice", [whole, *span]) for whole in (top, indices))
+        distance = emitter.emit("Sub", [largest, logits])
+        ratio = emitter.emit("Div", [distance, emitter.emit("Max", [magnitudes, largest])])
+        far = emitter.emit("Greater", [ratio, limit])
+        near = emitter.emit("Softmax", [emitter.emit("Where", [far, least, left])], axis=-1)
+        weights.append(emitter.emit("GatherElements", [near, each], axis=-1))
+        gone = emitter.emit("Add", [largest, least])  # minus infinity, of its shape
+        left = emitter.emit("ScatterElements", [left, each, gone], axis=-1)
+    emitter.emit("Concat", weights, factors, axis=-1)
 
 
 def _best_groups(emitter: Emitter, values: str, groups: int, count: int, largest: int) -> str:

@@ -51,8 +51,8 @@ class Config:
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
     max_experts: int = bound(1, 256, "experts of one router")
     max_chosen: int = bound(1, 16, "experts per token")
-    router_forms: int = bound(0, 1, "1: routers with sigmoid scores, corrections and groups of "
-                                    "experts, too", default=0)
+    router_forms: int = bound(0, 1, "1: routers with sigmoid scores, corrections, groups of "
+                                    "experts or a sparse mixer, too", default=0)
     queue: int = bound(1, 64, "instructions that wait at each engine")
 
     def __post_init__(self):

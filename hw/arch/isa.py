@@ -127,6 +127,9 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("group", 8),  # experts of a group, dividing `channels`; 0: there are none
         ("chosen_groups", 5),
         ("pair", 1),  # a group is chosen by its two largest values, summed, not by the largest
+        ("sparse", 1),  # softmax anew for each of the chosen, over those near it and not chosen before;
+        #                 with none of the above, nor `over_chosen`
+        ("threshold", 16),  # sparse: how near, see `numerics.near`
     ),
     Opcode.ATTENTION: (
         ("rows", 13), ("keys", 13), ("causal", 1),

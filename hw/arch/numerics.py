@@ -7,12 +7,12 @@ no intermediate value needs more than 64 bits within the stated ranges.
 
 import numpy as np
 
-__all__ = ["CORRECTION_BITS", "EXP2", "FACTOR_BITS", "GATE_BITS", "HIDDEN", "NORM_FRACTION_BITS",
-           "OCTAVE_BITS", "PAIR_BITS", "PROBABILITY_BITS", "PRODUCT_BITS", "SIGMOID", "SIGMOID_BITS",
+__all__ = ["CORRECTION_BITS", "EXP2", "FACTOR_BITS", "GATE_BITS", "HIDDEN", "NEAR_BITS",
+           "NORM_FRACTION_BITS", "OCTAVE_BITS", "PAIR_BITS", "PROBABILITY_BITS", "PRODUCT_BITS", "SIGMOID", "SIGMOID_BITS",
            "SIGMOID_SEGMENTS", "accumulate_residual", "bit_length", "chosen_experts", "exp2_weight",
-           "gate_weights", "gated", "in_best_groups", "normalise", "octaves", "probability", "product",
+           "gate_weights", "gated", "in_best_groups", "near", "normalise", "octaves", "probability", "product",
            "reciprocal", "requantise", "rotate", "route", "row_scale", "saturate", "scale",
-           "score_weights", "sigmoid_scores"]
+           "score_weights", "sigmoid_scores", "sparse_weights"]
 
 OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
 PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
@@ -36,6 +36,7 @@ _SIGMOID = np.array(SIGMOID, np.int64)
 
 CORRECTION_BITS = 22  # of what is added to a score for the choice
 HIDDEN = -(1 << 32)  # what an expert outside of the best groups is compared by: below any logit
+NEAR_BITS = 15  # fraction bits of the threshold, below 2, within which logits are near
 
 
 def saturate(value, bits: int):
@@ -227,9 +228,39 @@ def score_weights(scores, indices, *, over_chosen: bool):
     return np.minimum((chosen * r) >> (e - 1), (1 << GATE_BITS) - 1)
 
 
+def near(logits, largest, threshold: int):
+    """Whether ``(largest - logit) / max(|logit|, largest)`` is at most the threshold, without division.
+
+    logits : int32, none above `largest`; threshold : 0..65535, with `NEAR_BITS` fraction bits. What is
+    divided by is positive, but where all are 0, which are near; nothing is further than 2.
+    """
+    logits, largest = np.asarray(logits, np.int64), np.asarray(largest, np.int64)
+    return (largest - logits) << NEAR_BITS <= threshold * np.maximum(np.abs(logits), largest)
+
+
+def sparse_weights(logits, indices, multiplier: int, shift: int, threshold: int):
+    """Gate weights 0..65535 of experts that are chosen one after another: of each the softmax over
+    those that are `near` it and not chosen before (SparseMixer-v2 without noise: Liu et al. 2024, GRIN).
+
+    logits : int64 [..., experts]; indices : int64 [..., chosen] from `chosen_experts`. As
+    `gate_weights` with the sum of p over these.
+    """
+    left, weights = np.ones(np.shape(logits), bool), []
+    for index in np.split(indices, indices.shape[-1], -1):
+        largest = np.take_along_axis(logits, index, -1)
+        below = np.where(left, largest - logits, 0)
+        p = exp2_weight(octaves(below, multiplier, shift))
+        total = np.where(left & near(largest - below, largest, threshold), p, 0).sum(-1, keepdims=True)
+        r, e = reciprocal(total)
+        weights.append(np.minimum((np.take_along_axis(p, index, -1) * r) >> (e - 1),
+                                  (1 << GATE_BITS) - 1))
+        np.put_along_axis(left, index, False, -1)
+    return np.concatenate(weights, -1)
+
+
 def route(logits, corrections, *, chosen: int, over_chosen: bool, multiplier: int, shift: int,
           sigmoid: bool = False, by_score: bool = False, group: int = 0,
-          chosen_groups: int = 0, pair: bool = False):
+          chosen_groups: int = 0, pair: bool = False, sparse: bool = False, threshold: int = 0):
     """Chosen experts of each row and their gate weights, int64 [..., chosen] both; the arguments as
     LINEAR has them.
 
@@ -243,4 +274,6 @@ def route(logits, corrections, *, chosen: int, over_chosen: bool, multiplier: in
     indices = chosen_experts(values, chosen)
     if sigmoid:
         return indices, score_weights(scores, indices, over_chosen=over_chosen)
+    if sparse:
+        return indices, sparse_weights(values, indices, multiplier, shift, threshold)
     return indices, gate_weights(logits, indices, multiplier, shift, over_chosen=over_chosen)

@@ -164,7 +164,8 @@ class Route(Operation):
     weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
     softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
     where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
-    group is chosen by its two largest values.
+    group is chosen by its two largest values; sparse, threshold : experts are chosen one after
+    another, see `numerics.sparse_weights`.
     """
 
     source: str
@@ -179,6 +180,8 @@ class Route(Operation):
     group: int = 0
     chosen_groups: int = 0
     pair: bool = False
+    sparse: bool = False
+    threshold: int = 0
 
     @property
     def form(self) -> dict[str, int]:
@@ -186,7 +189,8 @@ class Route(Operation):
         return {"chosen": self.chosen, "over_chosen": int(self.over_chosen),
                 "multiplier": self.multiplier, "shift": self.shift, "sigmoid": int(self.sigmoid),
                 "by_score": int(self.correction is not None), "group": self.group,
-                "chosen_groups": self.chosen_groups, "pair": int(self.pair)}
+                "chosen_groups": self.chosen_groups, "pair": int(self.pair),
+                "sparse": int(self.sparse), "threshold": self.threshold}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,6 +213,7 @@ class LinearUnit(wiring.Component):
             self.route.p.sigmoid.eq(fields.sigmoid), self.route.p.by_score.eq(fields.by_score),
             self.route.p.group.eq(fields.group), self.route.p.pair.eq(fields.pair),
             self.route.p.chosen_groups.eq(fields.chosen_groups),
+            self.route.p.sparse.eq(fields.sparse), self.route.p.threshold.eq(fields.threshold),
         ]
         with m.If(ended):
             m.d.comb += engine.done.eq(1)

@@ -1,6 +1,6 @@
 """Logits in the order of the linear unit, to logits token by token."""
 
-from amaranth import Array, Module, Signal, signed
+from amaranth import Array, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -29,8 +29,8 @@ def quotient(value, divisor: int, limit: int):
 class LogitBuffer(wiring.Component):
     """Holds the logits of two token groups at least, and reads rows back in order, one logit a cycle.
 
-    Each of two readers sends every complete row, from row 0, where `twice` is set; without it the
-    second sends nothing. Logits of a row are refused until the row that has its place was read by
+    Each of two readers sends every complete row, from row 0, where `twice` is set, the second with
+    `config.router_forms` `times` over; without it the second sends nothing. Logits of a row are refused until the row that has its place was read by
     all. A word is taken in every cycle otherwise; a row's first logit comes 4 cycles after its last
     word, and rows follow one another without a gap.
 
@@ -42,6 +42,8 @@ class LogitBuffer(wiring.Component):
         Logits of a row; holds still from `restart` on.
     twice : In(1)
         Likewise.
+    times : In(5)
+        Likewise, at least 1; with `config.router_forms`.
     logits : In(stream.Signature(Logits(config)))
     first : Out(stream.Signature(Logit))
     second : Out(stream.Signature(Logit))
@@ -54,7 +56,7 @@ class LogitBuffer(wiring.Component):
             "logits": In(stream.Signature(Logits(config))),
             "first": Out(stream.Signature(Logit)),
             "second": Out(stream.Signature(Logit)),
-        })
+        } | ({"times": In(5)} if config.router_forms else {}))
 
     def elaborate(self, platform):
         m = Module()
@@ -88,7 +90,8 @@ class LogitBuffer(wiring.Component):
 
         first_row = self._scan(m, "first", self.first, memory, address, complete)
         second_row = self._scan(m, "second", self.second, memory, address, complete,
-                                enable=self.twice)
+                                enable=self.twice,
+                                times=self.times if self.config.router_forms else None)
         with m.If(self.twice):
             m.d.sync += released.eq(second_row)
         with m.Else():
@@ -97,8 +100,8 @@ class LogitBuffer(wiring.Component):
             m.d.sync += [complete.eq(0), released.eq(0)]
         return m
 
-    def _scan(self, m, name, outlet, memory, address, complete, enable=1):
-        """Reads complete rows; the number of the row being read."""
+    def _scan(self, m, name, outlet, memory, address, complete, enable=1, times=None):
+        """Reads complete rows, each `times` over; the number of the row being read."""
         lanes = self.config.lanes
         read = memory.read_port()
         row = Signal(13, name=f"{name}_row")
@@ -111,6 +114,12 @@ class LogitBuffer(wiring.Component):
 
         advance = ~outlet.valid | outlet.ready
         last = expert + 1 == self.experts
+        through = 1  # with the row
+        if times is not None:
+            time = Signal(5, name=f"{name}_time")
+            through = time + 1 == times
+            with m.If(advance & asked.valid & last):
+                m.d.sync += time.eq(Mux(through, 0, time + 1))
         m.d.comb += [
             asked.valid.eq(enable & (row != complete)), asked.expert.eq(expert),
             asked.last.eq(last),
@@ -128,7 +137,7 @@ class LogitBuffer(wiring.Component):
                 with m.If(lane == lanes - 1):
                     m.d.sync += [lane.eq(0), word.eq(word + 1)]
                 with m.If(last):
-                    m.d.sync += [expert.eq(0), lane.eq(0), word.eq(0), row.eq(row + 1)]
+                    m.d.sync += [expert.eq(0), lane.eq(0), word.eq(0), row.eq(row + through)]
         with m.If(self.restart):
             m.d.sync += [row.eq(0), expert.eq(0), lane.eq(0), word.eq(0)]
         return row

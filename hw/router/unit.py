@@ -1,6 +1,6 @@
 """The router."""
 
-from amaranth import Cat, Module, Signal
+from amaranth import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -12,6 +12,7 @@ from .choose import Choose
 from .gate import Gate
 from .groups import Groups
 from .queues import Queues
+from .rounds import Rounds
 from .score import Score, Scored
 from .weigh import Weigh
 
@@ -31,8 +32,10 @@ class Router(wiring.Component):
     ``max(experts, ROW_INTERVAL)`` cycles if the weights are over the chosen or sigmoid scores, and
     ``max(experts + chosen, ROW_INTERVAL)`` if over all. A lone row is done ``LATENCY + experts +
     2 * chosen`` cycles after its last logits, and `experts` later over all; with
-    `config.router_forms` `FORMS_LATENCY` later, and with groups `experts + GROUPS_LATENCY`. Two
-    token groups of logits are buffered, at least; more are refused.
+    `config.router_forms` `FORMS_LATENCY` later, and with groups `experts + GROUPS_LATENCY`. In a
+    sparse mixer a row takes `chosen` rounds, each as long as a row of one chosen over all; the first
+    round of a lone row ends when that would. Two token groups of logits are buffered, at least; more
+    are refused.
 
     Members
     -------
@@ -90,8 +93,9 @@ class Router(wiring.Component):
             setups.ready.eq(~active),
             buffer.restart.eq(starts), queues.clear.eq(starts & ~following.append),
             buffer.experts.eq(setup.experts),
+            *([buffer.times.eq(Mux(setup.sparse, setup.chosen, 1))] if forms else []),
             buffer.twice.eq(~setup.over_chosen & ~setup.sigmoid if forms else ~setup.over_chosen),
-            weigh.setup.eq(setup), gate.chosen.eq(setup.chosen), queues.token.eq(setup.token + row),
+            weigh.setup.eq(setup), queues.token.eq(setup.token + row),
             self.empty.eq(queues.empty), self.done.eq(finishing[-1]),
 
             buffer.logits.payload.eq(self.logits.payload),
@@ -107,7 +111,11 @@ class Router(wiring.Component):
         wiring.connect(m, sliced(m, "second", buffer.second), weigh.logits)
         wiring.connect(m, weigh.weights, gate.weights)
         wiring.connect(m, gate.entries, queues.entries)
-        choices = sliced(m, "choices", choose.choices)
+        choices, ends = sliced(m, "choices", choose.choices), gate.entries.valid & gate.entries.p.last
+        if forms:
+            choices, ends = self._rounds(m, choices, ends, setup)
+        chosen = Mux(setup.sparse, 1, setup.chosen) if forms else setup.chosen
+        m.d.comb += [weigh.setup.chosen.eq(chosen), gate.chosen.eq(chosen)]
 
         # The choices of a row: experts to wait for its weights, and values to the softmax, not
         # earlier.
@@ -124,7 +132,6 @@ class Router(wiring.Component):
         with m.Elif(gate.experts.valid & gate.experts.ready):
             m.d.sync += sent.eq(1)
 
-        ends = gate.entries.valid & gate.entries.p.last
         m.d.sync += finishing.eq(finishing << 1)
         with m.If(ends):
             m.d.sync += row.eq(row + 1)
@@ -148,3 +155,14 @@ class Router(wiring.Component):
         wiring.connect(m, logits, score.logits)
         wiring.connect(m, sliced(m, "scored", score.scored), groups.scored)
         return sliced(m, "grouped", groups.grouped)
+
+    def _rounds(self, m, choices, ends, setup):
+        """A sparse mixer's choices, weighed one by one, and when all of a row were."""
+        m.submodules.rounds = rounds = Rounds(choices.payload.shape())
+        m.d.comb += rounds.setup.eq(setup)
+        wiring.connect(m, choices, rounds.choices)
+        weighed = Signal(range(self.config.max_chosen + 1))
+        last = ~setup.sparse | (weighed + 1 == setup.chosen)
+        with m.If(ends):
+            m.d.sync += weighed.eq(Mux(last, 0, weighed + 1))
+        return rounds.rounds, ends & last

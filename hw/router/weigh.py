@@ -13,6 +13,7 @@ from ..exp2 import Exp2, Octaves
 from ..interfaces import RouteSetup
 from .buffer import Logit
 from .choose import choices_layout
+from .near import Near
 from .score import Scored
 
 __all__ = ["Weigh", "weights_layout"]
@@ -27,7 +28,8 @@ def weights_layout(count: int) -> data.StructLayout:
 
 class Weigh(wiring.Component):
     """``exp2_weight(octaves(maximum - logit))`` of the chosen logits of each row, and its sum over
-    the chosen or, without `over_chosen`, over all logits of the row. For sigmoid scores these and
+    the chosen or, without `over_chosen`, over all logits of the row; for a sparse mixer over those
+    that are near the one that is chosen and were not chosen before. For sigmoid scores these and
     their sum, or one.
 
     A logit a cycle: a row takes `chosen` cycles, and as many more as it has logits if they all
@@ -116,6 +118,8 @@ class Weigh(wiring.Component):
             begin = (setup.sigmoid & ~setup.over_chosen) << GATE_BITS
         m.d.comb += [rows.arrives.eq(complete), rows.element.eq(weights)]
         m.d.sync += [after.eq(before) for before, after in pairwise(tags)]
+        if self.scores:
+            self._leave_out(m, tags, value, maximum)
         m.d.sync += complete.eq(leaving.valid & leaving.last)
         with m.If(leaving.valid):
             m.d.sync += [
@@ -127,3 +131,12 @@ class Weigh(wiring.Component):
                 with m.If(leaving.position == i):
                     m.d.sync += weights.weights[i].eq(weight)
         return m
+
+    def _leave_out(self, m, tags, value, largest):
+        """What a sparse mixer does not count, on its way through the stages."""
+        m.submodules.near = near = Near()
+        m.d.sync += near.earlier.eq(self.logits.p.expert < self.choices.payload[0].expert)
+        m.d.comb += [near.value.eq(value), near.largest.eq(largest),
+                     near.threshold.eq(self.setup.threshold)]
+        before, after = tags[1 + Near.LATENCY:][:2]
+        m.d.sync += after.counts.eq(before.counts & (near.near | ~self.setup.sparse))

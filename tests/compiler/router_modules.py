@@ -97,6 +97,39 @@ class Ernie(Sigmoid):
         return weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=1e-12), indices
 
 
+class SparseMixer(Gate):
+    """One expert after another, each weighted among those that are near it: `sparsemixer` of
+    transformers 5.23 without noise, which it has for two."""
+
+    def __init__(self, *arguments, threshold=0.02, divisor="clamped", **options):
+        super().__init__(*arguments, **options)
+        self.threshold, self.divisor = threshold, divisor
+
+    def forward(self, x):
+        scores = self.logits(x)
+        left, weights, indices = scores, [], []
+        for _ in range(self.k):
+            largest, chosen = left.max(dim=-1, keepdim=True)
+            far = (largest - scores) / self.divide_by(scores, largest) > self.threshold
+            gates = torch.softmax(left.masked_fill(far, float("-inf")), dim=-1)
+            weights.append(gates.gather(dim=-1, index=chosen))
+            indices.append(chosen)
+            left = torch.scatter(left, -1, chosen, float("-inf"))
+        return torch.concat(weights, dim=-1) * self.factor, torch.concat(indices, dim=-1)
+
+    def divide_by(self, scores, largest):
+        return {"clamped": scores.abs().clamp(min=largest), "own": scores.abs(),
+                "largest": largest.abs(), "either": scores.abs().maximum(largest.abs())}[self.divisor]
+
+
+class ArgTop(Gate):
+    """The first of softmax scores, by argmax (as Switch Transformers)."""
+
+    def forward(self, x):
+        scores = torch.softmax(self.logits(x), dim=-1)
+        return scores.max(dim=-1).values, torch.argmax(scores, dim=-1)
+
+
 class Squared(Gate):
     """A form that Route has not: squares of sigmoids."""
 

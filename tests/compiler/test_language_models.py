@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from transformers.models.phimoe import modeling_phimoe
 
 from moeware.compiler.canonical import REASON
 from tests.compiler import language_models
@@ -33,6 +34,8 @@ EXPORTS = {
     ("olmoe", "eager", 20): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
     ("qwen2-moe", "eager", 24): f"{ATTENTION} {EXPERTS} {EXPERTS} {NORMS}",
     ("qwen3-moe", "sdpa", 23): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
+    ("phi-moe", "eager", 20): f"{ATTENTION} {EXPERTS} {LAYER_NORMS}",
+    ("phi-moe", "sdpa", 23): f"{ATTENTION} {EXPERTS} {LAYER_NORMS}",
     ("glm4-moe", "sdpa", 20): f"{ATTENTION} {EXPERTS} {GATED} {NORMS}",
     ("dots1", "eager", 18): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {GATED} {NORMS}",
     ("minimax-m2", "sdpa", 24): f"{ATTENTION} {HEAD_NORMS} {EXPERTS} {NORMS}",
@@ -60,6 +63,7 @@ ROUTERS = {
     "deepseek-v3": ({"n_routed_experts": 6, "n_group": 3, "topk_group": 2}, "sigmoid", 3, 2, "chosen",
                     True),
     "qwen3-moe": ({}, "softmax", 1, 1, "chosen", False),
+    "phi-moe": ({"num_local_experts": 7, "router_jitter_noise": 0.1}, "sparse", 1, 1, "all", False),
 }
 
 
@@ -73,12 +77,18 @@ def test_router(tmp_path, name):
     assert [*found, bool(route.inputs[3].const_value.numpy().any())] == wanted
 
 
-def test_other_routers_stay_plain(tmp_path):
+def test_other_routers_stay_plain(tmp_path, monkeypatch):
+    """Here each weight is squared."""
+    def squared(*arguments, mixer=modeling_phimoe.sparsemixer, **options):
+        weights, experts = mixer(*arguments, **options)
+        return weights.square(), experts
+
+    monkeypatch.setattr(modeling_phimoe, "sparsemixer", squared)
     path = language_models.export(language_models.build("phi-moe"), tmp_path / "m.onnx")
     fused = check(path, frames=1, seeds=(1, 2), ids=language_models.VOCABULARY)
     operators = operators_of(fused)
     reasons = [node.metadata_props[REASON] for node in fused.graph if node.op_type == "ArgMax"]
-    assert reasons and all("sparse mixer" in each for each in reasons)
+    assert reasons and all("computes no weighted sum" in each for each in reasons)
     assert not {"Route", "GatedExperts"} & set(operators)
     assert operators.count("Rotary") == 2
 

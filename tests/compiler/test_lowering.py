@@ -55,7 +55,7 @@ def test_golden_device_computes_the_quantised_graph(config, size):
             np.testing.assert_array_equal(found[op.output], expected[op.output], err_msg=op.output)
 
 
-@pytest.mark.parametrize("form", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("form", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["even", "ragged"])
 def test_router_forms_on_the_golden_device(config, form):
     config = dataclasses.replace(config, router_forms=1)
@@ -68,8 +68,9 @@ def test_router_forms_on_the_golden_device(config, form):
         np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
 
 
-def test_a_router_without_gateware_is_refused():
-    graph = transformer(2, **SIZES["odd"] | {"experts": 8}, form=2)
+@pytest.mark.parametrize("form", [2, 6])
+def test_a_router_without_gateware_is_refused(form):
+    graph = transformer(2, **SIZES["odd"] | {"experts": 8}, form=form)
     with pytest.raises(CompileError, match="more than Config.router_forms = 0"):
         program(graph, CONFIGS[0])
 

@@ -4,6 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from moeware.compiler.canonical import DOMAIN, PLAIN_ROUTE, verify
 from moeware.compiler.errors import CompileError
@@ -148,6 +150,45 @@ def test_route(score, normalise, corrected, groups, chosen_groups, group_score):
         assert np.abs(factors[place] - expected).max() < SUM
 
 
+SPARSE = ROUTE | {"score": "sparse", "normalise": "all", "threshold": float(np.float32(0.02))}
+
+
+@pytest.mark.parametrize("rows", ["apart", "near", "negative", "zero below", "zero above", "equal"])
+def test_a_sparse_mixer_is_that_of_transformers(rows):
+    """Logits are x itself: all of a row near the largest, all negative, with zero as the largest or
+    the least, or some equal."""
+    draw = np.random.default_rng(6)
+    x = draw.normal(size=(FRAMES, 5, 6)) * 2
+    if rows in ("near", "negative"):
+        x = 100 * draw.uniform(0.95, 1, x.shape) * (-1 if rows == "negative" else 1)
+    elif rows == "equal":
+        x = np.round(x) / 4
+    elif rows != "apart":
+        x = np.where(np.arange(6) == 3, 0, np.abs(x) * (1 if rows == "zero below" else -1))
+    x = x.astype(np.float32)
+    graph = route({"weight": np.eye(6), "bias": np.zeros(6), "correction": np.zeros(6)}, **SPARSE)
+    verify(graph)
+    weights, experts = sparsemixer(torch.from_numpy(x), jitter_eps=0.01, training=False)
+    session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString())
+    for indices, factors in (evaluate(graph, {"x": x}).values(), session.run(None, {"x": x})):
+        assert (indices == experts.numpy()).all() and np.abs(factors - weights.numpy()).max() < SUM
+    assert rows != "near" or (factors < 0.9).any()
+
+
+def test_a_sparse_mixer_chooses_as_many_as_it_is_told():
+    x = np.array([[[1, 1.01, -3, 1.015, 0, 0.9]] * 5], np.float32)
+    for k in (1, 4, 6):
+        graph = route({"weight": np.eye(6), "bias": np.zeros(6), "correction": np.zeros(6)},
+                      **SPARSE | {"k": k})
+        verify(graph)
+        session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString())
+        near = [[0.015, 0.005, 0], [0.01, 0], [0], [0], [0], [0]]  # distances that count
+        for indices, factors in (evaluate(graph, {"x": x}).values(), session.run(None, {"x": x})):
+            assert (indices == [3, 1, 0, 5, 4, 2][:k]).all()
+            expected = [1 / np.exp(-np.array(each)).sum() for each in near[:k]]
+            assert np.abs(factors - expected).max() < SUM
+
+
 def test_equal_scores_are_chosen_by_index():
     weights = {"weight": np.zeros((8, 6)), "bias": np.zeros(8), "correction": np.zeros(8)}
     for form in ({}, {"score": "sigmoid", "groups": 4, "chosen_groups": 2, "group_score": "pair"}):
@@ -159,7 +200,10 @@ def test_equal_scores_are_chosen_by_index():
     ({"groups": 3}, "groups divides"), ({"groups": 4, "chosen_groups": 5}, "chosen_groups is"),
     ({"k": 5, "groups": 4, "chosen_groups": 2}, "k is between"), ({"score": "relu"}, "score is one of"),
     ({"groups": 8, "chosen_groups": 2, "group_score": "pair"}, "pair"),
-    ({"group_score": "mean"}, "group_score is one of")])
+    ({"group_score": "mean"}, "group_score is one of"), ({"threshold": 0.5}, "0 unless score"),
+    (SPARSE | {"threshold": 2.0}, "below 2"), (SPARSE | {"threshold": -0.5}, "at least 0"),
+    (SPARSE | {"groups": 4, "chosen_groups": 2}, "no groups"),
+    (SPARSE | {"normalise": "chosen"}, "sparse normalises all")])
 def test_verifier_refuses_routes(change, rule):
     weights = {"weight": normal(8, 6), "bias": normal(8), "correction": normal(8)}
     with pytest.raises(CompileError, match=rule):

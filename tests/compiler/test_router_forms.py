@@ -29,6 +29,7 @@ CASES = {
     "DeepSeek-V3": ({"score": "sigmoid", "groups": 4, "chosen_groups": 2, "group_score": "pair"}, 1),
     "groups of sigmoids": ({"score": "sigmoid", "groups": 2, "chosen_groups": 1}, 0),
     "DeepSeek-V2": ({"normalise": "all", "groups": 4, "chosen_groups": 2}, 0),
+    "Phi-3.5": ({"score": "sparse", "normalise": "all", "threshold": 1.0}, 0),
 }
 
 
@@ -54,7 +55,7 @@ class Fused:
         model = ir.load(self.fused)
         route = next(node for node in model.graph if node.op_type == "Route")
         for name, value in attributes.items():
-            kind = ir.AttrString if isinstance(value, str) else ir.AttrInt64
+            kind = {str: ir.AttrString, float: ir.AttrFloat32, int: ir.AttrInt64}[type(value)]
             route.attributes[name] = kind(name, value)
         correction = route.inputs[3]
         correction.const_value = ir.tensor(CORRECTION * np.float32(corrections), name=correction.name)
@@ -98,6 +99,14 @@ def test_corrections_are_differences_in_units_of_a_score(fused):
     assert (route.group, route.chosen_groups, route.pair) == (2, 2, True)
 
 
+@pytest.mark.parametrize("threshold, integer", [(0.0, 0), (0.02, 655), (1.99999, 0xffff)])
+def test_thresholds_have_16_bits(fused, threshold, integer):
+    fused.reformed(score="sparse", normalise="all", threshold=threshold)
+    program = fused.compile(FORMS, start="partition")
+    (route,) = [op for op in program.steps[0].operations if isinstance(op, q.Route)]
+    assert (route.sparse, route.threshold, route.correction) == (True, integer, None)
+
+
 def test_plain_routes_are_as_before(fused):
     """No correction, no group: the form that needs no gateware."""
     fused.reformed()
@@ -106,8 +115,10 @@ def test_plain_routes_are_as_before(fused):
     assert route.correction is None and not (route.sigmoid or route.group or route.pair)
 
 
-def test_without_gateware_the_router_is_on_the_host(fused):
-    model = fused.reformed(1, score="sigmoid")
+@pytest.mark.parametrize("case", ["corrected", "Phi-3.5"])
+def test_without_gateware_the_router_is_on_the_host(fused, case):
+    attributes, corrections = CASES[case]
+    model = fused.reformed(corrections, **attributes)
     reasons = [str(reason) for step in partition(model, EVEN).steps for reason in step.reasons.values()]
     assert any("use one with Config.router_forms = 1" in reason for reason in reasons)
     program = fused.compile(EVEN, start="partition")

@@ -4,19 +4,22 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers import DeepseekV2Config, DeepseekV3Config, PhimoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from moeware.compiler.fuse.routers import match_router
 from moeware.compiler.load import load
 from tests.compiler.router_modules import (
     FEATURES,
     TOKENS,
+    ArgTop,
     DeepseekV2,
     DeepseekV3,
     Ernie,
     Sigmoid,
+    SparseMixer,
     Squared,
     TopFirst,
     export_router,
@@ -24,10 +27,12 @@ from tests.compiler.router_modules import (
 
 
 def matches(module, tmp_path, **options):
-    """What is found at every TopK of the router's export, and the file."""
+    """What is found at every TopK and the first ArgMax of the router's export, and the file."""
     path = export_router(module, tmp_path / "router.onnx", **options)
     model = load(path)
-    found = [match_router(model, node) for node in model.graph if node.op_type == "TopK"]
+    choices = [node for node in model.graph if node.op_type == "TopK"]
+    choices += [node for node in model.graph if node.op_type == "ArgMax"][:1]
+    found = [match_router(model, node) for node in choices]
     return [match for match in found if match is not None], path
 
 
@@ -59,12 +64,25 @@ CASES = {
 }
 
 
+SPARSE = {"score": "sparse", "normalise": "all"} | PLAIN
+CASES |= {
+    "sparse": (SparseMixer(6, 2), SPARSE | {"threshold": 0.02}, False),
+    "sparse, scaled": (SparseMixer(16, 2, threshold=0.3, factor=0.5), SPARSE | {"threshold": 0.3}, False),
+    "sparse, three": (SparseMixer(5, 3, threshold=0.05), SPARSE | {"threshold": 0.05}, False),
+    "sparse, one": (SparseMixer(4, 1, threshold=0.2), SPARSE | {"threshold": 0.2}, False),
+    "sparse, two of two": (SparseMixer(2, 2), SPARSE | {"threshold": 0.02}, False),
+    "sparse, in other words": (SparseMixer(6, 2, divisor="either"), SPARSE | {"threshold": 0.02}, False),
+    "first": (ArgTop(6, 1), {"score": "softmax", "normalise": "all"} | PLAIN, False),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dynamo, opset", [(True, 20), (False, 17)], ids=["dynamo", "TorchScript"])
 def test_forms(tmp_path, case, dynamo, opset):
     module, attributes, corrected = CASES[case]
     (match,), path = matches(module, tmp_path, dynamo=dynamo, opset=opset)
-    assert match.form.attributes == attributes | {"k": module.k}
+    wanted = {"threshold": 0.0} | attributes | {"k": module.k}
+    assert match.form.attributes == wanted | {"threshold": pytest.approx(wanted["threshold"], rel=1e-6)}
     assert match.form.factor == pytest.approx(module.factor, rel=1e-5)
     correction = module.correction.numpy() if corrected else np.zeros(module.experts)
     assert np.array_equal(match.form.correction, correction)
@@ -99,10 +117,39 @@ def test_routers_of_transformers(tmp_path, router, group_score):
     torch.nn.init.normal_(router.weight)
     (match,), _ = matches(Chosen(), tmp_path)
     assert match.form.attributes == {
-        "k": 3, "groups": 4, "chosen_groups": 2, "group_score": group_score,
+        "k": 3, "groups": 4, "chosen_groups": 2, "group_score": group_score, "threshold": 0.0,
         "score": "sigmoid" if group_score == "pair" else "softmax",
         "normalise": "chosen" if group_score == "pair" else "all"}
     assert match.form.factor == pytest.approx(2.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dynamo, opset", [(True, 20), (False, 17)], ids=["dynamo", "TorchScript"])
+@pytest.mark.parametrize("divisor", ["own", "largest"])
+@pytest.mark.parametrize("threshold", [0.02, 0.3])
+def test_another_measure_of_what_is_near_is_no_router(tmp_path, divisor, threshold, dynamo, opset):
+    """These differ where the largest is negative, or where the other is smaller than it."""
+    module = SparseMixer(6, 2, threshold=threshold, divisor=divisor)
+    found, _ = matches(module, tmp_path, dynamo=dynamo, opset=opset)
+    assert not found
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.2])
+def test_sparse_mixer_of_transformers(tmp_path, jitter):
+    """The class itself, of the installed version."""
+    class Chosen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = PhimoeTopKRouter(PhimoeConfig(
+                hidden_size=FEATURES, num_local_experts=8, router_jitter_noise=jitter)).eval()
+
+        def forward(self, x):
+            return self.router(x.view(-1, FEATURES))[1:]
+
+    module = Chosen()
+    torch.nn.init.normal_(module.router.weight)
+    (match,), _ = matches(module, tmp_path)
+    assert match.form.attributes == SPARSE | {"k": 2, "threshold": pytest.approx(2 * jitter, rel=1e-6)}
+    assert match.form.factor == pytest.approx(1, rel=1e-5)
 
 
 def test_another_function_is_no_router(tmp_path):

@@ -350,6 +350,7 @@ FORMS = [
     {"group": 2, "chosen_groups": 1, "over_chosen": 0},
     {"sigmoid": 1, "by_score": 1, "group": 4, "chosen_groups": 1, "pair": 1, "shift": 14},
     {"sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1, "pair": 1, "shift": 14},
+    {"sparse": 1, "threshold": 12_000, "over_chosen": 0},
 ]
 
 

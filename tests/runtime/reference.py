@@ -197,7 +197,8 @@ class Graph:
 
     def route(self, source: str, experts: int, chosen: int, *, over_chosen: bool = False,
               weight: np.ndarray | None = None, bias: np.ndarray | None = None, **form) -> str:
-        """form : `sigmoid`, `correction`, `group`, `chosen_groups` and `pair` of Route."""
+        """form : `sigmoid`, `correction`, `group`, `chosen_groups`, `pair`, `sparse` and `threshold`
+        of Route."""
         rows, depth = self.shapes[source]
         weight = self.int8(experts, depth) if weight is None else weight
         bias = (self.random.integers(-1 << 14, 1 << 14, experts).astype(np.int32) if bias is None
@@ -213,7 +214,8 @@ class Graph:
         grouped = {"group": 2, "chosen_groups": -(-chosen // 2)}
         yield from ({}, grouped, {"sigmoid": True}, {"sigmoid": True, **grouped},
                     {"sigmoid": True, "correction": correction},
-                    {"sigmoid": True, "correction": correction, "pair": True, **grouped})
+                    {"sigmoid": True, "correction": correction, "pair": True, **grouped},
+                    {"sparse": True, "threshold": 6000})
 
     def experts(self, source: str, residual: str, route: str, experts: int, hidden: int, *,
                 table: bool = True, gated: bool = False) -> str:

@@ -278,8 +278,8 @@ def test_ties_go_to_the_lower_expert(over_chosen):
     assert (route[..., :3, 0] % 5 == [0, 1, 2]).all()
 
 
-@pytest.mark.parametrize("over_chosen", [False, True])
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("over_chosen, number", [
+    *((over_chosen, number) for number in range(6) for over_chosen in (False, True)), (False, 6)])
 def test_router_forms(over_chosen, number):
     graph = Graph(8 + number)
     source = graph.input(40, 8)
@@ -290,6 +290,21 @@ def test_router_forms(over_chosen, number):
                 **form)
     far = np.repeat(np.array([-(1 << 30), (1 << 30), 0, 1 << 20], np.int32), 3)  # scores saturate
     graph.route(source, 12, 3, over_chosen=over_chosen, bias=far, **form)
+    compare(graph)
+
+
+@pytest.mark.parametrize("threshold", [0, 655, 1 << 14, 1 << 15, 0xffff])
+@pytest.mark.parametrize("base", [-(1 << 20), -1, 0, 1, 1 << 20])
+def test_sparse_routers(base, threshold):
+    """All logits negative, around zero, or positive, some equal; one expert chosen, or every one."""
+    graph = Graph(9)
+    source = graph.input(40, 8)
+    weight = np.repeat(graph.int8(3, 8), 2, axis=0)
+    bias = np.full(6, base, np.int32)
+    for chosen in (1, 2, 6):
+        graph.route(source, 6, chosen, weight=weight, bias=bias, sparse=True, threshold=threshold)
+    graph.route(source, 6, 2, weight=np.zeros((6, 8), np.int8), bias=bias, sparse=True,
+                threshold=threshold)
     compare(graph)
 
 

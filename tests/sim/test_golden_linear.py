@@ -123,7 +123,9 @@ def test_router_fills_the_queues(machine, over_chosen):
     ({"group": 3, "chosen_groups": 1}, "must divide its 4 channels"),
     ({"group": 2, "chosen_groups": 3}, "3 chosen groups must be 1 to 2"),
     ({"group": 1, "chosen_groups": 1}, "hold the 2 chosen experts"),
-    ({"group": 4, "chosen_groups": 2}, "and exist")])
+    ({"group": 4, "chosen_groups": 2}, "and exist"),
+    ({"sparse": 1, "over_chosen": 1}, "without over_chosen, sigmoid and group"),
+    ({"sparse": 1, "over_chosen": 0, "sigmoid": 1}, "without over_chosen, sigmoid and group")])
 def test_routers_without_gateware_are_refused(machine, form, message):
     if "is 0" not in message:
         machine.config = dataclasses.replace(CONFIG, router_forms=1, max_chosen=2)

@@ -76,11 +76,12 @@ def test_gateware_equals_golden_equals_pytorch(name):
 
 
 def test_router_forms():
-    """Sigmoid scores, corrections and groups, and the softmax of others on the same gateware."""
+    """Sigmoid scores, corrections, groups and a sparse mixer, and the softmax of others on the same
+    gateware."""
     config = Config(**SMALL | SHAPES["nothing divides"] | {"router_forms": 1, "max_experts": 8})
     devices = {"golden": GoldenDevice(), "PyTorch": TorchDevice(),
                "RTL": RtlDevice(config, fast=False, dram=DDR, stall_seed=2)}
-    for form in range(6):
+    for form in range(7):
         made, step, inputs = traced(config, 20 + form, form=form)
         found = compare(made, step, devices, inputs)
         assert found.equal, str(found)

@@ -38,7 +38,8 @@ def drawn(config, draw):
         if config.router_forms:
             form = draw.choice(({}, {"sigmoid": 1, "shift": 14},
                                 {"sigmoid": 1, "by_score": 1, "shift": 14},
-                                {"group": 2, "chosen_groups": 1}, {
+                                {"group": 2, "chosen_groups": 1},
+                                {"sparse": 1, "threshold": 9_000, "over_chosen": 0}, {
                                     "sigmoid": 1, "by_score": 1, "group": 2, "chosen_groups": 1,
                                     "pair": 1, "shift": 14}))
             experts += experts % 2

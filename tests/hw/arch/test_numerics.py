@@ -237,6 +237,57 @@ def test_routes_by_sorting(sigmoid, by_score, group, chosen_groups, pair, over_c
         assert expected is None or weight == expected
 
 
+SPREAD = 40000, 24  # logits of some 2**20 a few octaves apart
+
+
+def mixed(row, chosen, threshold):
+    """One row of `numerics.route` with `sparse`, expert by expert, in fractions."""
+    left, weights = dict(enumerate(row)), []
+    for _ in range(chosen):
+        expert = min(left, key=lambda e: (-left[e], e))
+        largest, total = left[expert], 0
+        for logit in left.values():
+            divisor = max(abs(logit), largest)
+            if divisor == 0 or Fraction(largest - logit, divisor) <= Fraction(threshold, 1 << 15):
+                total += numerics.exp2_weight(numerics.octaves(largest - logit, *SPREAD))
+        bits = int(total).bit_length()
+        inverse = min((1 << (bits + 15)) // int(total), 65535)
+        weights.append((expert, min(65472 * inverse >> (bits - 1), 65535)))
+        del left[expert]
+    return weights
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 5])
+@pytest.mark.parametrize("threshold", [0, 655, 1 << 14, 1 << 15, 0xffff])
+def test_sparse_mixer_in_fractions(chosen, threshold):
+    close = RNG.choice([-1, 1], (40, 1)) * (1 << 20) * RNG.uniform(0.95, 1, (40, 6))
+    logits = np.concatenate([close.astype(int), RNG.integers(-1 << 18, 1 << 18, (40, 6)),
+                             RNG.integers(-2, 3, (40, 6)), -RNG.integers(0, 1 << 18, (40, 6)),
+                             RNG.choice([-(2**31), 2**31 - 1, 0], (20, 6))])
+    indices, weights = numerics.route(logits, None, chosen=chosen, over_chosen=False, multiplier=SPREAD[0],
+                                      shift=SPREAD[1], sparse=True, threshold=threshold)
+    for row, found, weight in zip(logits.tolist(), indices.tolist(), weights.tolist()):
+        assert list(zip(found, weight)) == mixed(row, chosen, threshold)
+
+
+def test_sparse_mixer_is_that_of_real_numbers():
+    """Where no distance lies so near to the threshold that rounding the threshold decides."""
+    draw = RNG.choice([-1, 1], (600, 1)) * RNG.uniform(1, 100, (600, 1)) * RNG.uniform(0.95, 1, (600, 16))
+    logits = np.concatenate([draw, RNG.normal(size=(200, 16)) * 2])
+    indices, found = numerics.route(
+        np.rint(logits * 65536).astype(int), None, chosen=2, over_chosen=False, multiplier=NATS[0],
+        shift=NATS[1] + 6, sparse=True, threshold=round(0.02 * (1 << 15)))
+    order = np.argsort(-logits, -1)
+    assert (indices == order[:, :2]).all()
+    for number in range(2):
+        left = np.take_along_axis(logits, order[:, number:], -1)
+        distance = (left[:, :1] - left) / np.maximum(np.abs(left), left[:, :1])
+        clear = (np.abs(distance - 0.02) > 2e-5).all(-1)  # the threshold is rounded by half of 2**-15
+        share = 1 / np.where(distance <= 0.02, np.exp(left - left[:, :1]), 0).sum(-1)
+        # A distance is rounded to half of 1/256 octave: 0.14 %.
+        assert clear.mean() > 0.9 and np.abs(found[:, number] / 65536 - share)[clear].max() < 2e-3
+
+
 def test_least_scores_divide():
     """Of logits far below zero each score is one unit, and their shares are even."""
     logits = np.full((1, 4), -(2**31))
