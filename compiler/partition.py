@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, is_canonical, sources
-from moeware.compiler.fuse.region import inputs_of
-from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.fuse.region import inputs_of, region
+from moeware.compiler.fuse.trace import LAYOUT, is_op, static_shape
 from moeware.compiler.kinds import MAY_FOLLOW, READS, STREAMS, Kind, result, rule_broken
 from moeware.compiler.macs import macs
 from moeware.compiler.reasons import Reason, follows, plain_reason, reason_of
@@ -65,9 +65,10 @@ class Partition:
 OPTIONS = {"Multiply": "products", "GatedExperts": "products", "Rotary": "rotary",
            "Route": "router_forms"}
 _NORMS = ("LayerNorm", "RMSNorm")
+_EMBEDS = ("PatchEmbed", "ClassToken", "AddConstant")
 _NORM_AS_STREAM = (
-    "{} of the embedding makes the residual stream that `{}` reads, and norms on the accelerator only "
-    "make what a Linear or a router reads; accept that the host runs it, or train without it"
+    "{} of the embedding makes the residual stream, and norms on the accelerator only make what a "
+    "Linear or a router reads; accept that the host runs it, or train without it"
 )
 _CUTS = "the graph is cut only at the residual stream, graph inputs and a final Linear"
 
@@ -109,16 +110,16 @@ def _violations(
     model: ir.Model, host: dict[ir.Node, Reason]
 ) -> Iterator[tuple[ir.Node, Reason]]:
     """Nodes that cannot run on the accelerator while ``host`` runs on the host, with reasons."""
-    kinds: dict[ir.Value, Kind] = {value: Kind("image") for value in model.graph.inputs}
+    kinds = {value: Kind("stream" if _is_rows(value) else "image") for value in model.graph.inputs}
     fresh: dict[ir.Node, Reason] = {}
     for number, node in enumerate(model.graph):
         if node not in host:
             known = is_canonical(node) and node.op_type in READS
             text = rule_broken(node, kinds) if known else plain_reason(node)
-            norm = _norm_of_norm(node, kinds)
+            norm = _embedding_norm(node, kinds)
             if norm is not None:
                 # Alone: what reads it breaks no rule where the stream enters behind it.
-                yield norm, reason_of(norm, _NORM_AS_STREAM.format(norm.op_type, node.name))
+                yield norm, reason_of(norm, _NORM_AS_STREAM.format(norm.op_type))
                 return
             if text is not None:
                 before = _host_operand(node, kinds, {*host, *fresh}) if known else None
@@ -126,19 +127,27 @@ def _violations(
                 fresh[node] = follows(node, before, reads) if before else reason_of(node, text)
         for value in node.outputs:
             if node in host or node in fresh:
-                shape = static_shape(value)
-                rows = shape is not None and len(shape) == 3 and shape[0] == 1
-                kinds[value] = Kind("stream" if rows else "image", number)
+                kinds[value] = Kind("stream" if _is_rows(value) else "image", number)
             else:
                 kinds[value] = result(node, kinds, number)
     # The cuts are looked at only when every node that is left fits its rule.
     yield from fresh.items() if fresh else _uses_broken(model, host, kinds)
 
 
-def _norm_of_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
-    """The norm on the accelerator whose result norm ``node`` reads as a residual stream."""
+def _is_rows(value: ir.Value) -> bool:
+    """Whether ``value`` may enter as a residual stream: an embedding that the caller or the host made."""
+    shape = static_shape(value)
+    return shape is not None and len(shape) == 3 and shape[0] == 1
+
+
+def _embedding_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | None:
+    """The norm of an embedding whose result norm ``node`` reads as a residual stream."""
     x = node.inputs[0] if is_canonical(node) and node.op_type in _NORMS else None
-    return x.producer() if x in kinds and kinds[x].name == "norm" else None
+    if x not in kinds or kinds[x].name != "norm":
+        return None
+    norm, *before = region([x], [])[0][::-1]
+    embeds = all(not is_canonical(each) or each.op_type in _EMBEDS for each in before)
+    return norm if embeds else None
 
 
 def _host_operand(
@@ -253,7 +262,7 @@ def _steps(model: ir.Model, host: dict[ir.Node, Reason]) -> Iterator[Step]:
 
 def describe(parts: Partition) -> str:
     """One line: ``fpga 38/41 nodes, 99.2 % of MACs; host 3 (Gather …)``, with the cause that keeps
-    the most MACs on the host, or of equals the most nodes."""
+    the most MACs on the host, or of equals the most nodes; one that computes, if there is any."""
     counts = report(parts)
     total = counts["fpga_nodes"] + counts["host_nodes"]
     share = 100 * counts["fpga_mac_share"]
@@ -264,7 +273,9 @@ def describe(parts: Partition) -> str:
     for entry in counts["host"]:
         stakes[causes[str(entry["node"])]] += entry["macs"]
         followers[causes[str(entry["node"])]] += 1
-    cause = max(followers, key=lambda each: (stakes[each], followers[each]))
+    computing = {str(node.name) for step in parts.steps for node in step.nodes
+                 if not is_op(node, *LAYOUT)}
+    cause = max(followers, key=lambda each: (each.node in computing, stakes[each], followers[each]))
     return f"{line}; host {counts['host_nodes']} ({cause.rule})"
 
 

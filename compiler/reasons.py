@@ -74,7 +74,8 @@ def plain_reason(node: ir.Node) -> str:
     ):
         return (
             "Softmax of an attention that no rule recognises; write it as "
-            "scaled_dot_product_attention of three Linears, causal or without a mask"
+            "scaled_dot_product_attention of three Linears, causal or without a mask (nor a bias by "
+            "position); queries and keys may pass RMSNorm and rotary embeddings, no LayerNorm"
         )
     if node.op_type in ("ReduceMean", "Sqrt", "Rsqrt"):
         return (

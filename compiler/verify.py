@@ -20,14 +20,19 @@ def _require(condition: bool, what: str, rule: str) -> None:
 
 
 def verify_quantised(step: QuantisedStep) -> None:
-    """Tensors are defined once and before use; shifts, types and accumulators are in range."""
-    defined = {port.tensor for port in step.inputs}
+    """Tensors are defined once and before use; shifts, types and accumulators are in range; experts
+    follow their router, as there is one set of queues."""
+    defined, decided = {port.tensor for port in step.inputs}, None
     for op in step.operations:
         what = f"Operation {op.name!r} ({type(op).__name__})"
         for role in ("source", "residual", "query", "key", "value", "route"):
             tensor = getattr(op, role, None)
             if isinstance(tensor, str):
                 _require(tensor in defined, what, f"{role} {tensor!r} is defined before")
+        if isinstance(op, q.Route):
+            decided = op.output
+        elif isinstance(op, q.Experts):
+            _require(op.route == decided, what, f"{op.route!r} is the last choice before")
         _require(op.output not in defined, what, f"{op.output!r} is defined once")
         defined.add(op.output)
         for name in ("affine", "up_affine", "down_affine", "gate_affine"):

@@ -41,7 +41,8 @@ def page() -> str:
          "`moeware check` says why and what to change."), "",
         _table([head, *rows]),
         ("What an operator reads is the kind of its first operand. `image` is an input of the model; "
-         "every other kind is what an operator gives. `start` and `stream` are the residual stream "
+         "every other kind is what an operator gives, `stream` also an input of rows, [1, N, D], and "
+         "what the host makes of such. `start` and `stream` are the residual stream "
          "before and after its first addition: blocks are pre-norm."), "",
         "## Operands", "",
         _table([["operator", "inputs", "attributes"],

@@ -8,7 +8,7 @@ by running the region on random inputs (`region`). What no rule proves stays a p
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from moeware.compiler.canonical import DOMAIN, verify
+from moeware.compiler.canonical import DOMAIN, ROUTED, verify
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.attention import fuse_attention
 from moeware.compiler.fuse.choice import rewrite_choice, rewrite_softmax
@@ -103,9 +103,24 @@ def fuse(model: ir.Model) -> ir.Model:
     return model
 
 
+def _decide_late(model: ir.Model) -> None:
+    """Put experts right before the Add that they join the stream by, and each Route right before its
+    experts: a choice stands until the next router's, as the accelerator has one set of queues."""
+    for operators in (ROUTED, ("Route",)):
+        for node in list(model.graph):
+            if node.domain != DOMAIN or node.op_type not in operators:
+                continue
+            readers = {reader for value in node.outputs for reader in value.consumers()}
+            first = next((each for each in model.graph if each in readers), None)
+            if first is not None:
+                model.graph.remove(node)
+                model.graph.insert_before(first, node)
+
+
 def _finish(model: ir.Model, output_names: list[str]) -> None:
     """Order the nodes and name them by operator and number; keep the names of the outputs."""
     passes.TopologicalSortPass()(model)
+    _decide_late(model)
     counts: dict[str, int] = {}
     for node in model.graph:
         if node.domain != DOMAIN:

@@ -1,7 +1,7 @@
 """Route and Experts: the mixture-of-experts layer, in whatever form it was exported.
 
-Seed: a TopK or ArgMax on router logits. Region: everything between (x, logits) and the first value of x's
-size through which every result of the routing passes. The products with constants inside the
+Seed: a TopK or ArgMax on router logits. Region: everything between (x, logits) and the first value
+of x's size through which every result of the routing passes. The products with constants inside the
 region name the expert weights (`moe_weights`); running the region and comparing with the canonical
 form proves or rejects the proposal (`moe_proof`), so the loop over experts, the one-hot combination
 and the gather of stacked weights need no pattern each.

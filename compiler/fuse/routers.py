@@ -157,16 +157,17 @@ def _around(threshold: float, shape: tuple[int, ...], generator: np.random.Gener
     """Logits of which some are near the largest, and others about as far as the threshold."""
     unit = max(threshold, _LEAST)
     near = 0.1 * threshold * generator.random(shape)
-    # Two logits so far apart differ by this proportion, as then do distances that one or the other
-    # divides.
+    # Logits so far apart differ by this proportion, and so do distances that one or the other divides.
     edge = threshold * (1 + unit * generator.uniform(-1, 1, shape))
     return _at_distances(np.where(generator.random(shape) < 0.5, near, edge), unit, generator)
 
 
 def _at_distances(distances: np.ndarray, unit: float, generator: np.random.Generator) -> np.ndarray:
     """Logits at such distances below 2, in the proportion that a sparse mixer compares, from a largest
-    one of either sign; weights of those a ``unit`` away differ by octaves."""
-    largest = generator.choice([-2 / unit, 2 / unit], (*distances.shape[:-1], 1))
+    one of either sign. It is so large that the weights of those a ``unit`` away differ, as far as
+    a sigmoid is still told from 0."""
+    scale = min(2 / unit, 20)
+    largest = generator.choice([-scale, scale], (*distances.shape[:-1], 1))
     divided_by_it = largest * (1 - np.minimum(distances, 2))
     divided_by_other = largest / (1 - np.minimum(distances, 0.99))
     return np.where(largest > 0, divided_by_it, divided_by_other).astype(np.float32)

@@ -34,7 +34,7 @@ MEMORIES = [IDEAL, SDRAM_16BIT, DDR]
 CONFIGURATIONS = {**{name: shaped(name) for name in SHAPES},
                   **{f"of {CONFIGS[number].linear_macs} products": CONFIGS[number]
                      for number in (0, 1, 4, 5)},
-                  "router forms": dataclasses.replace(shaped("even"), router_forms=1,
+                  "router forms": dataclasses.replace(shaped("even"), router_forms=1, products=1,
                                                       max_experts=8)}
 MODELS = {
     "bidirectional": {"tokens": 11, "depth": 10, "width": 6, "heads": 2, "hidden": 17},

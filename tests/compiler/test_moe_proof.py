@@ -66,7 +66,7 @@ class Between(nn.Module):
 
 class Swish(nn.Module):
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(1.6 * x)
 
 
 @pytest.mark.parametrize("function", [Between(), Swish()], ids=["between", "sigmoid"])

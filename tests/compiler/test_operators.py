@@ -194,21 +194,23 @@ SPARSE = ROUTE | {"score": "sparse", "normalise": "all", "threshold": float(np.f
 
 
 @pytest.mark.parametrize("rows", ["apart", "near", "negative", "zero below", "zero above", "equal"])
-def test_a_sparse_mixer_is_that_of_transformers(rows):
+@pytest.mark.parametrize("jitter", [0.01, 0.2])
+def test_a_sparse_mixer_is_that_of_transformers(rows, jitter):
     """Logits are x itself: all of a row near the largest, all negative, with zero as the largest or
     the least, or some equal."""
     draw = np.random.default_rng(6)
     x = draw.normal(size=(FRAMES, 5, 6)) * 2
     if rows in ("near", "negative"):
-        x = 100 * draw.uniform(0.95, 1, x.shape) * (-1 if rows == "negative" else 1)
+        x = draw.uniform(1 - 4 * jitter, 1, x.shape) / jitter * (-1 if rows == "negative" else 1)
     elif rows == "equal":
         x = np.round(x) / 4
     elif rows != "apart":
         x = np.where(np.arange(6) == 3, 0, np.abs(x) * (1 if rows == "zero below" else -1))
     x = x.astype(np.float32)
-    graph = route({"weight": np.eye(6), "bias": np.zeros(6), "correction": np.zeros(6)}, **SPARSE)
+    graph = route({"weight": np.eye(6), "bias": np.zeros(6), "correction": np.zeros(6)},
+                  **SPARSE | {"threshold": float(np.float32(2 * jitter))})
     verify(graph)
-    weights, experts = sparsemixer(torch.from_numpy(x), jitter_eps=0.01, training=False)
+    weights, experts = sparsemixer(torch.from_numpy(x), jitter_eps=jitter, training=False)
     session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString())
     for indices, factors in (evaluate(graph, {"x": x}).values(), session.run(None, {"x": x})):
         assert (indices == experts.numpy()).all() and np.abs(factors - weights.numpy()).max() < SUM

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from torch import nn
 
+import moeware
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.partition import describe, partition, report
@@ -15,6 +17,7 @@ from moeware.compiler.reference import evaluate
 from tests.compiler import exports
 from tests.compiler.canonical_models import CHANNELS, SIDE, Canonical
 from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, export
+from tests.compiler.ordeal import CONFIG
 
 CASES = Path(__file__).parent / "cases"
 
@@ -59,6 +62,25 @@ def test_whole_model_on_the_accelerator(tmp_path, mixer, pool):
     assert (step.kind, step.inputs, step.outputs) == ("fpga", ("image",), ("logits",))
     count = len(model.graph)
     assert describe(parts) == f"fpga {count}/{count} nodes, 100.0 % of MACs"
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_rows_enter_as_the_stream(tmp_path, blocks):
+    """An encoder alone, whose caller makes the embedding."""
+    layers = [Block(PackedAttention(), Mlp(), lambda: nn.LayerNorm(exports.DIM)) for _ in range(blocks)]
+    model = exports.randomise(nn.Sequential(*layers, nn.LayerNorm(exports.DIM), nn.Linear(exports.DIM, 3)))
+    rows = np.random.default_rng(0).normal(size=(12, 5, exports.DIM)).astype(np.float32)
+    path = exports.export_module(model, (torch.from_numpy(rows[:1]),), tmp_path / "m.onnx", 17, False,
+                                 input_names=["rows"])
+    (step,) = partition(fuse(load(path))).steps
+    assert step.kind == "fpga"
+    program = moeware.compile(path, CONFIG, {"rows": rows})
+    golden, torch_path = (moeware.Session(program, device).run(None, {"rows": rows[:2]})[0]
+                          for device in ("golden", "torch"))
+    np.testing.assert_array_equal(golden, torch_path)
+    # Of int8 on random weights: the noise of a few roundings, far below the signal.
+    wanted = np.concatenate([exports.run_onnx(path, rows=row[None])[0] for row in rows[:2]])
+    assert np.square(golden - wanted).mean() < 0.01 * np.square(wanted).mean()
 
 
 def test_only_the_norm_of_an_embedding_stays_on_the_host():
@@ -148,6 +170,7 @@ def test_reason(case, words):
     parts = partition(model)
     assert [step.kind for step in parts.steps] == ["host"]
     assert any(words in str(reason) for reason in parts.reasons.values())
+    assert "Transpose" not in describe(parts)  # what moves elements alone is no cause
     generator = np.random.default_rng(2)
     feeds = {
         value.name: generator.normal(size=(2, *list(value.shape)[1:])).astype(np.float32)

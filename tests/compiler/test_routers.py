@@ -71,6 +71,8 @@ CASES |= {
     "sparse, scaled": (SparseMixer(16, 2, threshold=0.3, factor=0.5), SPARSE | {"threshold": 0.3}, False),
     "sparse, three": (SparseMixer(5, 3, threshold=0.05), SPARSE | {"threshold": 0.05}, False),
     "sparse, one": (SparseMixer(4, 1, threshold=0.2), SPARSE | {"threshold": 0.2}, False),
+    # Of rows that are not made for it, few have a weight below one.
+    "sparse, one, seldom shared": (SparseMixer(3, 1), SPARSE | {"threshold": 0.02}, False),
     "sparse, two of two": (SparseMixer(2, 2), SPARSE | {"threshold": 0.02}, False),
     "sparse, in other words": (SparseMixer(6, 2, divisor="either"), SPARSE | {"threshold": 0.02}, False),
     "first": (ArgTop(6, 1), {"score": "softmax", "normalise": "all"} | PLAIN, False),
