@@ -13,6 +13,7 @@ class CapacityMoe(exports.Moe):
     form : how tokens go to the experts and back:
         "einsum" (GShard, V-MoE): a combine tensor [T, E, C], and where it is not 0 the dispatch;
         "apart": both made by themselves; "frames": with an axis of frames;
+        "list" (DeepSpeed): as "einsum", expert by expert;
         "scatter" (Tutel): into buffers of E * C rows and one for what is dropped, and a gather back;
         "weights" (Hugging Face's Switch): all experts on all tokens, the weights of the dropped are 0.
     places : how places are counted: "tokens" (of several-hot rows), "slots" (of one-hot rows [T * k]),
@@ -86,6 +87,12 @@ class CapacityMoe(exports.Moe):
         combine = torch.einsum("tk,tkec->tec", weights, self._seats(indices, place, kept))
         slots = torch.einsum("td,tec->ecd", rows, (combine > 0).float())
         return torch.einsum("ecd,tec->td", self._experts(slots), combine)
+
+    def _list(self, rows, weights, indices, place, kept):
+        combine = torch.einsum("tk,tkec->tec", weights, self._seats(indices, place, kept))
+        slots = torch.einsum("tec,td->ecd", (combine > 0).float(), rows)
+        results = [self._expert(e, part[0]) for e, part in enumerate(slots.chunk(exports.EXPERTS))]
+        return torch.einsum("tec,ecd->td", combine, torch.stack(results))
 
     def _apart(self, rows, weights, indices, place, kept):
         seats = self._seats(indices, place, kept)

@@ -21,7 +21,7 @@ from tests.compiler.exports import example, export, run_onnx
 DYNAMO, TORCHSCRIPT = {"dynamo": True, "opset": 20}, {"dynamo": False, "opset": 17}
 ORDERS = {"tokens": "token", "slots": "token", "triangle": "token", "turned": "choice",
           "ranks": "choice", "priority": "priority"}
-FORMS = ("einsum", "apart", "frames", "scatter", "weights")
+FORMS = ("einsum", "list", "apart", "frames", "scatter", "weights")
 
 
 def routes(path):
