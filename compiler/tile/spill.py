@@ -123,13 +123,15 @@ class _Spiller:
         self.assembly.store(tensor.span(), self.blocks[name], name,
                             offset=self._offset(name, frame, first, group))
 
-    def _row_blocks(self, rows: int, activation: int, residual: int = 0, fixed: int = 0):
+    def _row_blocks(self, rows: int, activation: int, residual: int = 0, fixed: int = 0,
+                    most: int | None = None):
         """(frame, first, last) of all blocks of rows of a tensor.
 
-        activation, residual : words on chip for each row; fixed : activation words besides.
+        activation, residual : words on chip for each row; fixed : activation words besides; most :
+        rows of a block, where there is another limit.
         """
         c = self.config
-        most = rows
+        most = rows if most is None else min(rows, most)
         for words, each in ((c.activation_banks * c.activation_words - fixed, activation),
                             (c.residual_words, residual)):
             if each:
@@ -263,8 +265,8 @@ class _Spiller:
         source, stream = self.shapes[op.source], self.shapes[op.residual]
         self._tensor(op.output, Memory.RESIDUAL, stream.rows, stream.channels)
         hidden = -(-op.up.shape[1] // self.config.depth)
-        blocks = self._row_blocks(min(source.rows, self.config.max_rows), source.stride + hidden,
-                                  stream.stride)
+        blocks = self._row_blocks(source.rows, source.stride + hidden, stream.stride,
+                                  most=self.config.max_rows)
         if route.by_rank and len(blocks) > self.whole.frames:
             raise CompileError(f"The rows of a frame of {op.name} must lie on chip together, as its "
                                "router gives the first choices of all of them a place before any "

@@ -17,7 +17,7 @@ from moeware.sim.golden import GoldenDevice, Machine
 
 from ..hw.arch import configs
 from ..hw.arch.configs import config
-from ..runtime.reference import evaluate
+from ..runtime.reference import Graph, evaluate
 from .lowering import lower, program, transformer
 
 CONFIGS = [dataclasses.replace(each, products=1) for each in configs.CONFIGS]
@@ -169,6 +169,20 @@ def test_tensors_spill_where_memories_are_far_too_small():
     with pytest.raises(CompileError, match="must fit in the activation memory"):
         program(graph, tight, plans=PLANS[:-1])
     compiled, inputs = program(graph, tight), graph.integers(2)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_more_rows_than_queues_hold_are_routed_block_by_block(frames):
+    short, graph = dataclasses.replace(CONFIGS[0], max_rows=8), Graph(5)
+    x = graph.input(21, 12, Memory.RESIDUAL)
+    y = graph.norm(x, NormMode.RMS)
+    x = graph.experts(y, x, graph.route(y, 3, 2), 3, 10)
+    graph.add_linear(graph.norm(x, NormMode.RMS), None, 7)
+    compiled, inputs = program(graph, short, plans=PLANS[-1:], frames=frames), graph.integers(frames)
     found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
     expected = evaluate(graph.operations, inputs)
     for tensor, values in found.items():
