@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import ROUTED, attributes, is_canonical, projection
-from moeware.hw.arch.numerics import CORRECTION_BITS, GATE_BITS
+from moeware.hw.arch.numerics import GATE_BITS
+from moeware.hw.arch.routing import CORRECTION_BITS
 
 __all__ = ["MAY_FOLLOW", "READS", "STREAMS", "Kind", "result", "rule_broken"]
 

@@ -5,7 +5,7 @@ import numpy as np
 from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.quantise import QuantisedStep
-from moeware.hw.arch import isa, numerics
+from moeware.hw.arch import isa, routing
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Engine, Memory
@@ -41,8 +41,8 @@ def verify_quantised(step: QuantisedStep) -> None:
                 _require(bool(((affine.shift >= 1) & (affine.shift <= 47)).all()), what,
                          "every shift is between 1 and 47")
         if getattr(op, "correction", None) is not None:
-            _require(int(op.correction.max()) < 1 << numerics.CORRECTION_BITS, what,
-                     f"a correction has {numerics.CORRECTION_BITS} bits")
+            _require(int(op.correction.max()) < 1 << routing.CORRECTION_BITS, what,
+                     f"a correction has {routing.CORRECTION_BITS} bits")
         gate = getattr(op, "gate", None)
         if gate is not None:
             layer = op.weight if isinstance(op, q.Linear) else op.up

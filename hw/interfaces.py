@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from .arch.config import Config
 from .arch.isa import FIELDS, Opcode
-from .arch.numerics import CORRECTION_BITS
+from .arch.routing import CORRECTION_BITS
 
 __all__ = [
     "READ_LATENCY",

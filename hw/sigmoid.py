@@ -7,7 +7,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from .arch.numerics import SIGMOID, SIGMOID_BITS, SIGMOID_SEGMENTS
+from .arch.routing import SIGMOID, SIGMOID_BITS, SIGMOID_SEGMENTS
 from .multiply import Multipliers
 from .requantise import Requantise
 

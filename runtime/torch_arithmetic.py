@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import torch
 
-from moeware.hw.arch import numerics
+from moeware.hw.arch import numerics, routing
 from moeware.hw.arch.quantised import Affine
 
 __all__ = ["Product", "Scale", "gate_weight_table", "in_best_groups", "inverse", "paired",
@@ -170,9 +170,9 @@ def gate_weight_table() -> torch.Tensor:
 
 @functools.cache
 def score_table() -> torch.Tensor:
-    """`numerics.sigmoid_scores` of every place on the curve, float64."""
-    places = np.arange(1 << numerics.SIGMOID_BITS)
-    return torch.from_numpy(numerics.sigmoid_scores(places, 2, 1).astype(np.float64))
+    """`routing.sigmoid_scores` of every place on the curve, float64."""
+    places = np.arange(1 << routing.SIGMOID_BITS)
+    return torch.from_numpy(routing.sigmoid_scores(places, 2, 1).astype(np.float64))
 
 
 def inverse(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +187,7 @@ def inverse(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def top_experts(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """`numerics.chosen_experts` of float64 integers [rows, experts] below 2**44."""
+    """`routing.chosen_experts` of float64 integers [rows, experts] below 2**44."""
     experts = logits.shape[-1]
     # No two keys of a row are equal, so the order of equal logits does not depend on topk's.
     keys = logits * experts - torch.arange(experts, dtype=torch.float64)
@@ -195,8 +195,8 @@ def top_experts(logits: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def in_best_groups(values: torch.Tensor, size: int, count: int, pair: bool) -> torch.Tensor:
-    """`numerics.in_best_groups` of float64 integers [rows, experts] below 2**43."""
+    """`routing.in_best_groups` of float64 integers [rows, experts] below 2**43."""
     groups = values.unflatten(1, (-1, size))
     best = top_experts(groups.topk(1 + pair, dim=-1).values.sum(-1), count)
     hidden = torch.ones(groups.shape[:2], dtype=torch.bool).scatter_(1, best, False)
-    return groups.masked_fill(hidden.unsqueeze(-1), numerics.HIDDEN).flatten(1)
+    return groups.masked_fill(hidden.unsqueeze(-1), routing.HIDDEN).flatten(1)

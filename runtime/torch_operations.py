@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeware.hw.arch import numerics, quantised
+from moeware.hw.arch import numerics, quantised, routing
 from moeware.hw.arch.isa import NormMode
 from moeware.hw.arch.quantised import Affine
 
@@ -173,9 +173,9 @@ def _(op: quantised.Route, attended: bool):
 
 
 def _within_capacity(op: quantised.Route, experts: torch.Tensor, frames: int) -> torch.Tensor:
-    """`numerics.within_capacity` of each frame, bool [rows * frames, chosen]."""
+    """`routing.within_capacity` of each frame, bool [rows * frames, chosen]."""
     chosen = experts.view(-1, frames, op.chosen).numpy()
-    kept = [numerics.within_capacity(chosen[:, frame], op.capacity, by_rank=op.by_rank)
+    kept = [routing.within_capacity(chosen[:, frame], op.capacity, by_rank=op.by_rank)
             for frame in range(frames)]
     return torch.from_numpy(np.stack(kept, 1)).flatten(0, 1)
 
@@ -216,7 +216,7 @@ def _scores(op: quantised.Route):
 
 def _sparse(op: quantised.Route):
     table, factor = gate_weight_table(), op.multiplier * 2.0 ** -op.shift
-    one = 2.0 ** numerics.NEAR_BITS
+    one = 2.0 ** routing.NEAR_BITS
 
     def weigh(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         experts, weights = top_experts(logits, op.chosen), []

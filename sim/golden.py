@@ -6,7 +6,7 @@ every instruction is decoded from DRAM, and dependency tokens are counted.
 
 import numpy as np
 
-from moeware.hw.arch import isa, layout, numerics
+from moeware.hw.arch import isa, layout, numerics, routing
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Engine, Instruction, Memory, NormMode, Opcode, Target
 from moeware.hw.arch.program import DeviceStep, Program
@@ -221,7 +221,7 @@ class Machine:
         self._check_form(i)
         form = {name: getattr(i, name) for name in ("chosen", "over_chosen", "multiplier", "shift",
                                                     *_ROUTER_FORM)}
-        chosen, weights = numerics.route(logits, layout.corrections(param), **form)
+        chosen, weights = routing.route(logits, layout.corrections(param), **form)
         if not i.same_frame:
             self.taken[:] = 0
         capacity = i.destination_stride

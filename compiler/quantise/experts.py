@@ -20,7 +20,7 @@ from moeware.compiler.quantise.hidden import (
 from moeware.compiler.quantise.state import State
 from moeware.compiler.scales import encode_scale
 from moeware.compiler.weights import Tensor, quantise_weights
-from moeware.hw.arch import numerics
+from moeware.hw.arch import numerics, routing
 from moeware.hw.arch import quantised as q
 
 __all__ = ["Experts"]
@@ -39,7 +39,7 @@ class Experts(State):
         weight, bias, accumulator = kept or quantise_weights(weight, bias, source, per_tensor=True)
         sigmoid, sparse, pair = score == "sigmoid", score == "sparse", group_score == "pair"
         # A place on the sigmoid's curve is finer: of its 18 bits 4 are whole octaves, too.
-        fraction = numerics.SIGMOID_BITS - 4 if sigmoid else numerics.OCTAVE_BITS
+        fraction = routing.SIGMOID_BITS - 4 if sigmoid else numerics.OCTAVE_BITS
         multiplier, shift = encode_scale(float(accumulator[0]) * math.log2(math.e) * (1 << fraction))
         # Only differences of corrections count; without them the choice is exact, by logits.
         by_score = not sparse and bool(pair or correction.any())
@@ -50,7 +50,7 @@ class Experts(State):
                           correction=lifted.astype(np.uint32) if by_score else None,
                           group=len(bias) // groups if groups > 1 else 0,
                           chosen_groups=chosen_groups if groups > 1 else 0, sparse=sparse,
-                          threshold=min(round(threshold * (1 << numerics.NEAR_BITS)), 0xffff),
+                          threshold=min(round(threshold * (1 << routing.NEAR_BITS)), 0xffff),
                           capacity=capacity, by_rank=order == "choice"))
 
     def _Experts(self, node, function):

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-__all__ = ["Emitter"]
+__all__ = ["Emitter", "array", "names"]
 
 
 class Emitter:
@@ -59,6 +59,17 @@ class Emitter:
             output = self.name("lowered")
         self.nodes.append(helper.make_node(operator, inputs, [output], **attrs))
         return output
+
+
+def names(node: ir.Node) -> list[str]:
+    """Names of what ``node`` reads."""
+    return [str(value.name) for value in node.inputs if value is not None]
+
+
+def array(value: ir.Value | None) -> np.ndarray:
+    """The constant that ``value`` is."""
+    assert value is not None and value.const_value is not None
+    return np.asarray(value.const_value.numpy())
 
 
 def _names_read(node: onnx.NodeProto) -> list[str]:

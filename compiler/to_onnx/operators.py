@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from moeware.compiler.canonical import shape
-from moeware.compiler.to_onnx.emitter import Emitter
+from moeware.compiler.to_onnx.emitter import Emitter, array, names
+from moeware.compiler.to_onnx.route import lower_route
 
 __all__ = ["LOWERINGS"]
 
@@ -15,19 +16,10 @@ __all__ = ["LOWERINGS"]
 Lowering = Callable[[Emitter, ir.Node, dict], None]
 
 
-def _names(node: ir.Node) -> list[str]:
-    return [str(value.name) for value in node.inputs if value is not None]
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None and value.const_value is not None
-    return np.asarray(value.const_value.numpy())
-
-
 def _patch_embed(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    image, _, bias = _names(node)
+    image, _, bias = names(node)
     patch = [attrs["ph"], attrs["pw"]]
-    weight = _array(node.inputs[1]).reshape(-1, attrs["channels"], *patch)
+    weight = array(node.inputs[1]).reshape(-1, attrs["channels"], *patch)
     kernel = emitter.constant(np.ascontiguousarray(weight))
     maps = emitter.emit("Conv", [image, kernel, bias], strides=patch, kernel_shape=patch)
     rows = emitter.emit("Reshape", [maps, emitter.integers(0, len(weight), -1)])
@@ -35,8 +27,8 @@ def _patch_embed(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 
 def _class_token(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, _ = _names(node)
-    token = emitter.constant(_array(node.inputs[1]).reshape(1, 1, -1))
+    x, _ = names(node)
+    token = emitter.constant(array(node.inputs[1]).reshape(1, 1, -1))
     batch = emitter.emit("Shape", [x], start=0, end=1)
     target = emitter.emit("Concat", [batch, emitter.integers(1, 1)], axis=0)
     row = emitter.emit("Expand", [token, target])
@@ -45,18 +37,18 @@ def _class_token(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 def _elementwise(operator: str) -> Lowering:
     def lowering(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-        emitter.emit(operator, _names(node), node.outputs[0].name)
+        emitter.emit(operator, names(node), node.outputs[0].name)
 
     return lowering
 
 
 def _layer_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     name = node.outputs[0].name
-    emitter.emit("LayerNormalization", _names(node), name, axis=-1, epsilon=attrs["epsilon"])
+    emitter.emit("LayerNormalization", names(node), name, axis=-1, epsilon=attrs["epsilon"])
 
 
 def _rms_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, gamma = _names(node)
+    x, gamma = names(node)
     parts = emitter.emit("Reshape", [x, emitter.integers(0, 0, attrs["groups"], -1)])
     squares = emitter.emit("Mul", [parts, parts])
     mean = _mean(emitter, squares, -1, keepdims=1)
@@ -68,14 +60,14 @@ def _rms_norm(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 
 def _join(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    a, b, columns = _names(node)
+    a, b, columns = names(node)
     emitter.emit("Gather", [emitter.emit("Concat", [a, b], axis=-1), columns],
                  node.outputs[0].name, axis=-1)
 
 
 def _rotary(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x = _names(node)[0]
-    cos, sin = (emitter.constant(_array(value)[:, None]) for value in node.inputs[1:])
+    x = names(node)[0]
+    cos, sin = (emitter.constant(array(value)[:, None]) for value in node.inputs[1:])
     pairs = emitter.emit("Reshape", [x, emitter.integers(0, 0, attrs["heads"], 2, -1)])
     first, second = (
         emitter.emit("Gather", [pairs, emitter.constant(np.array(half, np.int64))], axis=3)
@@ -89,8 +81,8 @@ def _rotary(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 
 def _linear(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, _, bias = _names(node)
-    weight = emitter.constant(np.ascontiguousarray(_array(node.inputs[1]).T))
+    x, _, bias = names(node)
+    weight = emitter.constant(np.ascontiguousarray(array(node.inputs[1]).T))
     emitter.emit("Add", [emitter.emit("MatMul", [x, weight]), bias], node.outputs[0].name)
 
 
@@ -153,124 +145,12 @@ def _function(emitter: Emitter, name: str, x: str, output: str | None = None) ->
 
 
 def _pointwise(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    _function(emitter, attrs["function"], _names(node)[0], node.outputs[0].name)
-
-
-def _route(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, _, bias, correction = _names(node)
-    weight = emitter.constant(np.ascontiguousarray(_array(node.inputs[1]).T))
-    logits = emitter.emit("Add", [emitter.emit("MatMul", [x, weight]), bias])
-    indices, factors = (str(value.name) for value in node.outputs)
-    if attrs["score"] == "sparse":
-        _one_after_another(emitter, logits, attrs["k"], attrs["threshold"], indices, factors)
-        return
-    sigmoid, pair = attrs["score"] == "sigmoid", attrs["group_score"] == "pair"
-    scores = emitter.emit("Sigmoid", [logits]) if sigmoid else emitter.emit("Softmax", [logits], axis=-1)
-    compared = logits
-    if pair or _array(node.inputs[3]).any():
-        compared = emitter.emit("Add", [scores, correction])
-    if attrs["groups"] > 1:
-        compared = _best_groups(emitter, compared, attrs["groups"], attrs["chosen_groups"], 1 + pair)
-    _top(emitter, compared, attrs["k"], indices)
-    chosen, limited = attrs["normalise"] == "chosen", attrs["capacity"] > 0
-    source, result = logits if chosen and not sigmoid else scores, None if limited else factors
-    found = emitter.emit("GatherElements", [source, indices], None if chosen else result, axis=-1)
-    if chosen and sigmoid:
-        total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
-        found = emitter.emit("Div", [found, total], result)
-    elif chosen:
-        found = emitter.emit("Softmax", [found], result, axis=-1)
-    if limited:
-        kept = attrs["normalise"] == "kept"
-        place = _places(emitter, indices, scores, shape(node.inputs[0])[1],
-                        len(_array(node.inputs[2])), attrs)
-        found = emitter.emit("Mul", [found, place], None if kept else factors)
-        if kept:
-            total = emitter.emit("ReduceSum", [found, emitter.integers(-1)])
-            least = emitter.constant(np.array(np.finfo(np.float32).tiny))
-            emitter.emit("Div", [found, emitter.emit("Max", [total, least])], factors)
-
-
-def _places(emitter: Emitter, indices: str, scores: str, tokens: int, experts: int,
-            attrs: dict) -> str:
-    """1 where a choice finds a place at its expert, 0 where it does not, [B, N, k]."""
-    k, order = attrs["k"], attrs["order"]
-    numbers = emitter.constant(np.arange(experts, dtype=np.int64))
-    chosen = emitter.emit("Unsqueeze", [indices, emitter.integers(-1)])
-    hits = emitter.emit("Cast", [emitter.emit("Equal", [chosen, numbers])], to=TensorProto.FLOAT)
-    if order == "token":
-        each = emitter.emit("ReduceSum", [hits, emitter.integers(-2)])
-        before = emitter.emit("CumSum", [each, emitter.constant(np.array(1, np.int64))])
-    else:
-        turned = hits
-        if order == "priority":
-            largest = emitter.emit("Squeeze", [_top(emitter, scores, 1)[0], emitter.integers(-1)])
-            first = _top(emitter, largest, tokens)[1]
-            shape_of = emitter.emit("Shape", [hits])
-            turns = emitter.emit("Unsqueeze", [first, emitter.integers(-1, -2)])
-            turns = emitter.emit("Expand", [turns, shape_of])
-            turned = emitter.emit("GatherElements", [hits, turns], axis=1)
-        ranked = emitter.emit("Transpose", [turned], perm=[0, 2, 1, 3])
-        flat = emitter.emit("Reshape", [ranked, emitter.integers(0, k * tokens, experts)])
-        counted = emitter.emit("CumSum", [flat, emitter.constant(np.array(1, np.int64))])
-        split = emitter.emit("Reshape", [counted, emitter.integers(0, k, tokens, experts)])
-        before = emitter.emit("Transpose", [split], perm=[0, 2, 1, 3])
-        if order == "priority":
-            before = emitter.emit("ScatterElements", [before, turns, before], axis=1)
-    place = emitter.emit("ReduceSum", [emitter.emit("Mul", [before, hits]), emitter.integers(-1)],
-                         keepdims=0)
-    limit = emitter.constant(np.array(attrs["capacity"], np.float32))
-    return emitter.emit("Cast", [emitter.emit("LessOrEqual", [place, limit])], to=TensorProto.FLOAT)
-
-
-def _one_after_another(emitter: Emitter, logits: str, k: int, threshold: float, indices: str,
-                       factors: str) -> None:
-    """Experts of score "sparse", each weighted by the softmax over those near it that are left."""
-    top, last = _top(emitter, logits, k, indices)[0], emitter.integers(-1)
-    magnitudes, left, weights = emitter.emit("Abs", [logits]), logits, []
-    limit, least = (emitter.constant(np.array(number, np.float32)) for number in (threshold, -np.inf))
-    for number in range(k):
-        span = emitter.integers(number), emitter.integers(number + 1), last
-        largest, each = (emitter.emit("Slice", [whole, *span]) for whole in (top, indices))
-        distance = emitter.emit("Sub", [largest, logits])
-        ratio = emitter.emit("Div", [distance, emitter.emit("Max", [magnitudes, largest])])
-        far = emitter.emit("Greater", [ratio, limit])
-        near = emitter.emit("Softmax", [emitter.emit("Where", [far, least, left])], axis=-1)
-        weights.append(emitter.emit("GatherElements", [near, each], axis=-1))
-        gone = emitter.emit("Add", [largest, least])  # minus infinity, of its shape
-        left = emitter.emit("ScatterElements", [left, each, gone], axis=-1)
-    emitter.emit("Concat", weights, factors, axis=-1)
-
-
-def _best_groups(emitter: Emitter, values: str, groups: int, count: int, largest: int) -> str:
-    """Minus infinity where an expert is not in one of the best groups, by their largest values."""
-    parts = emitter.emit("Reshape", [values, emitter.integers(0, 0, groups, -1)])
-    top, best = _top(emitter, parts, largest)[0], f"{values}/groups"
-    total = emitter.emit("ReduceSum", [top, emitter.integers(-1)], keepdims=0)
-    _top(emitter, total, count, best)
-    numbers = emitter.constant(np.arange(groups, dtype=np.int64))
-    hits = emitter.emit("Equal", [emitter.emit("Unsqueeze", [best, emitter.integers(-1)]), numbers])
-    hits = emitter.emit("Cast", [hits], to=TensorProto.FLOAT)
-    seen = emitter.emit("ReduceSum", [hits, emitter.integers(-2)], keepdims=0)
-    seen = emitter.emit("Cast", [emitter.emit("Unsqueeze", [seen, emitter.integers(-1)])],
-                        to=TensorProto.BOOL)
-    least = emitter.constant(np.array(-np.inf, np.float32))
-    shown = emitter.emit("Where", [seen, parts, least])
-    return emitter.emit("Reshape", [shown, emitter.integers(0, 0, -1)])
-
-
-def _top(emitter: Emitter, values: str, count: int, indices: str | None = None) -> tuple[str, str]:
-    """Names of the largest values of each row and of their indices."""
-    names = f"{indices or values}/largest", indices or f"{values}/indices"
-    emitter.nodes.append(
-        helper.make_node("TopK", [values, emitter.integers(count)], list(names), axis=-1)
-    )
-    return names
+    _function(emitter, attrs["function"], names(node)[0], node.outputs[0].name)
 
 
 def _experts(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, indices, factors, w1, b1, w2, b2, *third = _names(node)
-    count = _array(node.inputs[3]).shape[0]
+    x, indices, factors, w1, b1, w2, b2, *third = names(node)
+    count = array(node.inputs[3]).shape[0]
     # Every expert on every token, weighted by 0 where it is not chosen.
     last = emitter.integers(-1)
     chosen = emitter.emit("Unsqueeze", [indices, last])
@@ -292,8 +172,8 @@ def _hidden(emitter: Emitter, x: str, weight: str, bias: str) -> str:
 
 
 def _soft_experts(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    x, _, w1, _, w2, _ = _names(node)
-    slots, biases = _array(node.inputs[1]), [_array(node.inputs[index]) for index in (3, 5)]
+    x, _, w1, _, w2, _ = names(node)
+    slots, biases = array(node.inputs[1]), [array(node.inputs[index]) for index in (3, 5)]
     experts = len(biases[0])
     logits = emitter.emit("MatMul", [x, emitter.constant(np.ascontiguousarray(slots.T))])
     dispatch = emitter.emit("Softmax", [logits], axis=1)
@@ -311,11 +191,11 @@ def _soft_experts(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
 
 def _take_token(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
     index = emitter.constant(np.array(attrs["index"], np.int64))
-    emitter.emit("Gather", [_names(node)[0], index], node.outputs[0].name, axis=1)
+    emitter.emit("Gather", [names(node)[0], index], node.outputs[0].name, axis=1)
 
 
 def _mean_tokens(emitter: Emitter, node: ir.Node, attrs: dict) -> None:
-    _mean(emitter, _names(node)[0], 1, node.outputs[0].name, keepdims=0)
+    _mean(emitter, names(node)[0], 1, node.outputs[0].name, keepdims=0)
 
 
 def _mean(emitter: Emitter, x: str, axis: int, output: str | None = None, *, keepdims: int) -> str:
@@ -337,7 +217,7 @@ LOWERINGS: dict[str, Lowering] = {
     "Pointwise": _pointwise,
     "Multiply": _elementwise("Mul"),
     "Add": _elementwise("Add"),
-    "Route": _route,
+    "Route": lower_route,
     "Experts": _experts,
     "GatedExperts": _experts,
     "SoftExperts": _soft_experts,

@@ -131,7 +131,7 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("pair", 1),  # a group is chosen by its two largest values, summed, not by the largest
         ("sparse", 1),  # softmax anew for each of the chosen, over those near it and not chosen before;
         #                 with none of the above, nor `over_chosen`
-        ("threshold", 16),  # sparse: how near, see `numerics.near`
+        ("threshold", 16),  # sparse: how near, see `routing.near`
         ("same_frame", 1),  # what queues took by instructions before this one counts, too, where they
         #                     take a limited number
         ("choice", 5),  # only the choice of this number, 1 the largest, is queued; 0: all of a token's

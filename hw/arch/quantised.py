@@ -159,14 +159,14 @@ class Attention(Operation):
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Operation):
-    """Route: `numerics.route` of ``source @ weight.T + bias``.
+    """Route: `routing.route` of ``source @ weight.T + bias``.
 
     weight : int8 [experts, depth]; bias : int32 [experts]; sigmoid : scores are sigmoids, not
     softmax; correction : uint32 [experts], below 2**22, added to scores for the choice, or None
     where the choice is by logits; group : experts of a group, 0 where there are none; pair : a
     group is chosen by its two largest values; sparse, threshold : experts are chosen one after
-    another, see `numerics.sparse_weights`; capacity : rows that an expert takes of a frame, 0 for any
-    number, in the order of `numerics.within_capacity`: the weights of others are 0.
+    another, see `routing.sparse_weights`; capacity : rows that an expert takes of a frame, 0 for any
+    number, in the order of `routing.within_capacity`: the weights of others are 0.
     """
 
     source: str
@@ -188,7 +188,7 @@ class Route(Operation):
 
     @property
     def form(self) -> dict[str, int]:
-        """How the router decides, as fields of LINEAR and for `numerics.route`."""
+        """How the router decides, as fields of LINEAR and for `routing.route`."""
         return {"chosen": self.chosen, "over_chosen": int(self.over_chosen),
                 "multiplier": self.multiplier, "shift": self.shift, "sigmoid": int(self.sigmoid),
                 "by_score": int(self.correction is not None), "group": self.group,

@@ -6,7 +6,7 @@ from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.numerics import HIDDEN
+from ..arch.routing import HIDDEN
 from ..interfaces import RouteSetup
 from ..slices import RegisterSlice, sliced
 from .choose import Choose
@@ -60,7 +60,7 @@ class Walk(wiring.Component):
 
 class Groups(wiring.Component):
     """Where there are groups, the value of every expert outside of the best ones is `HIDDEN`, as
-    `numerics.in_best_groups` says.
+    `routing.in_best_groups` says.
 
     One expert a cycle, and rows follow one another without a gap, as a row waits in a queue while
     the one before leaves it. A row leaves it, `LATENCY` cycles late, when it is complete; without

@@ -6,7 +6,7 @@ from amaranth import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..arch.numerics import NEAR_BITS
+from ..arch.routing import NEAR_BITS
 from ..multiply import Multipliers
 
 __all__ = ["Near"]

@@ -7,7 +7,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..arch.config import Config
-from ..arch.numerics import CORRECTION_BITS
+from ..arch.routing import CORRECTION_BITS
 from ..credit import CreditQueue
 from ..interfaces import Corrections, RouteSetup
 from ..sigmoid import Sigmoid

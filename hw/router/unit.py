@@ -25,7 +25,7 @@ class Router(wiring.Component):
 
     A setup empties all queues, unless it appends. Then the logits of its rows come; for each row, in
     order, an entry (token, weight) is appended to the queue of each of its `chosen` experts:
-    `numerics.route`. With a `capacity` a queue takes so many tokens of a frame, and with a `choice`
+    `routing.route`. With a `capacity` a queue takes so many tokens of a frame, and with a `choice`
     only these are appended. Limits: ``1 <= chosen <= max_chosen``, ``chosen <= experts <=
     max_experts``, ``rows <= max_rows``, ``1 <= chosen_groups <= max_chosen``. Without
     `config.router_forms` there are softmax and the choice by logits alone, and no capacity.

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from moeware.hw.arch import numerics
+from moeware.hw.arch import routing
 from moeware.hw.arch.config import Config
 from moeware.hw.interfaces import READ_LATENCY
 from moeware.hw.router import Router
@@ -50,7 +50,7 @@ def expected_queues(sizes, logits, chosen, over_chosen, multiplier, shift, corre
     if not (same_frame and taken):
         taken[:] = [0] * sizes.max_experts
     if len(logits):
-        indices, weights = numerics.route(
+        indices, weights = routing.route(
             logits, corrections, chosen=chosen, over_chosen=over_chosen, multiplier=multiplier,
             shift=shift, by_score=corrections is not None, **form)
         for token, (experts, gates) in enumerate(zip(indices.tolist(), weights.tolist())):
@@ -66,7 +66,7 @@ async def send_corrections(ctx, dut, sizes, experts, corrections):
     there are none."""
     draw = np.random.default_rng(10)
     for channel in range(0, experts, sizes.lanes):
-        word = draw.integers(0, 1 << numerics.CORRECTION_BITS, sizes.lanes)
+        word = draw.integers(0, 1 << routing.CORRECTION_BITS, sizes.lanes)
         if corrections is not None:
             part = corrections[channel:channel + sizes.lanes]
             word[:len(part)] = part

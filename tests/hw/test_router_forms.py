@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeware.hw.arch import numerics
+from moeware.hw.arch import routing
 from moeware.hw.router import Router
 
 from .router_machine import LOUD, expected_queues, random_logits, route
@@ -76,8 +76,8 @@ def test_saturated_scores():
     draw = np.random.default_rng(5)
     logits = draw.choice([-(1 << 31), (1 << 31) - 1, -(1 << 31) + 1, 0, -1, 1], (9, 16))
     logits[0], logits[1] = -(1 << 31), (1 << 31) - 1
-    assert set(numerics.sigmoid_scores(logits[:2], 65535, 1).ravel()) == {1, 65535}
-    most = np.full(16, (1 << numerics.CORRECTION_BITS) - 1)
+    assert set(routing.sigmoid_scores(logits[:2], 65535, 1).ravel()) == {1, 65535}
+    most = np.full(16, (1 << routing.CORRECTION_BITS) - 1)
     route(config(), [(logits, 4, seed % 2, scale, form)
                      for seed, form in enumerate(forms(16)) for scale in ((65535, 1), (3, 20))]
           + [(logits, 4, 1, (65535, 1), {"sigmoid": 1, "corrections": most, "group": 8,

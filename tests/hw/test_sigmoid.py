@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeware.hw.arch import numerics
+from moeware.hw.arch import routing
 from moeware.hw.sigmoid import Sigmoid
 
 from .simulate import simulate
@@ -33,4 +33,4 @@ def test_equals_numerics(multiplier, shift):
         draw.integers(-1 << 31, 1 << 31, 300) >> draw.integers(0, 31, 300),
         [0, 1, -1, -(1 << 31), (1 << 31) - 1], np.arange(-40, 40) * 400])
     assert scores(logits, multiplier, shift) == (
-        numerics.sigmoid_scores(logits, multiplier, shift).tolist())
+        routing.sigmoid_scores(logits, multiplier, shift).tolist())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moeware.hw.arch.numerics import NEAR_BITS
+from moeware.hw.arch.routing import NEAR_BITS
 from moeware.hw.router import Router
 
 from .router_machine import FLAT, LOUD, config, expected_queues, random_logits, route

@@ -4,7 +4,7 @@ and random graphs to compare devices on."""
 import numpy as np
 
 from moeware.compiler.precision import WEIGHT_BITS
-from moeware.hw.arch import numerics
+from moeware.hw.arch import numerics, routing
 from moeware.hw.arch.config import Config
 from moeware.hw.arch.isa import Memory, NormMode
 from moeware.hw.arch.program import DeviceStep, Port, Program, Region
@@ -106,7 +106,7 @@ def _attention(op, values):
 
 def _route(op, values):
     logits = values[op.source] @ op.weight.astype(np.int64).T + op.bias.astype(np.int64)
-    experts, weights = numerics.route(logits, op.correction, **op.form)
+    experts, weights = routing.route(logits, op.correction, **op.form)
     return np.stack([experts, weights * _kept(op, experts)], -1)
 
 
