@@ -23,7 +23,8 @@ from tqdm import tqdm
 import moeware
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import partition, report
+from moeware.compiler.partition import partition
+from moeware.compiler.placement import report
 from moeware.compiler.reference import evaluate
 
 sys.path.insert(0, str(ROOT))

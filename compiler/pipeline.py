@@ -25,7 +25,8 @@ from moeware.compiler.kept import Kept
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
 from moeware.compiler.mixed_precision import Allocation, allocate_bits
-from moeware.compiler.partition import OPTIONS, describe, partition, report
+from moeware.compiler.partition import OPTIONS, partition
+from moeware.compiler.placement import describe, report
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import QuantisedStep, quantise
 from moeware.compiler.schedule import schedule

@@ -11,8 +11,9 @@ from torch import nn
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.partition import partition
 from moeware.compiler.pipeline import compile_model
+from moeware.compiler.placement import describe, report
 from moeware.hw.arch.program import HostStep
 from tests.compiler.contrib import EXPERTS, ContribMoe, add_constant, rewrite, set_attributes
 from tests.compiler.models import Example, timm

@@ -7,7 +7,8 @@ from torch import nn
 import moeware
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import partition, report
+from moeware.compiler.partition import partition
+from moeware.compiler.placement import report
 from tests import hugging_face
 from tests.compiler import language_models
 from tests.compiler.exports import export_module

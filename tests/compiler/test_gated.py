@@ -10,8 +10,9 @@ import pytest
 
 from moeware.compiler.canonical import attributes
 from moeware.compiler.errors import CompileError
-from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.partition import partition
 from moeware.compiler.pipeline import STAGES, State, compile_model, model_ports
+from moeware.compiler.placement import describe, report
 from moeware.compiler.reference import evaluate as in_float
 from moeware.compiler.verify import verify_quantised
 from moeware.hw.arch import numerics

@@ -12,7 +12,8 @@ from torch import nn
 import moeware
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import describe, partition, report
+from moeware.compiler.partition import partition
+from moeware.compiler.placement import describe, report
 from moeware.compiler.reference import evaluate
 from tests.compiler import exports
 from tests.compiler.canonical_models import CHANNELS, SIDE, Canonical

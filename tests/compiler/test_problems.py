@@ -9,7 +9,8 @@ from torch import nn
 from moeware.compiler.canonical import sources
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import partition, report
+from moeware.compiler.partition import partition
+from moeware.compiler.placement import report
 from moeware.compiler.problems import problems
 from tests.compiler import exports
 from tests.compiler.exports import Block, Mlp, Moe, Odd, PackedAttention, Vit, export

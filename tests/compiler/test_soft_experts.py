@@ -9,8 +9,9 @@ from torch import nn
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import describe, partition
+from moeware.compiler.partition import partition
 from moeware.compiler.pipeline import compile_model
+from moeware.compiler.placement import describe
 from moeware.compiler.reference import evaluate
 from moeware.hw.arch.config import Config
 from moeware.runtime.session import Session

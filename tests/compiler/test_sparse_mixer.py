@@ -7,8 +7,9 @@ import pytest
 
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import partition, report
+from moeware.compiler.partition import partition
 from moeware.compiler.pipeline import compile_model
+from moeware.compiler.placement import report
 from moeware.compiler.reference import evaluate
 from moeware.hw.arch import quantised as q
 from moeware.hw.arch.config import Config

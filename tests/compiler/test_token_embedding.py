@@ -9,7 +9,8 @@ import moeware
 from moeware.compiler.calibrate import calibrate
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
-from moeware.compiler.partition import partition, report
+from moeware.compiler.partition import partition
+from moeware.compiler.placement import report
 from tests.compiler.exports import DIM, Block, Mlp, PackedAttention, export_module, run_onnx
 
 TOKENS, VOCABULARY = 7, 30

@@ -38,7 +38,8 @@ def placement(model: str, choices: dict[str, list[int]] | None = None, *,
     from moeware.compiler.kept import Kept
     from moeware.compiler.kept_weights import survey
     from moeware.compiler.load import load
-    from moeware.compiler.partition import describe, partition, report
+    from moeware.compiler.partition import partition
+    from moeware.compiler.placement import describe, report
     from moeware.compiler.problems import problems
     first = combinations(check_choices(choices or {}))[0]
     canonical = fuse(load(model, first))
