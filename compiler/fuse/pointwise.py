@@ -44,7 +44,7 @@ def _arguments(core: ir.Node) -> list[ir.Value]:
     found = [core.inputs[0]]
     for _ in range(8):
         node = found[-1].producer()
-        if node is None or not _elementwise(node):
+        if node is None or not _elementwise(node) or is_op(node, *_CORES):
             break
         variable = [v for v in node.inputs if v is not None and v.const_value is None]
         if len(set(variable)) == 1:
@@ -75,6 +75,8 @@ def _match(model: ir.Model, core: ir.Node, x: ir.Value) -> tuple[ir.Value, str] 
         for node in value.consumers():
             if not _elementwise(node) or node.outputs[0] in reached:
                 continue
+            if node is not core and is_op(node, *_CORES):
+                continue
             variable = [v for v in node.inputs if v is not None and v.const_value is None]
             fixed = [v for v in node.inputs if v is not None and v.const_value is not None]
             if not set(variable) <= reached or any(scalar(v) is None for v in fixed):
@@ -90,13 +92,11 @@ def _match(model: ir.Model, core: ir.Node, x: ir.Value) -> tuple[ir.Value, str] 
     grid[:] = np.resize(np.linspace(-6, 6, 997, dtype=np.float32), grid.size)
     if grid.size < 997:
         grid = np.random.default_rng(0).uniform(-6, 6, grid.size).astype(np.float32)
-    for y in reversed(results):
-        values = run(model, {x: grid.reshape(shape)}, [y])
-        if values is None or values[0].dtype != np.float32:
-            continue
-        argument = grid.reshape(-1)[:997].astype(np.float64)
-        for name, function in FUNCTION.items():
-            if np.abs(values[0].reshape(-1)[:997] - function(argument)).max() < 1e-5:
+    values = run(model, {x: grid.reshape(shape)}, results) if results else None
+    argument = grid.reshape(-1)[:997].astype(np.float64)
+    for y, found in zip(reversed(results), reversed(values or [])):
+        for name, function in FUNCTION.items() if found.dtype == np.float32 else ():
+            if np.abs(found.reshape(-1)[:997] - function(argument)).max() < 1e-5:
                 return y, name
     return None
 
