@@ -60,8 +60,8 @@ class Routed(Moe):
         return getattr(self, f"_{self.form}")(rows, weights, indices).reshape(x.shape)
 
 
-@pytest.mark.parametrize("form", ["loop", "gather"])
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize("form, dynamo", [("loop", False), ("gather", True)],
+                         ids=["torchscript", "dynamo"])
 @pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.__name__)
 def test_router(tmp_path, router, form, dynamo):
     path = tmp_path / "m.onnx"
