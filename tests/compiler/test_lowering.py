@@ -39,6 +39,16 @@ SIZES = {
 }
 
 
+def check_golden(graph, compiled, frames: int) -> None:
+    """The golden device computes, tensor by tensor, what the operations of ``graph`` say."""
+    inputs = graph.integers(frames)
+    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
+    expected = evaluate(graph.operations, inputs)
+    assert found
+    for tensor, values in found.items():
+        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.linear_macs}macs-{c.digest:08x}")
 def test_golden_device_computes_the_quantised_graph(config, size):
@@ -61,11 +71,7 @@ def test_router_forms_on_the_golden_device(config, form):
     config = dataclasses.replace(config, router_forms=1)
     graph = transformer(form, **SIZES["odd"] | {"experts": 8, "chosen": 3}, form=form)
     compiled = program(graph, config)
-    inputs = graph.integers(3)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, compiled, frames=3)
 
 
 @pytest.mark.parametrize("form", [2, 6])
@@ -112,11 +118,7 @@ def test_narrow_weights_share_their_bytes_on_chip_too(bits):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.linear_macs}macs-{c.digest:08x}")
 def test_narrow_arrays_compute_the_same(config, size):
     graph, narrow = transformer(3, **SIZES[size]), dataclasses.replace(config, narrow=1)
-    compiled, inputs = program(graph, narrow), graph.integers(2)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, program(graph, narrow), frames=2)
 
 
 def test_words_of_gate_and_factor_take_turns():
@@ -155,11 +157,7 @@ def test_small_memories_cut_products_into_tiles(size):
 def test_every_plan_gives_the_same(config, size, plan):
     graph = transformer(3, **SIZES[size])
     compiled = program(graph, config, plans=[plan], frames=2)
-    inputs = graph.integers(3)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, compiled, frames=3)
 
 
 def test_tensors_spill_where_memories_are_far_too_small():
@@ -168,11 +166,7 @@ def test_tensors_spill_where_memories_are_far_too_small():
     graph = transformer(5, **SIZES["wide"])
     with pytest.raises(CompileError, match="must fit in the activation memory"):
         program(graph, tight, plans=PLANS[:-1])
-    compiled, inputs = program(graph, tight), graph.integers(2)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, program(graph, tight), frames=2)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -182,11 +176,7 @@ def test_more_rows_than_queues_hold_are_routed_block_by_block(frames):
     y = graph.norm(x, NormMode.RMS)
     x = graph.experts(y, x, graph.route(y, 3, 2), 3, 10)
     graph.add_linear(graph.norm(x, NormMode.RMS), None, 7)
-    compiled, inputs = program(graph, short, plans=PLANS[-1:], frames=frames), graph.integers(frames)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, program(graph, short, plans=PLANS[-1:], frames=frames), frames=frames)
 
 
 @pytest.mark.parametrize("frames", [2, 3])
@@ -195,11 +185,7 @@ def test_more_rows_than_queues_hold_are_routed_block_by_block(frames):
 def test_frames_in_flight_are_those_apart(config, size, frames):
     graph = transformer(3, **SIZES[size])
     compiled = program(graph, config, frames=frames)
-    inputs = graph.integers(5)
-    found = GoldenDevice().run(compiled, compiled.steps[0], inputs, probes=True)
-    expected = evaluate(graph.operations, inputs)
-    for tensor, values in found.items():
-        np.testing.assert_array_equal(values, expected[tensor], err_msg=tensor)
+    check_golden(graph, compiled, frames=5)
 
 
 def image(compiled) -> np.ndarray:
