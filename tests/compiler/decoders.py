@@ -7,6 +7,9 @@ from moeware.compiler.calibrate import calibrate
 from moeware.compiler.canonical import DOMAIN, verify
 from moeware.compiler.partition import partition
 from moeware.compiler.quantise import QuantisedStep, quantise
+from moeware.compiler.reference import evaluate
+from moeware.hw.arch.program import Program
+from moeware.runtime.torch_path import TorchDevice
 
 __all__ = ["Decoder", "quantised", "rotary_factors"]
 
@@ -128,3 +131,13 @@ def quantised(model: ir.Model, x: np.ndarray) -> QuantisedStep:
     host, step = partition(model).steps
     assert (len(host.nodes), step.kind) == (1, "fpga"), host.reasons
     return quantise(step.nodes, step.inputs, step.outputs, calibrate(model, {"embedded": x}))
+
+
+def loss(model: ir.Model, step: QuantisedStep, compiled: Program, x: np.ndarray) -> float:
+    """Error of the integers of `compiled`, made of `step`, against the float model: root mean square,
+    in proportion to that of the results."""
+    (expected,) = evaluate(model, {"embedded": x}).values()
+    (entry,), (port,) = step.inputs, step.outputs
+    found = TorchDevice().run(compiled, compiled.steps[0], {entry.tensor: entry.quantise(x)})
+    error = port.dequantise(found[port.tensor]) - expected
+    return float(np.sqrt(np.square(error).mean() / np.square(expected).mean()))

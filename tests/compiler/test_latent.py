@@ -11,7 +11,6 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.partition import partition
 from moeware.compiler.precision import Precision
 from moeware.compiler.quantise import quantise
-from moeware.compiler.reference import evaluate
 from moeware.compiler.tile import PLANS, chain
 from moeware.compiler.verify import verify_quantised
 from moeware.hw.arch import quantised as q
@@ -24,7 +23,7 @@ from moeware.sim.golden import GoldenDevice
 
 from ..hw.arch.configs import CONFIGS
 from ..runtime.reference import Graph
-from .decoders import Decoder, quantised
+from .decoders import Decoder, loss, quantised
 from .lowering import latent, program
 from .test_rotary_lowering import NAMES, ROTARY, compare, run_in_any_order
 
@@ -69,13 +68,7 @@ def made(form: str, size: str, blocks: int = 2):
 @pytest.mark.parametrize("size", SIZES)
 def test_integers_are_near_the_float_model(form, size):
     model, step, draw = made(form, size)
-    x = draw(16)
-    (expected,) = evaluate(model, {"embedded": x}).values()
-    compiled = program(step, ROTARY[0], trace=False)
-    (entry,), (port,) = step.inputs, step.outputs
-    found = TorchDevice().run(compiled, compiled.steps[0], {entry.tensor: entry.quantise(x)})
-    error = port.dequantise(found[port.tensor]) - expected
-    assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < LOSS
+    assert loss(model, step, program(step, ROTARY[0], trace=False), draw(16)) < LOSS
 
 
 @pytest.mark.parametrize("form", FORMS)

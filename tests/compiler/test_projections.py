@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from moeware.compiler.partition import partition
-from moeware.compiler.reference import evaluate
 from moeware.compiler.verify import verify_quantised
 from moeware.hw.arch import numerics
 from moeware.hw.arch import quantised as q
@@ -15,7 +14,7 @@ from moeware.sim.compare import compare
 from moeware.sim.golden import GoldenDevice
 
 from ..hw.arch.configs import CONFIGS
-from .decoders import Decoder, quantised, rotary_factors
+from .decoders import Decoder, loss, quantised, rotary_factors
 from .lowering import program
 from .test_rotary_lowering import NAMES, ROTARY
 
@@ -71,13 +70,7 @@ def inputs_of(step, x: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("size", ["even", "odd"])
 def test_integers_are_near_the_float_model(form, size):
     model, step, draw = made(form, size)
-    x = draw(16)
-    (expected,) = evaluate(model, {"embedded": x}).values()
-    compiled = program(step, ROTARY[0], trace=False)
-    (port,) = step.outputs
-    found = TorchDevice().run(compiled, compiled.steps[0], inputs_of(step, x))
-    error = port.dequantise(found[port.tensor]) - expected
-    assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < LOSS
+    assert loss(model, step, program(step, ROTARY[0], trace=False), draw(16)) < LOSS
 
 
 @pytest.mark.parametrize("form", FORMS)
