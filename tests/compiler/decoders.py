@@ -11,7 +11,7 @@ from moeware.compiler.reference import evaluate
 from moeware.hw.arch.program import Program
 from moeware.runtime.torch_path import TorchDevice
 
-__all__ = ["Decoder", "quantised", "rotary_factors"]
+__all__ = ["Decoder", "loss", "quantised", "rotary_factors"]
 
 
 def rotary_factors(tokens: int, width: int, base: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
