@@ -20,11 +20,15 @@ _LEAST = {"Erf": -1.0, "Tanh": -1.0, "Sin": -1.0, "Cos": -1.0, "Gelu": -0.2} | d
 _SUMS = ("Add", "Sum")
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum", "Mul", "Div")
 _ONE_OF = ("Concat", "Where", "Max", "Mean")
-_FIRST = (
+# Their results are among the numbers that they read first, or between those; rounding is left out.
+_AMONG_FIRST = (
     "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Gather", "GatherND",
-    "GatherElements", "Slice", "Split", "Expand", "Cast", "ReduceSum", "ReduceMean", "ReduceMax",
-    "MaxPool", "AveragePool", "GlobalAveragePool", "QuantizeLinear", "DequantizeLinear", "Dropout",
-    "Pad", "LeakyRelu", "PRelu", "Elu", "Min", "Pow",
+    "GatherElements", "Slice", "Split", "Expand", "ReduceMean", "ReduceMax", "MaxPool",
+    "QuantizeLinear", "DequantizeLinear",
+)  # fmt: skip
+_SIGN_OF_FIRST = (
+    "Cast", "ReduceSum", "AveragePool", "GlobalAveragePool", "Dropout", "Pad", "LeakyRelu", "PRelu",
+    "Elu", "Min", "Pow",
 )  # fmt: skip
 
 
@@ -49,7 +53,9 @@ def _least(node: ir.Node, least: dict[ir.Value, float]) -> float:
     even = node.op_type == "Pow" and _bound(second, least) % 2 != 1
     if even or node.op_type == "Mul" and _plain(first) is _plain(second):
         return 0.0
-    if node.op_type in _FIRST:
+    if node.op_type in _AMONG_FIRST:
+        return reads[0]
+    if node.op_type in _SIGN_OF_FIRST:
         reads = reads[:1]
     elif node.op_type not in (*_PRODUCTS, *_ONE_OF):
         return _LEAST.get(node.op_type, 0.0)

@@ -101,7 +101,8 @@ def test_a_relu_that_is_but_saturation_comes_back(tmp_path, before, lowest):
 @pytest.mark.parametrize("before", [
     "a = Softmax(x)", "a = Mul(x, x)", "d = Mul(x, x) a = Add(d, p)", "d = Pow(x, v) a = ReduceMean(d)",
     "d = QuantizeLinear(x, s, z) e = DequantizeLinear(d, s, z) f = DequantizeLinear(d, s, z) "
-    "a = Mul(e, f)", "d = Softmax(x) a = MatMul(d, w)", "d = Erf(x) a = Add(d, o)"])
+    "a = Mul(e, f)", "d = Softmax(x) a = MatMul(d, w)", "d = Erf(x) a = Add(d, o)",
+    "d = Erf(x) e = QuantizeLinear(d, s, z) f = DequantizeLinear(e, s, z) a = Add(f, o)"])
 def test_what_is_positive_by_itself_needs_no_relu(tmp_path, before):
     model = load(text(tmp_path, f"{before} {PAIR}", n=np.uint8(0), v=np.float32(2),
                       o=np.float32(1), w=np.eye(6, dtype=np.float32), p=np.full(6, 0.5, np.float32)))
