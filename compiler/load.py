@@ -1,8 +1,4 @@
-"""Read an ONNX file into a checked, folded graph of one frame (batch 1, every shape static).
-
-The batch axis of a model is the frame axis: every later stage sees one frame, and running
-several frames repeats the graph. So the first axis of each graph input is fixed to 1 here.
-"""
+"""Read an ONNX file into a checked, folded graph of one frame (batch 1, every shape static)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,28 +12,34 @@ from moeware.compiler.contrib import expand_operators
 from moeware.compiler.errors import CompileError
 from moeware.compiler.functions import inline_functions
 from moeware.compiler.fuse.region import inputs_of
+from moeware.compiler.interface import Interface
 from moeware.compiler.read import check_model, one_line, read_model
 from moeware.compiler.simplify import simplify
+from moeware.compiler.widen import widen
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 
 
-def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
+def load(
+    path: str | Path, choice: Mapping[str, int] | None = None, interface: Interface | None = None
+) -> ir.Model:
     """Read, check and simplify the model at ``path`` (``.onnx`` or ONNX text ``.onnxtxt``).
 
-    ``choice``: inputs that are replaced by a constant. Returns a graph with batch 1, unique names,
-    local functions inlined, constants folded into initializers and common subexpressions merged.
+    ``choice``: inputs that are replaced by a constant; ``interface``: what the file leaves open. Returns
+    a graph with batch 1, unique names, local functions inlined, half precision widened, constants folded
+    into initializers and common subexpressions merged.
     Raises ``CompileError`` for anything that cannot be compiled.
     """
     path = Path(path)
     try:
         proto = inline_functions(read_model(path))
         substitute(proto, choice or {})
-        _fix_batch(proto)
+        constants = (interface or Interface()).apply(proto)
         expand_operators(proto)
-        check_model(proto, path)
+        check_model(proto, path, constants)
         _forget_shapes(proto)
         model = ir.from_proto(proto)
+        widen(model)
         simplify(model)
         _check_shapes(model)
         _check_types(model)
@@ -57,39 +59,6 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
             f"{type(error).__name__}: {one_line(str(error))}; check it with onnx.checker and "
             f"export it again"
         ) from error
-
-
-def _fix_batch(proto: onnx.ModelProto) -> None:
-    initializers = {tensor.name for tensor in proto.graph.initializer}
-    for value in proto.graph.input:
-        if value.name in initializers:
-            continue
-        if not value.type.tensor_type.HasField("shape") or not value.type.tensor_type.shape.dim:
-            raise CompileError(
-                f"Graph input {value.name!r} must have a shape whose first axis is the batch; "
-                f"export with example inputs of fixed size, or name the values of an integer that "
-                f"is chosen per run (--choices {value.name}=0,1)"
-            )
-        batch, *rest = value.type.tensor_type.shape.dim
-        if batch.HasField("dim_value") and batch.dim_value != 1:
-            raise CompileError(
-                f"Batch axis of graph input {value.name!r} must be dynamic or 1, not "
-                f"{batch.dim_value}; export with a batch of one frame"
-            )
-        batch.Clear()
-        batch.dim_value = 1
-        for axis, dimension in enumerate(rest, start=1):
-            if not dimension.HasField("dim_value"):
-                raise CompileError(
-                    f"Axis {axis} of graph input {value.name!r} must be fixed, not dynamic "
-                    f"({dimension.dim_param or 'unnamed'}); only the batch axis may be dynamic: "
-                    f"export without dynamic_axes for it"
-                )
-            if dimension.dim_value <= 0:
-                raise CompileError(
-                    f"Axis {axis} of graph input {value.name!r} must be positive, not "
-                    f"{dimension.dim_value}; export with a non-empty example input"
-                )
 
 
 def _check_types(model: ir.Model) -> None:

@@ -21,6 +21,7 @@ from moeware.compiler.choices import Choices, check_choices, combinations, requi
 from moeware.compiler.emit import emit
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
+from moeware.compiler.interface import Interface
 from moeware.compiler.kept import Kept
 from moeware.compiler.load import load
 from moeware.compiler.lowered import Lowered
@@ -40,9 +41,9 @@ __all__ = ["STAGES", "compile_model", "model_ports"]
 Ports = list[tuple[str, tuple[int, ...], str]]
 Progress = Callable[[str, int, int], None]  # stage, number from 1, stages in all
 
-TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "FLOAT16": "tensor(float16)",
-         "INT8": "tensor(int8)", "UINT8": "tensor(uint8)", "INT32": "tensor(int32)",
-         "INT64": "tensor(int64)", "BOOL": "tensor(bool)"}
+TYPES = {"FLOAT": "tensor(float)", "DOUBLE": "tensor(double)", "INT8": "tensor(int8)",
+         "UINT8": "tensor(uint8)", "INT32": "tensor(int32)", "INT64": "tensor(int64)",
+         "BOOL": "tensor(bool)"}
 
 
 @dataclass
@@ -62,6 +63,7 @@ class State:
     expert_bits: float | None = None
     nested: bool = False
     choices: dict[str, list[int]] = field(default_factory=dict)
+    interface: Interface = field(default_factory=Interface)
     models: list[ir.Model] = field(default_factory=list)
     inputs: Ports = field(default_factory=list)
     outputs: Ports = field(default_factory=list)
@@ -78,7 +80,8 @@ class State:
 
 
 def _load(state: State) -> None:
-    state.models = [load(state.path, choice) for choice in combinations(state.choices)]
+    state.models = [load(state.path, choice, state.interface)
+                    for choice in combinations(state.choices)]
 
 
 def _fuse(state: State) -> None:
@@ -182,7 +185,7 @@ def _emit(state: State) -> None:
         metadata={"model": state.path.name, "partition": state.report,
                   "calibration_frames": state.calibration.frames,
                   "starved_experts": state.calibration.starved, "plans": state.plans,
-                  "kept": state.kept,
+                  "kept": state.kept, "interface": state.interface.to_dict(),
                   "expert_bits": state.allocation and state.allocation.to_dict()})
     if state.upper:
         half = replace(state, quantised=state.upper, upper=[])
@@ -205,7 +208,7 @@ STAGES: dict[str, Callable[[State], None]] = {
 def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np.ndarray], *,
                   trace: bool = False, frames: int = 1, bits: Mapping[str, int] | None = None,
                   expert_bits: float | None = None, nested: bool = False,
-                  choices: Choices | None = None, dump: str | os.PathLike | None = None,
+                  choices: Choices | None = None, interface: Interface | None = None, dump: str | os.PathLike | None = None,
                   start: str = "load", stop: str = "emit",
                   progress: Progress | None = None) -> Program | None:
     """Compile an ONNX model.
@@ -227,6 +230,8 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     choices : integer inputs of shape [] or [1] that are the same for a whole run, such as the task
         of a multi-task model, and the values that each may have: ``{"task": [0, 1]}``. A run takes
         one of them; they share all constants that are equal. Samples are calibrated with each.
+    interface : sizes of axes that the file leaves open, inputs that are always the same, outputs to
+        leave out.
     dump : folder that gets each stage's result; needed to resume.
     start, stop : first and last stage (names of `STAGES`); from a later `start` on, the stage
         before is read from `dump`.
@@ -249,7 +254,7 @@ def compile_model(path: str | os.PathLike, config: Config, samples: dict[str, np
     if first > last:
         raise CompileError(f"Stage {start!r} must not come after {stop!r}")
     state = State(Path(path), config, samples, trace, frames, bits or {}, expert_bits,
-                  nested, check_choices(choices or {}))
+                  nested, check_choices(choices or {}), interface or Interface())
     if first:
         if dump is None:
             raise CompileError(f"Starting at {start!r} must have a dump folder to resume from")
@@ -314,9 +319,11 @@ def _resume(folder: Path, stage: str, wanted: State) -> State:
         if had != has and list(STAGES).index(stage) >= list(STAGES).index("partition"):
             raise CompileError(f"Dump folder {folder} must be of a configuration with {option} = "
                                f"{has}, not {had}: start at partition")
-    if state.choices != wanted.choices:
-        raise CompileError(f"Dump folder {folder} must be of the choices {wanted.choices}, not "
-                           f"{state.choices}: start at load")
+    for what in ("choices", "interface"):
+        had, has = getattr(state, what), getattr(wanted, what)
+        if had != has:
+            raise CompileError(f"Dump folder {folder} must be of the {what} {has}, not {had}: start at "
+                               "load")
     state.config, state.trace, state.path = wanted.config, wanted.trace, wanted.path
     state.frames, state.bits = wanted.frames, wanted.bits
     state.expert_bits, state.nested = wanted.expert_bits, wanted.nested

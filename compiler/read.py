@@ -5,7 +5,7 @@ defined, every graph ends. What its nodes compute is looked at afterwards (``moe
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +145,9 @@ def _check_length(tensor: onnx.TensorProto, entries: Mapping[str, str], file_byt
         )
 
 
-def check_model(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse what the ONNX checker refuses, and what it lets pass but nobody can read."""
+def check_model(proto: onnx.ModelProto, path: Path, known: Collection[str] = ()) -> None:
+    """Refuse what the ONNX checker refuses, and what it lets pass but nobody can read; ``known``:
+    constants that are not the file's own, which may be empty."""
     _check_opset(proto)
     try:
         onnx.checker.check_model(proto)
@@ -172,7 +173,7 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
         )
     for tensor in _tensors(proto):
         _check_tensor(tensor)
-    _check_weights(proto)
+    _check_weights(proto, known)
 
 
 def _check_node(node: onnx.NodeProto) -> None:
@@ -214,7 +215,7 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
         ) from error
 
 
-def _check_weights(proto: onnx.ModelProto) -> None:
+def _check_weights(proto: onnx.ModelProto, known: Collection[str]) -> None:
     """Refuse non-finite and empty weights. A mask of minus infinities is not a weight."""
     readers: dict[str, set[str]] = {}
     for node in proto.graph.node:
@@ -222,7 +223,7 @@ def _check_weights(proto: onnx.ModelProto) -> None:
             readers.setdefault(name, set()).add(node.op_type)
     for tensor in proto.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
-        if not np.issubdtype(array.dtype, np.floating):
+        if not np.issubdtype(array.dtype, np.floating) or tensor.name in known:
             continue
         if array.size == 0 and readers.get(tensor.name, set()) - {"Resize"}:
             raise CompileError(

@@ -17,7 +17,7 @@ from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.qdq import take_out
 from moeware.compiler.read import one_line
 
-__all__ = ["simplify"]
+__all__ = ["refuse_contradictions", "simplify", "without_weights"]
 
 _NODE_OF_FOLDING = re.compile(r"for node '(.*?)' \(.*::(.*)\)")
 # What folding could not compute is left in the graph, or refused with the name of the node.
@@ -98,18 +98,29 @@ def _not_folded(error: Exception) -> Exception:
 def _infer_shapes(model: ir.Model) -> None:
     """Give every value its shape; refuse a node whose operands and attributes contradict.
 
-    The pass swallows the reason why inference fails, so the graph is looked at before, without the
-    weights, which do not matter to it. No propagation of data: folding has done that, and it
-    takes memory for each element of a vector.
+    The pass swallows the reason why inference fails, so the graph is looked at before. No propagation of
+    data: folding has done that, and it takes memory for each element of a vector.
     """
+    refuse_contradictions(without_weights(model), strict=True)
+    passes.ShapeInferencePass(data_prop=False)(model)
+
+
+def without_weights(model: ir.Model) -> ir.Model:
+    """A copy for shape inference, which only reads the values of small constants."""
     light = model.clone()
     for name, value in list(light.graph.initializers.items()):
         if value.const_value is None or value.const_value.size > _LARGE_CONSTANT:
             del light.graph.initializers[name]
             light.graph.inputs.append(value)
+    return light
+
+
+def refuse_contradictions(model: ir.Model, strict: bool) -> None:
+    """Raise ``CompileError`` for a node whose operands are of types or, if ``strict``, also of shapes
+    that do not go together."""
     try:
         onnx.shape_inference.infer_shapes(
-            ir.to_proto(light), check_type=True, strict_mode=True
+            ir.to_proto(model), check_type=True, strict_mode=strict
         )
     except onnx.shape_inference.InferenceError as error:
         found = _NODE_OF_INFERENCE.search(str(error))
@@ -121,7 +132,6 @@ def _infer_shapes(model: ir.Model) -> None:
             f"fail shape inference with: {one_line(reason)}; repair the node or export the model "
             f"again"
         ) from error
-    passes.ShapeInferencePass(data_prop=False)(model)
 
 
 def _register_constants(model: ir.Model) -> None:

@@ -9,9 +9,9 @@ from moeware.hw.arch.program import Program
 
 __all__ = ["FeedError", "NodeArg", "check_feeds", "check_names", "take_choice"]
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
-           "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(int32)": np.int32,
-           "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+_DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int8)": np.int8,
+           "tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
+           "tensor(bool)": np.bool_}
 
 
 class FeedError(ValueError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE}
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:

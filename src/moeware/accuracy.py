@@ -133,13 +133,14 @@ def compare(model: str | os.PathLike, program: Program | str | os.PathLike,
     """
     from moeware.compiler.canonical import sources
     from moeware.compiler.fuse import fuse
+    from moeware.compiler.interface import Interface
     from moeware.compiler.load import load
     from moeware.compiler.reference import evaluate
     if not isinstance(program, Program):
         program = Program.load(program)
     choice, inputs = take_choice(program, feeds)
     frames = check_feeds(program, inputs)
-    graph = fuse(load(Path(model), choice))
+    graph = fuse(load(Path(model), choice, Interface(**program.metadata.get("interface", {}))))
     sums = _Sums(program, choice)
     _check_model(graph, sums, program, str(model))
     for start in range(0, frames, BATCH):

@@ -61,7 +61,9 @@ def find_board(name: str):
 
 
 def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
-            calibration: Calibration | None = None, **options) -> Program | None:
+            calibration: Calibration | None = None, *, axes: Mapping[str, int] | None = None,
+            fixed: Mapping[str, float | str] | None = None, outputs: Sequence[str] = (),
+            **options) -> Program | None:
     """Compile an ONNX file.
 
     Parameters
@@ -69,6 +71,8 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     model : path of the ONNX file.
     config : as `find_config` takes it.
     calibration : real inputs, float32 [frames, ...] by input name, or a file or folder of them.
+    axes, fixed, outputs : what the file leaves open, as `moeware.compiler.interface.Interface` takes
+        them: ``axes={"sequence": 128}``, ``fixed={"attention_mask": 1}``, ``outputs=["logits"]``.
     options : as `moeware.compiler.pipeline.compile_model` takes them, for example
         ``choices={"task": [0, 1]}``, ``expert_bits=3.0`` or ``nested=True``; None is returned where they
         stop before the last stage.
@@ -80,13 +84,16 @@ def compile(model: str | os.PathLike, config: Config | str | os.PathLike,
     from moeware.compiler.calibrate import load_samples
     from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
+    from moeware.compiler.interface import Interface
     from moeware.compiler.load import load
     from moeware.compiler.pipeline import compile_model, model_ports
+    interface = Interface(axes or {}, fixed or {}, outputs)
     if isinstance(calibration, (str, os.PathLike)):
         choices = check_choices(options.get("choices") or {})
-        first = fuse(load(Path(model), combinations(choices)[0]))
+        first = fuse(load(Path(model), combinations(choices)[0], interface))
         calibration = load_samples(calibration, model_ports(first)[0], choices)
-    return compile_model(model, find_config(config), dict(calibration or {}), **options)
+    return compile_model(model, find_config(config), dict(calibration or {}), interface=interface,
+                         **options)
 
 
 def estimate(program: Program | str | os.PathLike, *, clock_hz: float = 100e6, dram=None,
@@ -158,19 +165,23 @@ class Session(session.Session):
 
     Parameters
     ----------
-    config, calibration, choices : for an ONNX file, as `compile` takes them.
+    config, calibration, choices, axes, fixed, outputs : for an ONNX file, as `compile` takes them.
     model, device, options : as `moeware.runtime.session.Session` takes them.
     """
 
     def __init__(self, model: Program | str | os.PathLike, device: str = "auto", *,
                  config: Config | str | os.PathLike | None = None,
                  calibration: Calibration | None = None,
-                 choices: Mapping[str, Sequence[int]] | None = None, **options):
+                 choices: Mapping[str, Sequence[int]] | None = None,
+                 axes: Mapping[str, int] | None = None,
+                 fixed: Mapping[str, float | str] | None = None, outputs: Sequence[str] = (),
+                 **options):
         if not isinstance(model, Program) and Path(model).suffix in MODEL_SUFFIXES:
             if config is None or calibration is None:
                 raise ValueError("Session on an ONNX file must have a config and calibration data; "
                                  "or compile the model once and open the program")
-            compiled = compile(model, config, calibration, choices=choices)
+            compiled = compile(model, config, calibration, choices=choices, axes=axes, fixed=fixed,
+                               outputs=outputs)
             assert compiled is not None
             model = compiled
         super().__init__(model, device, **options)

@@ -166,12 +166,11 @@ def test_samples_of_a_byte_image_must_be_bytes(tmp_path):
         compile_model(path, EVEN, {"image": np.zeros((2, 8, 8, 3), np.float32)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_another_precision_is_refused_with_the_remedy(dtype, tmp_path):
-    model = timm(depth=1).to(dtype).eval()
+def test_another_precision_is_refused_with_the_remedy(tmp_path):
+    model = timm(depth=1).double().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (torch.zeros(1, 3, 8, 8, dtype=dtype),), str(tmp_path / "m.onnx"),
+        torch.onnx.export(model, (torch.zeros(1, 3, 8, 8, dtype=torch.float64),), str(tmp_path / "m.onnx"),
                           opset_version=18, input_names=["image"], dynamo=False)
     with pytest.raises(CompileError, match=r"\(Conv\) must compute in FLOAT, .*: model.float\(\)"):
         compile_model(tmp_path / "m.onnx", EVEN, {"image": np.zeros((1, 3, 8, 8))})

@@ -8,7 +8,7 @@ Below a cause stands what only follows it to the host. ``--json`` lists every no
 import textwrap
 from itertools import zip_longest
 
-from moeware.cli.input_options import add_choices_option
+from moeware.cli.input_options import add_model_options, model_options
 
 HELP = "say which nodes of a model run on the accelerator, and what to change for the others"
 NAMED = 4  # nodes that a line names; --json has all
@@ -19,22 +19,24 @@ def configure(parser) -> None:
     parser.add_argument("model", help="ONNX file")
     parser.add_argument("--config", help="name of a board, or JSON file of a Config, whose gateware "
                         "there is (default: all that there can be)")
-    add_choices_option(parser)
+    add_model_options(parser)
     parser.add_argument("--strict", action="store_true",
                         help="exit status 1 if a node would run on the host")
 
 
 def run(arguments) -> dict:
-    return placement(arguments.model, dict(arguments.choices), config=arguments.config,
-                     strict=arguments.strict)
+    return placement(arguments.model, config=arguments.config, strict=arguments.strict,
+                     **model_options(arguments))
 
 
 def placement(model: str, choices: dict[str, list[int]] | None = None, *,
-              config: str | None = None, strict: bool) -> dict:
-    """The facts about an ONNX file, with the first value of each of its choices."""
+              config: str | None = None, strict: bool, **interface) -> dict:
+    """The facts about an ONNX file, with the first value of each of its choices; interface : as
+    `moeware.compiler.interface.Interface` takes it."""
     from moeware.api import find_config
     from moeware.compiler.choices import check_choices, combinations
     from moeware.compiler.fuse import fuse
+    from moeware.compiler.interface import Interface
     from moeware.compiler.kept import Kept
     from moeware.compiler.kept_weights import survey
     from moeware.compiler.load import load
@@ -42,7 +44,7 @@ def placement(model: str, choices: dict[str, list[int]] | None = None, *,
     from moeware.compiler.placement import describe, report
     from moeware.compiler.problems import problems
     first = combinations(check_choices(choices or {}))[0]
-    canonical = fuse(load(model, first))
+    canonical = fuse(load(model, first, Interface(**interface)))
     parts = partition(canonical, config and find_config(config))
     kept = Kept.of(canonical)
     survey(kept, parts.steps)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from moeware.cli.input_options import add_choices_option
+from moeware.cli.input_options import add_model_options, model_options
 from moeware.cli.memory import add_memory_options, find_dram
 
 HELP = "compile an ONNX model to a program"
@@ -30,7 +30,7 @@ def configure(parser) -> None:
     parser.add_argument("--nested", action="store_true",
                         help="experts of 8 bits whose upper 4 are good weights, too: compare, run, "
                         "simulate and profile take --expert-bits 4")
-    add_choices_option(parser)
+    add_model_options(parser)
     parser.add_argument("--dump", help="folder for each stage's result")
     parser.add_argument("--start", default="load", help="first stage; earlier ones are in --dump")
     parser.add_argument("--stop", default="emit", help="last stage")
@@ -52,8 +52,8 @@ def run(arguments) -> dict:
             arguments.model, arguments.config, arguments.calibration, trace=arguments.trace,
             frames=arguments.frames, bits=dict(arguments.bits),
             expert_bits=arguments.expert_bits, nested=arguments.nested,
-            choices=dict(arguments.choices), dump=arguments.dump, start=arguments.start,
-            stop=arguments.stop, progress=progress)
+            dump=arguments.dump, start=arguments.start, stop=arguments.stop, progress=progress,
+            **model_options(arguments))
     if program is None:
         return {"program": None, "stopped": arguments.stop, "dump": arguments.dump}
     output = Path(arguments.output or Path(arguments.model).with_suffix(".moe").name)
