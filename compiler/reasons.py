@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON, is_canonical
+from moeware.compiler.interface import RANGE
 
 __all__ = ["Reason", "follows", "no_form", "operator_name", "plain_reason", "reason_of"]
 
@@ -14,6 +15,10 @@ _INTEGERS = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
     "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits",
 )  # fmt: skip
+
+
+_WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+_NEAR = 200  # nodes that are looked at for what a node depends on
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ def plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     if REASON in node.metadata_props:
         return node.metadata_props[REASON]
+    settings = _settings(node)
+    if settings:
+        return (
+            f"{operator_name(node)} depends on {' and '.join(map(repr, settings))}, integers that are not "
+            f"known before; fix what is the same in every run ({' '.join(map(_fixed, settings))})"
+        )
     if node.op_type in _INTEGERS or node.op_type.startswith(("QLinear", "QAttention")):
         return (
             f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
@@ -83,6 +94,33 @@ def plain_reason(node: ir.Node) -> str:
             f"last axis, with epsilon added under the root"
         )
     return no_form([operator_name(node)])
+
+
+def _settings(node: ir.Node) -> list[str]:
+    """Inputs of the model, of integers, that come to ``node`` without a product or a table between, as
+    masks and positions do."""
+    seen: dict[ir.Node, None] = {node: None}
+    names: set[str] = set()
+    pending = [node]
+    while pending and len(seen) < _NEAR:
+        for value in pending.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer not in seen and not _makes_features(producer):
+                seen[producer] = None
+                pending.append(producer)
+            elif value is not None and value.is_graph_input() and value.dtype in _WHOLE:
+                names.add(str(value.name))
+    return sorted(names) if not _makes_features(node) else []
+
+
+def _fixed(name: str) -> str:
+    """The option that makes a constant of an input, as of a sequence without padding."""
+    return f"--fix {name}={RANGE if 'position' in name else 1}"
+
+
+def _makes_features(node: ir.Node) -> bool:
+    table = node.op_type == "Gather" and node.inputs[0].const_value is not None
+    return table or is_canonical(node) or node.op_type in ("MatMul", "Gemm", "Einsum", "Conv")
 
 
 def no_form(operators: Sequence[str]) -> str:
