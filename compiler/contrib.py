@@ -9,8 +9,9 @@ import onnx_ir.passes.common as passes
 from onnx import helper, numpy_helper
 
 from moeware.compiler.fuse.contrib_moe import is_contrib_moe
+from moeware.compiler.fuse.group_query import group_query_shapes, is_group_query
 from moeware.compiler.fuse.terms import is_rotary
-from moeware.compiler.fuse.trace import operand, static_shape
+from moeware.compiler.fuse.trace import attribute, operand, static_shape
 
 __all__ = ["EXPANDED", "expand_operators", "infer_shapes"]
 
@@ -21,12 +22,22 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     nodes: list[onnx.NodeProto] = []
     context = _Context(proto)
     for node in proto.graph.node:
+        _leave_out_empty(context, node)
         emit = _Emitter(context, node)
         expand = _EXPANSIONS.get((node.domain, node.op_type))
         done = expand is not None and expand(emit, emit.attributes)
         nodes += emit.nodes if done else [node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def _leave_out_empty(context: "_Context", node: onnx.NodeProto) -> None:
+    """Leave a past without elements out, which is as good as none."""
+    if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
+        node.input[:] = ["" if name in context.empty else name for name in node.input]
+
+
+_WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 class _Context:
@@ -38,6 +49,7 @@ class _Context:
         self.opset = max(versions, default=0)  # which is refused later
         self.initializers = graph.initializer
         self.producers = {name: node.op_type for node in graph.node for name in node.output}
+        self.empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
         self.ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.HasField("shape"):
@@ -229,8 +241,8 @@ EXPANDED = tuple(name for _, name in _EXPANSIONS)
 
 def infer_shapes(model: ir.Model) -> None:
     """Infer shapes in place, those behind operators of ONNX Runtime's domain included, where ONNX
-    stops: ``MoE``, ``QMoE`` and ``RotaryEmbedding`` keep the shape of their first input."""
-    unknown = [node for node in model.graph if is_contrib_moe(node) or _is_contrib_rotary(node)]
+    stops."""
+    unknown = [node for node in model.graph if node.domain and _is_shaped(node)]
     while unknown:
         # Not strict, as a value without a type is an error there.
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
@@ -238,9 +250,24 @@ def infer_shapes(model: ir.Model) -> None:
         if not known:
             return  # folding may find more
         for node in known:
-            node.outputs[0].shape, node.outputs[0].type = node.inputs[0].shape, node.inputs[0].type
+            for value, shape in zip(node.outputs, _result_shapes(node)):
+                value.type, value.shape = node.inputs[0].type, shape
         unknown = [node for node in unknown if node not in known]
 
 
-def _is_contrib_rotary(node: ir.Node) -> bool:
-    return bool(node.domain) and is_rotary(node)
+def _is_shaped(node: ir.Node) -> bool:
+    """Whether `_result_shapes` knows the operator."""
+    return (
+        is_contrib_moe(node)
+        or is_rotary(node)
+        or is_group_query(node)
+        or node.op_type == "MatMulNBits"
+    )
+
+
+def _result_shapes(node: ir.Node) -> list[ir.Shape]:
+    """Shapes of the results: that of the first input, with other features where need be."""
+    if is_group_query(node):
+        return group_query_shapes(node)
+    *rows, features = static_shape(operand(node, 0)) or ()
+    return [ir.Shape((*rows, attribute(node, "N", features)))]

@@ -54,6 +54,7 @@ def _einsum_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
 def _contrib_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
     """Of a mixture of experts in ONNX Runtime's domain; packed weights tell only their rows."""
     hidden = shapes[2][1]
-    columns = hidden // 2 if "swiglu_fusion" in node.attributes else hidden
+    fusion = node.attributes.get("swiglu_fusion")
+    columns = hidden // 2 if fusion is not None and fusion.value else hidden
     k = node.attributes["k"].value if "k" in node.attributes else 1
     return math.prod(shapes[0]) * k * (hidden + columns)

@@ -1,0 +1,122 @@
+"""ONNX Runtime's products with weights of a few bits, as the float operators that they stand for."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from moeware.compiler.blocks import WIDTHS, dequantised, middle, unpacked
+from moeware.compiler.fuse.region import run
+from moeware.compiler.fuse.trace import attribute, operand
+
+__all__ = ["expand_nbits"]
+
+
+def expand_nbits(model: ir.Model) -> list[str]:
+    """Replace each ``MatMulNBits`` by ``MatMul`` (and ``Add``) and each ``GatherBlockQuantized`` by ``Gather``,
+    of float constants; what is in another form stays. Returns names of the products' weights."""
+    names = []
+    for node in list(model.graph):
+        read = _READERS.get(node.op_type) if node.domain == "com.microsoft" else None
+        weight = read(model, node) if read else None
+        if weight is None:
+            continue
+        value = _constant(model, node, weight)
+        if node.op_type == "MatMulNBits":
+            names.append(str(node.inputs[1].name))
+            made = [ir.node("MatMul", [node.inputs[0], value], name=f"{node.name}_product")]
+            bias = operand(node, 5)
+            if bias is not None:
+                made[0].outputs[0].name = f"{node.outputs[0].name}_product"
+                made.append(ir.node("Add", [made[0].outputs[0], bias], name=f"{node.name}_sum"))
+        else:
+            made = [ir.node("Gather", [value, node.inputs[1]], {"axis": 0}, name=node.name)]
+        _replace(model, node, made)
+    return names
+
+
+def _constant(model: ir.Model, node: ir.Node, weight: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(weight), name=f"{node.outputs[0].name}_weight")
+    value = ir.val(tensor.name, const_value=tensor, dtype=ir.DataType.FLOAT, shape=tensor.shape)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
+    old, new = node.outputs[0], made[-1].outputs[0]
+    new.type, new.shape = old.type, old.shape
+    model.graph.insert_before(node, made)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    name = old.name
+    old.name, new.name = f"{name}_stored", name
+    model.graph.remove(node, safe=True)
+
+
+def _arrays(model: ir.Model, node: ir.Node, places: tuple[int, ...]) -> list[np.ndarray | None] | None:
+    """The constants at ``places``; None where an input that is there is none."""
+    found: list[np.ndarray | None] = []
+    for place in places:
+        value = operand(node, place)
+        if value is None:
+            found.append(None)
+        elif value.const_value is not None and not value.is_graph_input():
+            found.append(value.const_value.numpy())
+        else:
+            results = run(model, {}, [value])
+            if results is None:
+                return None
+            found += results
+    return found
+
+
+def _zeros(zero: np.ndarray | None, bits: int, shape: tuple[int, int]) -> np.ndarray | int:
+    """Zero points [rows, blocks], of which bytes hold each row by itself."""
+    if zero is None:
+        return middle(bits)
+    if zero.dtype != np.uint8:
+        return zero.reshape(shape)
+    return unpacked(zero.reshape(shape[0], -1), bits)[:, : shape[1]]
+
+
+def _product(model: ir.Model, node: ir.Node) -> np.ndarray | None:
+    """Weight [K, N] of ``MatMulNBits``."""
+    bits, length = attribute(node, "bits", 4), attribute(node, "block_size", 0)
+    rows, columns = attribute(node, "N", 0), attribute(node, "K", 0)
+    arrays = _arrays(model, node, (1, 2, 3))
+    other = operand(node, 4) is not None or attribute(node, "weight_prepacked", 0)
+    if arrays is None or other or bits not in WIDTHS or min(length, rows, columns) < 1:
+        return None
+    stored, scale, zero = arrays
+    blocks = -(-columns // length)
+    if stored.dtype != np.uint8 or stored.size * 8 != rows * blocks * length * bits:
+        return None
+    integers = unpacked(stored.reshape(rows, -1), bits)[:, :columns]
+    scale = scale.reshape(rows, blocks)
+    return dequantised(integers, scale, _zeros(zero, bits, scale.shape), length).T
+
+
+def _table(model: ir.Model, node: ir.Node) -> np.ndarray | None:
+    """Rows [V, D] of ``GatherBlockQuantized``."""
+    arrays = _arrays(model, node, (0, 2, 3))
+    if arrays is None or arrays[0].ndim != 2 or attribute(node, "gather_axis", 0) != 0:
+        return None
+    if attribute(node, "quantize_axis", 1) not in (1, -1) or arrays[1].ndim != 2:
+        return None
+    stored, scale, zero = arrays
+    bits, length = attribute(node, "bits", 4), attribute(node, "block_size", 128)
+    if stored.dtype == np.uint8:
+        if bits not in WIDTHS:
+            return None
+        integers, zero = unpacked(stored, bits), _zeros(zero, bits, scale.shape)
+    else:  # int4 and uint4, which NumPy has a type for
+        integers = stored.astype(np.float32)
+        zero = 0 if zero is None else zero.astype(np.float32)
+    if length < 1 or len(scale) != len(integers) or scale.shape[1] != -(-integers.shape[1] // length):
+        return None
+    return dequantised(integers, scale, zero, length)
+
+
+_READERS: dict[str, Callable[[ir.Model, ir.Node], np.ndarray | None]] = {
+    "MatMulNBits": _product,
+    "GatherBlockQuantized": _table,
+}
