@@ -10,6 +10,7 @@ What is refused stays a plain node, with the reason in its metadata for `partiti
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -200,7 +201,7 @@ def _write_out(model: ir.Model, node: ir.Node, form: _Form, masks: dict[int, ir.
     rows = list(node.inputs[:3])
     if operand(node, 1) is None:
         ends = np.cumsum((0, *counts)) * form.dim
-        rows = [build.take(node.inputs[0], np.arange(*pair)) for pair in zip(ends, ends[1:])]
+        rows = [build.take(node.inputs[0], np.arange(*pair)) for pair in pairwise(ends)]
     if form.start is not None:
         rows[:2] = (_turned(build, node, *pair, form) for pair in zip(rows[:2], counts))
     q, k, v = (

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.compiler.contrib import packed, quantised
 
-__all__ = ["Sizes", "VOCABULARY", "write"]
+__all__ = ["VOCABULARY", "Sizes", "write"]
 
 VOCABULARY = 40
 _OWN = "com.microsoft"
