@@ -71,9 +71,10 @@ class _Emitter:
     def output(self, place: int) -> str:
         return self.node.output[place] if place < len(self.node.output) else ""
 
-    def reads(self, *places: int) -> bool:
-        """Whether the node has these inputs and no others."""
-        return {place for place, name in enumerate(self.node.input) if name} == set(places)
+    def reads(self, *places: int, optional: tuple[int, ...] = ()) -> bool:
+        """Whether the node has these inputs and no others, but for optional ones."""
+        found = {place for place, name in enumerate(self.node.input) if name}
+        return found - set(optional) == set(places)
 
     def constant(self, value: float | list[int]) -> str:
         array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
@@ -182,15 +183,17 @@ def _activated(emit: _Emitter, attributes: Mapping) -> bool:
 def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     """Attention with packed weights, and MultiHeadAttention of three values of rows."""
     heads, packed = attributes.get("num_heads", 0), emit.node.op_type == "Attention"
-    unknown = ("qkv_hidden_sizes", "do_rotary", "past_present_share_buffer")
-    if any(attributes.get(name) for name in unknown) or emit.output(1):
+    unknown = ("do_rotary", "past_present_share_buffer")
+    if any(attributes.get(name) for name in unknown) or packed and emit.output(1):
         return False
     if any(emit.context.ranks.get(emit.input(place), 3) != 3 for place in range(1 if packed else 3)):
         return False
-    if packed and emit.reads(0, 1, 2):
+    if packed and emit.reads(0, 1, 2, optional=(5,)):
         product = emit("Add", emit("MatMul", emit.input(0), emit.input(1)), emit.input(2))
-        parts = emit("Split", product, outputs=3, axis=-1, **_parts(emit, 3))
-    elif not packed and (emit.reads(0, 1, 2) or emit.reads(0, 1, 2, 3)):
+        sizes = [emit.constant(list(each)) for each in [attributes.get("qkv_hidden_sizes")] if each]
+        equal = {} if sizes else _parts(emit, 3)
+        parts = emit("Split", product, *sizes, outputs=3, axis=-1, **equal)
+    elif not packed and emit.reads(0, 1, 2, optional=(3, 5)):
         parts = [emit.input(place) for place in range(3)]
         if emit.input(3):
             biases = emit("Split", emit.input(3), outputs=3, axis=-1, **_parts(emit, 3))
@@ -198,7 +201,11 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     else:
         return False
     shape = emit.constant([0, 0, heads, -1])
-    q, k, v = (emit("Transpose", emit("Reshape", part, shape), perm=[0, 2, 1, 3]) for part in parts)
+    presents = "" if packed else emit.output(1), "" if packed else emit.output(2)
+    q, k, v = (
+        emit("Transpose", emit("Reshape", part, shape), output=present, perm=[0, 2, 1, 3])
+        for part, present in zip(parts, ("", *presents))
+    )
     scores = emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2]))
     if attributes.get("scale"):
         scores = emit("Mul", scores, emit.constant(float(attributes["scale"])))
@@ -210,6 +217,8 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
         shape = emit("Shape", scores, start=2, end=4)
         hidden = emit("ConstantOfShape", shape, value=fill)
         scores = emit("Add", scores, emit("Trilu", hidden, emit.constant(1), upper=1))
+    if emit.input(5):
+        scores = emit("Add", scores, emit.input(5))
     rows = emit("Transpose", emit("MatMul", emit("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
     emit("Reshape", rows, emit.constant([0, 0, -1]), output=emit.output(0))
     return True

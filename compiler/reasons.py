@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON, is_canonical
+from moeware.compiler.fuse.trace import LAYOUT, is_op
 
 __all__ = ["Reason", "follows", "no_form", "operator_name", "plain_reason", "reason_of"]
 
@@ -48,6 +49,12 @@ def plain_reason(node: ir.Node) -> str:
     operands = [value for value in node.inputs if value is not None]
     if REASON in node.metadata_props:
         return node.metadata_props[REASON]
+    shown = _shown(node)
+    if shown is not None:
+        return (
+            f"{shown} is an output of the model inside of a block, whose values stay on the accelerator; "
+            f"leave this output out of the model"
+        )
     if node.op_type in _INTEGERS or node.op_type.startswith(("QLinear", "QAttention")):
         return (
             f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
@@ -83,6 +90,22 @@ def plain_reason(node: ir.Node) -> str:
             f"last axis, with epsilon added under the root"
         )
     return no_form([operator_name(node)])
+
+
+def _shown(node: ir.Node) -> str | None:
+    """The output of the model that layout operators from ``node`` on make of a value which the model itself
+    reads, too."""
+    root, reached = node.inputs[0], [node]
+    while root is not None and is_op(root.producer(), *LAYOUT):
+        root = root.producer().inputs[0]  # type: ignore[union-attr]
+    if not is_op(node, *LAYOUT) or root is None or all(is_op(user, *LAYOUT) for user in root.consumers()):
+        return None
+    for each in reached:
+        for value in each.outputs:
+            if value.is_graph_output():
+                return str(value.name)
+            reached += [user for user in value.consumers() if is_op(user, *LAYOUT)]
+    return None
 
 
 def no_form(operators: Sequence[str]) -> str:
