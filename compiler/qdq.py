@@ -127,10 +127,12 @@ def _constant(model: ir.Model, node: ir.Node, kept: Kept) -> None:
 
 
 def _check(node: ir.Node, scales: np.ndarray) -> None:
-    if not (np.isfinite(scales) & (scales > 0)).all():
+    # Where blocks have scales, quantisers let the sign say which end of the integers is the larger one.
+    signed = attribute(node, "block_size", 0) > 0
+    if not (np.isfinite(scales) & (signed | (scales > 0))).all():
         raise CompileError(
-            f"Scale of node {node.name!r} ({node.op_type}) must be positive and finite, not "
-            f"{scales.min()}; quantise the model again, without what holds a mask of infinities"
+            f"Scale of node {node.name!r} ({node.op_type}) must be {'' if signed else 'positive and '}"
+            f"finite, not {scales.min()}; quantise the model again, without what holds a mask of infinities"
         )
 
 
