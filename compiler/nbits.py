@@ -6,20 +6,30 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.blocks import WIDTHS, dequantised, middle, unpacked
+from moeware.compiler.canonical import REASON
 from moeware.compiler.fuse.region import run
 from moeware.compiler.fuse.trace import attribute, operand
 
 __all__ = ["expand_nbits"]
 
+_UNREAD = (
+    "{} is read where its weights are constants of 8, 4 or 2 bits in blocks along the inputs, without g_idx "
+    "or the packing of a provider; quantise the float model in that form"
+)
+
 
 def expand_nbits(model: ir.Model) -> list[str]:
     """Replace each ``MatMulNBits`` by ``MatMul`` (and ``Add``) and each ``GatherBlockQuantized`` by ``Gather``,
-    of float constants; what is in another form stays. Returns names of the products' weights."""
+    of float constants; what is in another form stays, with the reason. Returns names of the products'
+    weights."""
     names = []
     for node in list(model.graph):
         read = _READERS.get(node.op_type) if node.domain == "com.microsoft" else None
-        weight = read(model, node) if read else None
+        if read is None:
+            continue
+        weight = read(model, node)
         if weight is None:
+            node.metadata_props[REASON] = _UNREAD.format(node.op_type)
             continue
         value = _constant(model, node, weight)
         if node.op_type == "MatMulNBits":

@@ -13,7 +13,7 @@ __all__ = ["Reason", "follows", "no_form", "operator_name", "plain_reason", "rea
 
 _INTEGERS = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
-    "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits",
+    "DynamicQuantizeMatMul", "MatMulIntegerToFloat",
 )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ _OWN = "com.microsoft"
 class Sizes:
     """What a file holds.
 
-    rotary : "inside" the attention, "apart", or "" for none; part : of a head that is turned;
+    rotary : "inside" the attention, "apart", or "" for none; part : of a head that is turned; long : caches
+    are chosen by the length, as LongRoPE does;
     packed : queries, keys and values of one product; qk_norm : of each head;
     attention : "group" (GroupQueryAttention) or "multi" (MultiHeadAttention with a mask);
     bits : of the products' weights in MatMulNBits, 0 for floats; qdq : DequantizeLinear in its place;
@@ -42,6 +43,7 @@ class Sizes:
     rotary: str = "inside"
     interleaved: int = 0
     part: float = 1.0
+    long: bool = False
     packed: bool = True
     bias: bool = False
     qk_norm: bool = False
@@ -216,10 +218,28 @@ class _Writer:
         )
 
     def caches(self):
+        names, (cos, sin) = ("cos_cache", "sin_cache"), self.angles(100.0)
+        if not self.sizes.long:
+            return [self.constant(name, array) for name, array in zip(names, (cos, sin))]
+        if not any(node.op_type == "If" for node in self.nodes):
+            base = "/model/rotemb_caches_subgraph"
+            count = "/model/attn_mask_reformat/attn_mask_subgraph/Gather/output_0"
+            longer = self.node("Greater", f"{base}/Greater", count, self.integer(2 * self.sizes.tokens))
+            branches = {}
+            for branch, arrays in (("then", self.angles(7.0)), ("else", (cos, sin))):
+                nodes = [helper.make_node("Constant", [], [f"{name}_{branch}"],
+                                          value=numpy_helper.from_array(array))
+                         for name, array in zip(names, arrays)]
+                outputs = [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, array.shape)
+                           for node, array in zip(nodes, arrays)]
+                branches[f"{branch}_branch"] = helper.make_graph(nodes, branch, [], outputs)
+            self.node("If", f"{base}/If", longer, outputs=list(names), **branches)
+        return list(names)
+
+    def angles(self, base):
         width, positions = int(self.sizes.dim * self.sizes.part), np.arange(2 * self.sizes.tokens)
-        angles = np.outer(positions, 100.0 ** (-np.arange(0, width, 2) / width)).astype(np.float32)
-        return [self.constant(f"{name}_cache", function(angles))
-                for name, function in (("cos", np.cos), ("sin", np.sin))]
+        angles = np.outer(positions, base ** (-np.arange(0, width, 2) / width)).astype(np.float32)
+        return np.cos(angles), np.sin(angles)
 
     def projections(self, base, x):
         sizes, counts = self.sizes, (self.sizes.heads, self.sizes.kv_heads, self.sizes.kv_heads)
