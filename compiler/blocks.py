@@ -28,4 +28,4 @@ def dequantised(
     [..., blocks], or one zero for all."""
     spread = lambda each: each.repeat(length, axis=-1)[..., : integers.shape[-1]]
     zero = np.broadcast_to(zero, scale.shape).astype(np.float32)
-    return (integers - spread(zero)) * spread(scale.astype(np.float32))
+    return np.subtract(integers, spread(zero), dtype=np.float32) * spread(scale.astype(np.float32))

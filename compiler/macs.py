@@ -36,6 +36,8 @@ def macs(node: ir.Node) -> int:
         return math.prod(outputs[0]) * math.prod(shapes[1][1:])
     if node.op_type == "Einsum" and "..." not in node.attributes["equation"].value:
         return _einsum_macs(node, shapes)
+    if node.op_type == "GroupQueryAttention" and outputs[0]:
+        return 2 * math.prod(outputs[0]) * outputs[1][-2]  # keys and values, earlier ones included
     if node.op_type in ("MoE", "QMoE") and shapes[0] and shapes[2]:
         return _contrib_macs(node, shapes)
     return 0

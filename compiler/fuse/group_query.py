@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON
+from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.contrib_weights import Refused
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.trace import attribute, constant, operand, size, static_shape
@@ -26,7 +27,7 @@ __all__ = ["group_query_shapes", "is_group_query", "rewrite_group_query"]
 _NAMES = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length",
           "cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink", "k_scale", "v_scale",
           "q_norm_weight", "k_norm_weight", "query_seqlens")  # fmt: skip
-_READ = _NAMES[:10]
+_READ, _NORMS = _NAMES[:10], ("q_norm_weight", "k_norm_weight")
 # Attribute: its value where it changes nothing; others are read.
 _NEUTRAL = {"softcap": 0.0, "smooth_softmax": 0, "qk_output": 0, "sliding_window_cache": 0,
             "k_quant_type": "NONE", "v_quant_type": "NONE"}  # fmt: skip
@@ -49,7 +50,14 @@ def group_query_shapes(node: ir.Node) -> list[ir.Shape]:
     if rows is None or len(rows) != 3:
         return []
     batch, tokens, features = rows
-    dim = features // max(1, heads if operand(node, 1) is not None else heads + 2 * kv_heads)
+    count = heads if operand(node, 1) is not None else heads + 2 * kv_heads
+    if min(heads, kv_heads) < 1 or features % count:
+        raise CompileError(
+            f"Node {node.name!r} (GroupQueryAttention) must have rows of whole heads, not {features} "
+            f"features for num_heads={heads} and kv_num_heads={kv_heads}; repair the node or export the "
+            f"model again"
+        )
+    dim = features // count
     total = constant(operand(node, 6))
     length = max(past[-2] if past and len(past) == 4 else 0, int(total.max()) if total is not None else tokens)
     present = ir.Shape((batch, kv_heads, length, dim))
@@ -135,6 +143,11 @@ def _check_attributes(node: ir.Node) -> None:
 def _check_inputs(node: ir.Node) -> None:
     for place, value in enumerate(node.inputs):
         name = _NAMES[place] if place < len(_NAMES) else f"input {place}"
+        if value is not None and name in _NORMS:
+            raise Refused(
+                f"{name} (input {place}) normalises heads inside of the operator, which ONNX Runtime does on "
+                f"some providers only; export the norms of queries and keys in front of it"
+            )
         if value is not None and name not in _READ:
             raise Refused(
                 f"{name} (input {place}) has no form on the accelerator, whose attention is softmax of "
