@@ -98,8 +98,6 @@ def _dequantised(
             f"quantise the experts to one of these"
         )
     integers = unpacked(weight, bits)
-    if integers.shape[2] - columns in range(8 // bits):  # what fills the last byte
-        integers = integers[..., :columns]
     shape = (*integers.shape[:2], scale.size // max(1, len(weight) * weight.shape[1]))
     length = attribute(node, "block_size", 0) if scale.ndim == 3 else columns
     length = length or columns // max(1, shape[2])

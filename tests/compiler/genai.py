@@ -30,7 +30,8 @@ class Sizes:
     attention : "group" (GroupQueryAttention) or "multi" (MultiHeadAttention with a mask);
     bits : of the products' weights in MatMulNBits, 0 for floats; qdq : DequantizeLinear in its place;
     experts : 0 for a dense network; gated : of experts; expert_bits : of QMoE, 0 for MoE;
-    past : a constant past without elements; presents : whether keys and values are outputs.
+    past : a constant past without elements; presents : whether keys and values are outputs;
+    embedded : the input is the embedding of tokens; last : logits are of the last token only.
     """
 
     layers: int = 2
@@ -63,6 +64,8 @@ class Sizes:
     expert_bits: int = 0
     past: bool = True
     presents: bool = False
+    embedded: bool = False
+    last: bool = False
     mask: tuple[int, ...] | None = None  # ones where None
     opset: int = 21
 
@@ -80,14 +83,18 @@ class _Writer:
         self.sizes, self.random = sizes, np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, onnx.TensorProto] = {}
-        self.outputs = {"logits": (1, sizes.tokens, VOCABULARY)}
+        self.outputs = {"logits": (1, 1 if sizes.last else sizes.tokens, VOCABULARY)}
 
     def proto(self):
-        tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, (1, self.sizes.tokens))
+        sizes = self.sizes
+        tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, (1, sizes.tokens))
+        if sizes.embedded:
+            shape = (1, sizes.tokens, sizes.hidden)
+            tokens = helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, shape)
         outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
                    for name, shape in self.outputs.items()]
         graph = helper.make_graph(self.nodes, "main_graph", [tokens], outputs, [*self.weights.values()])
-        opsets = [helper.make_opsetid("", self.sizes.opset), helper.make_opsetid(_OWN, 1)]
+        opsets = [helper.make_opsetid("", sizes.opset), helper.make_opsetid(_OWN, 1)]
         return helper.make_model(graph, ir_version=10, opset_imports=opsets)
 
     def constant(self, name, array):
@@ -128,22 +135,22 @@ class _Writer:
         return self.node("Add", f"{name}/Add", y, self.constant(f"{name}.bias", bias))
 
     def blocks(self, weight):
-        """(integers [N, K'], scales [N, blocks], zero points or None), K' a multiple of the block."""
+        """(integers [N, K], scales [N, blocks], zero points or None)."""
         sizes = self.sizes
-        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % sizes.block)))
-        blocks = padded.shape[1] // sizes.block
-        found = quantised(padded[None], sizes.bits, blocks, bool(sizes.zeros))
+        found = quantised(weight[None], sizes.bits, sizes.block, bool(sizes.zeros))
         return [None if each is None else each[0] for each in found]
 
     def stored(self, weight):
         """Inputs of MatMulNBits."""
         integers, scale, zero = self.blocks(weight)
-        parts = integers.reshape(*scale.shape, -1)
+        whole = np.pad(integers, ((0, 0), (0, -integers.shape[1] % self.sizes.block)))
+        parts = whole.reshape(*scale.shape, -1)
         found = {"qweight": packed(parts, self.sizes.bits), "scales": scale}
         if zero is not None:
             as_bytes = self.sizes.zeros == "packed"
             # Zero points of the type of the scales may lie between integers.
-            found["qzeros"] = packed(zero, self.sizes.bits) if as_bytes else zero.astype(np.float32)
+            floats = zero + np.float32(0.25)
+            found["qzeros"] = packed(zero, self.sizes.bits) if as_bytes else floats
         return found
 
     def dequantised_product(self, name, x, weight, outputs):
@@ -151,7 +158,7 @@ class _Writer:
         integers, scale, zero = self.blocks(weight)
         kind = {4: TensorProto.UINT4, 8: TensorProto.UINT8}[sizes.bits]
         zero = np.full(scale.shape, 1 << (sizes.bits - 1)) if zero is None else zero
-        arrays = {"qweight": integers[:, :weight.shape[1]], "qzeros": zero}
+        arrays = {"qweight": integers, "qzeros": zero}
         for part, array in arrays.items():
             tensor = helper.make_tensor(f"{name}.{part}", kind, array.shape, array.reshape(-1))
             self.weights[tensor.name] = tensor
@@ -165,7 +172,7 @@ class _Writer:
         sizes = self.sizes
         self.lengths()
         table = self.draw(VOCABULARY, sizes.hidden, width=1.0)
-        stream = self.embedding(table)
+        stream = "inputs_embeds" if sizes.embedded else self.embedding(table)
         skip = None
         for layer in range(sizes.layers):
             base = f"/model/layers.{layer}"
@@ -174,6 +181,9 @@ class _Writer:
             y, stream = self.norm(f"{base}/post_attention_layernorm", stream, skip)
             skip = self.mixture(base, y) if sizes.experts else self.network(base, y)
         y, _ = self.norm("/model/final_norm", stream, skip, last=True)
+        if sizes.last:
+            y = self.node("Gather", "/lm_head/prune/Gather", y, self.integer(-1), axis=1)
+            y = self.node("Unsqueeze", "/lm_head/prune/Unsqueeze", y, self.integer([1]))
         self.product("/lm_head/MatMul", y, table, output="logits")
 
     def embedding(self, table):
@@ -340,6 +350,6 @@ class _Writer:
         sizes = self.sizes
         if not sizes.expert_bits:
             return [self.constant(name, weight), ""]
-        integers, scale, _ = quantised(weight, sizes.expert_bits, weight.shape[2] // sizes.block)
+        integers, scale, _ = quantised(weight, sizes.expert_bits, sizes.block)
         return [self.constant(name, packed(integers, sizes.expert_bits)),
                 self.constant(f"{name}.scales", scale), ""]

@@ -35,12 +35,12 @@ def product(path, bits, inputs, outputs, block, zeros="", *, bias=False, flat=Fa
     axis; more : further inputs."""
     random = np.random.default_rng(1)
     weight = random.normal(size=(outputs, inputs)).astype(np.float32)
-    padded = np.pad(weight, ((0, 0), (0, -inputs % block)))[None]
-    integers, scale, zero = quantised(padded, bits, padded.shape[2] // block, bool(zeros))
-    arrays = {"stored": packed(integers[0].reshape(outputs, -1, block), bits), "scales": scale[0]}
+    integers, scale, zero = quantised(weight[None], bits, block, bool(zeros))
+    whole = np.pad(integers[0], ((0, 0), (0, -inputs % block)))
+    arrays = {"stored": packed(whole.reshape(outputs, -1, block), bits), "scales": scale[0]}
     if zeros:
         arrays["zeros"] = packed(zero[0], bits) if zeros == "packed" else (
-            zero[0].astype(np.float32) + 0.25)
+            zero[0] + np.float32(0.25))
     names = ["y", *arrays, *([] if zeros else [""]), "", *(["bias"] if bias else [])]
     if flat:
         arrays |= {name: each.reshape(-1) for name, each in arrays.items() if name != "stored"}
