@@ -1,19 +1,12 @@
-"""Operators of ONNX Runtime's own that its optimisers write into transformers."""
+"""Operators of ONNX Runtime's own that its optimisers and builders write into transformers."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from onnx import helper, numpy_helper
 
-from moeware.compiler.fuse.contrib_moe import is_contrib_moe
-from moeware.compiler.fuse.group_query import group_query_shapes, is_group_query
-from moeware.compiler.fuse.terms import is_rotary
-from moeware.compiler.fuse.trace import attribute, operand, static_shape
-
-__all__ = ["EXPANDED", "expand_operators", "infer_shapes"]
+__all__ = ["EXPANDED", "expand_operators"]
 
 
 def expand_operators(proto: onnx.ModelProto) -> None:
@@ -22,7 +15,9 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     nodes: list[onnx.NodeProto] = []
     context = _Context(proto)
     for node in proto.graph.node:
-        _leave_out_empty(context, node)
+        if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
+            # A past without elements is as good as none.
+            node.input[:] = ["" if name in context.empty else name for name in node.input]
         emit = _Emitter(context, node)
         expand = _EXPANSIONS.get((node.domain, node.op_type))
         done = expand is not None and expand(emit, emit.attributes)
@@ -31,17 +26,12 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     proto.graph.node.extend(nodes)
 
 
-def _leave_out_empty(context: "_Context", node: onnx.NodeProto) -> None:
-    """Leave a past without elements out, which is as good as none."""
-    if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
-        node.input[:] = ["" if name in context.empty else name for name in node.input]
-
-
 _WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 class _Context:
-    """What expansions ask of a model: its opset, ranks and producers of values."""
+    """What expansions ask of a model: its opset, ranks and producers of values, constants without
+    elements."""
 
     def __init__(self, proto: onnx.ModelProto):
         graph = proto.graph
@@ -246,37 +236,3 @@ _EXPANSIONS = {("com.microsoft", name): expand for name, expand in _OWN.items()}
 # This one is entered under the standard domain.
 _EXPANSIONS["", "SimplifiedLayerNormalization"] = _simplified_norm
 EXPANDED = tuple(name for _, name in _EXPANSIONS)
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Infer shapes in place, those behind operators of ONNX Runtime's domain included, where ONNX
-    stops."""
-    unknown = [node for node in model.graph if node.domain and _is_shaped(node)]
-    while unknown:
-        # Not strict, as a value without a type is an error there.
-        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        known = [node for node in unknown if static_shape(operand(node, 0)) is not None]
-        if not known:
-            return  # folding may find more
-        for node in known:
-            for value, shape in zip(node.outputs, _result_shapes(node)):
-                value.type, value.shape = node.inputs[0].type, shape
-        unknown = [node for node in unknown if node not in known]
-
-
-def _is_shaped(node: ir.Node) -> bool:
-    """Whether `_result_shapes` knows the operator."""
-    return (
-        is_contrib_moe(node)
-        or is_rotary(node)
-        or is_group_query(node)
-        or node.op_type == "MatMulNBits"
-    )
-
-
-def _result_shapes(node: ir.Node) -> list[ir.Shape]:
-    """Shapes of the results: that of the first input, with other features where need be."""
-    if is_group_query(node):
-        return group_query_shapes(node)
-    *rows, features = static_shape(operand(node, 0)) or ()
-    return [ir.Shape((*rows, attribute(node, "N", features)))]

@@ -10,7 +10,7 @@ from moeware.compiler.canonical import REASON
 from moeware.compiler.fuse.region import run
 from moeware.compiler.fuse.trace import attribute, operand
 
-__all__ = ["expand_nbits"]
+__all__ = ["EXPANDED", "expand_nbits"]
 
 _UNREAD = (
     "{} is read where its weights are constants of 8, 4 or 2 bits in blocks along the inputs, without g_idx "
@@ -130,3 +130,4 @@ _READERS: dict[str, Callable[[ir.Model, ir.Node], np.ndarray | None]] = {
     "MatMulNBits": _product,
     "GatherBlockQuantized": _table,
 }
+EXPANDED = tuple(_READERS)

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 
 from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
-from moeware.compiler.contrib import infer_shapes
+from moeware.compiler.contrib_shapes import infer_shapes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run

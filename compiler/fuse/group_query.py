@@ -16,12 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON
-from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.contrib_weights import Refused
 from moeware.compiler.fuse.rebuild import Builder
 from moeware.compiler.fuse.trace import attribute, constant, operand, size, static_shape
 
-__all__ = ["group_query_shapes", "is_group_query", "rewrite_group_query"]
+__all__ = ["is_group_query", "rewrite_group_query"]
 
 # Inputs by their places, and those that may be there.
 _NAMES = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length",
@@ -42,28 +41,6 @@ def is_group_query(node: ir.Node | None) -> bool:
     )
 
 
-def group_query_shapes(node: ir.Node) -> list[ir.Shape]:
-    """Shapes of the results of GroupQueryAttention ``node``, as far as they are known: rows, and keys and
-    values of this run behind those of earlier ones."""
-    heads, kv_heads = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
-    rows, past = static_shape(operand(node, 0)), static_shape(operand(node, 3))
-    if rows is None or len(rows) != 3:
-        return []
-    batch, tokens, features = rows
-    count = heads if operand(node, 1) is not None else heads + 2 * kv_heads
-    if min(heads, kv_heads) < 1 or features % count:
-        raise CompileError(
-            f"Node {node.name!r} (GroupQueryAttention) must have rows of whole heads, not {features} "
-            f"features for num_heads={heads} and kv_num_heads={kv_heads}; repair the node or export the "
-            f"model again"
-        )
-    dim = features // count
-    total = constant(operand(node, 6))
-    length = max(past[-2] if past and len(past) == 4 else 0, int(total.max()) if total is not None else tokens)
-    present = ir.Shape((batch, kv_heads, length, dim))
-    return [ir.Shape((batch, tokens, heads * dim)), present, present]
-
-
 @dataclass(frozen=True)
 class _Form:
     """What a node computes: sizes, and the positions that its rotary embedding starts from."""
@@ -78,8 +55,8 @@ class _Form:
 
 
 def rewrite_group_query(model: ir.Model) -> None:
-    """Write each GroupQueryAttention of whole sequences out: ``Split`` rows, ``RotaryEmbedding`` and
-    products around ``Softmax``.
+    """Write each GroupQueryAttention of whole sequences out: packed rows taken apart, ``RotaryEmbedding``,
+    and products around ``Softmax``.
 
     Forms
     -----
