@@ -6,15 +6,22 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from moeware.compiler.errors import CompileError
+
 __all__ = ["EXPANDED", "expand_operators"]
 
 
 def expand_operators(proto: onnx.ModelProto) -> None:
     """Write operators that no opset has, of `_EXPANSIONS`, out in standard ones. What an expansion
-    does not cover stays as it is."""
+    does not cover stays as it is.
+
+    Raises ``CompileError`` for attributes of another type than their operators have.
+    """
     nodes: list[onnx.NodeProto] = []
     context = _Context(proto)
     for node in proto.graph.node:
+        if node.domain == "com.microsoft":
+            _check_attributes(node)
         if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
             # A past without elements is as good as none.
             node.input[:] = ["" if name in context.empty else name for name in node.input]
@@ -26,6 +33,38 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     proto.graph.node.extend(nodes)
 
 
+def _check_attributes(node: onnx.NodeProto) -> None:
+    """Refuse attributes of another type: the ONNX checker knows none of this domain."""
+    for attribute in node.attribute:
+        wanted = _TYPES.get(attribute.name, attribute.type)
+        if attribute.type != wanted:
+            found, expected = (onnx.AttributeProto.AttributeType.Name(each)
+                               for each in (attribute.type, wanted))
+            raise CompileError(
+                f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be {expected}, "
+                f"not {found}; repair the node or export the model again"
+            )
+
+
+_TYPES = {
+    name: kind
+    for kind, names in {
+        onnx.AttributeProto.INT: (
+            "K N accuracy_level axis bits block_size causal do_rotary expert_weight_bits "
+            "fc1_expert_weight_bits fc2_expert_weight_bits gather_axis interleaved k kv_num_heads "
+            "local_window_size normalize_routing_weights num_heads past_present_share_buffer qk_output "
+            "quantize_axis rotary_embedding_dim rotary_interleaved sliding_window_cache smooth_softmax "
+            "swiglu_fusion transA transB transBatchA transBatchB unidirectional use_sparse_mixer "
+            "weight_prepacked weights_prepacked"
+        ),
+        onnx.AttributeProto.FLOAT: (
+            "activation_alpha activation_beta alpha epsilon scale softcap swiglu_limit"
+        ),
+        onnx.AttributeProto.STRING: "activation activation_type k_quant_type quant_type v_quant_type",
+        onnx.AttributeProto.INTS: "qkv_hidden_sizes",
+    }.items()
+    for name in names.split()
+}
 _WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
 
 

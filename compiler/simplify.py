@@ -46,6 +46,10 @@ def simplify(model: ir.Model) -> None:
     passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     check_sizes(model, weights)
     take_out(model)
+    if any(node.domain for node in model.graph) and _fold_constants(model, weights):
+        # Inference behind other domains' operators computes vectors, whose sizes are known now.
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        check_sizes(model, weights)
 
     def is_small(node: ir.Node) -> bool | None:
         return None if is_foldable(node, weights) else False
@@ -103,6 +107,7 @@ def _infer_shapes(model: ir.Model) -> None:
     takes memory for each element of a vector.
     """
     light = model.clone()
+    _cut_other_domains(light)
     for name, value in list(light.graph.initializers.items()):
         if value.const_value is None or value.const_value.size > _LARGE_CONSTANT:
             del light.graph.initializers[name]
@@ -122,6 +127,20 @@ def _infer_shapes(model: ir.Model) -> None:
             f"again"
         ) from error
     passes.ShapeInferencePass(data_prop=False)(model)
+
+
+def _cut_other_domains(model: ir.Model) -> None:
+    """Let values that operators of other domains make enter instead: behind operators that it does not
+    know, ONNX reports no contradiction."""
+    for node in list(model.graph):
+        used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+        if not node.domain or any(value.shape is None or value.dtype is None for value in used):
+            continue
+        for value in used:
+            known = ir.val(f"{value.name}_known", dtype=value.dtype, shape=value.shape)
+            value.replace_all_uses_with(known, replace_graph_outputs=True)
+            model.graph.inputs.append(known)
+        model.graph.remove(node, safe=True)
 
 
 def _register_constants(model: ir.Model) -> None:
