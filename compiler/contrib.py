@@ -20,13 +20,13 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     nodes: list[onnx.NodeProto] = []
     context = _Context(proto)
     for node in proto.graph.node:
-        if node.domain == "com.microsoft":
+        expand = _EXPANSIONS.get((node.domain, node.op_type))
+        if expand is not None or node.domain == "com.microsoft":
             _check_attributes(node)
         if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
             # A past without elements is as good as none.
             node.input[:] = ["" if name in context.empty else name for name in node.input]
         emit = _Emitter(context, node)
-        expand = _EXPANSIONS.get((node.domain, node.op_type))
         done = expand is not None and expand(emit, emit.attributes)
         nodes += emit.nodes if done else [node]
     del proto.graph.node[:]
@@ -34,7 +34,7 @@ def expand_operators(proto: onnx.ModelProto) -> None:
 
 
 def _check_attributes(node: onnx.NodeProto) -> None:
-    """Refuse attributes of another type: the ONNX checker knows none of this domain."""
+    """Refuse attributes of another type: the ONNX checker knows none of these operators."""
     for attribute in node.attribute:
         wanted = _TYPES.get(attribute.name, attribute.type)
         if attribute.type != wanted:

@@ -79,13 +79,16 @@ def _arrays(model: ir.Model, node: ir.Node, places: tuple[int, ...]) -> list[np.
     return found
 
 
-def _zeros(zero: np.ndarray | None, bits: int, shape: tuple[int, int]) -> np.ndarray | int:
-    """Zero points [rows, blocks], of which bytes hold each row by itself."""
+def _zeros(zero: np.ndarray | None, bits: int, shape: tuple[int, int]) -> np.ndarray | int | None:
+    """Zero points [rows, blocks], of which bytes hold each row by itself; None where there are others
+    than so many."""
     if zero is None:
         return middle(bits)
-    if zero.dtype != np.uint8:
-        return zero.reshape(shape)
-    return unpacked(zero.reshape(shape[0], -1), bits)[:, : shape[1]]
+    width = shape[1] if zero.dtype != np.uint8 else -(-shape[1] * bits // 8)
+    if zero.size != shape[0] * width:
+        return None
+    zero = zero.reshape(shape[0], width)
+    return zero if zero.dtype != np.uint8 else unpacked(zero, bits)[:, : shape[1]]
 
 
 def _product(model: ir.Model, node: ir.Node) -> np.ndarray | None:
@@ -97,33 +100,36 @@ def _product(model: ir.Model, node: ir.Node) -> np.ndarray | None:
     if arrays is None or other or bits not in WIDTHS or min(length, rows, columns) < 1:
         return None
     stored, scale, zero = arrays
-    blocks = -(-columns // length)
-    if stored.dtype != np.uint8 or stored.size * 8 != rows * blocks * length * bits:
+    shape = rows, -(-columns // length)
+    zeros = _zeros(zero, bits, shape)
+    if stored.dtype != np.uint8 or stored.size * 8 != rows * shape[1] * length * bits:
+        return None
+    if zeros is None or scale.size != rows * shape[1]:
         return None
     integers = unpacked(stored.reshape(rows, -1), bits)[:, :columns]
-    scale = scale.reshape(rows, blocks)
-    return dequantised(integers, scale, _zeros(zero, bits, scale.shape), length).T
+    return dequantised(integers, scale.reshape(shape), zeros, length).T
 
 
 def _table(model: ir.Model, node: ir.Node) -> np.ndarray | None:
     """Rows [V, D] of ``GatherBlockQuantized``."""
     arrays = _arrays(model, node, (0, 2, 3))
-    if arrays is None or arrays[0].ndim != 2 or attribute(node, "gather_axis", 0) != 0:
-        return None
-    if attribute(node, "quantize_axis", 1) not in (1, -1) or arrays[1].ndim != 2:
+    if arrays is None or attribute(node, "gather_axis", 0) != 0:
         return None
     stored, scale, zero = arrays
     bits, length = attribute(node, "bits", 4), attribute(node, "block_size", 128)
+    if attribute(node, "quantize_axis", 1) not in (1, -1) or {stored.ndim, scale.ndim} != {2}:
+        return None
     if stored.dtype == np.uint8:
         if bits not in WIDTHS:
             return None
-        integers, zero = unpacked(stored, bits), _zeros(zero, bits, scale.shape)
+        integers, zeros = unpacked(stored, bits), _zeros(zero, bits, scale.shape)
     else:  # int4 and uint4, which NumPy has a type for
-        integers = stored.astype(np.float32)
-        zero = 0 if zero is None else zero.astype(np.float32)
-    if length < 1 or len(scale) != len(integers) or scale.shape[1] != -(-integers.shape[1] // length):
+        integers, zeros = stored.astype(np.float32), 0
+        if zero is not None:
+            zeros = zero.astype(np.float32) if zero.shape == scale.shape else None
+    if zeros is None or length < 1 or scale.shape != (len(integers), -(-integers.shape[1] // length)):
         return None
-    return dequantised(integers, scale, zero, length)
+    return dequantised(integers, scale, zeros, length)
 
 
 _READERS: dict[str, Callable[[ir.Model, ir.Node], np.ndarray | None]] = {

@@ -105,6 +105,8 @@ def test_rounded_activations_are_of_the_kernel(tmp_path):
 UNREAD = {
     "group indices": ({"more": [(4, np.zeros(48, np.int32))]}, True),
     "the packing of a provider": ({"weight_prepacked": 1}, False),
+    "zero points of another number": ({"more": [(3, np.zeros(5, np.uint8))]}, False),
+    "scales of another number": ({"more": [(2, np.ones((7, 2), np.float32))]}, False),
 }
 
 
