@@ -118,8 +118,12 @@ def _infer_shapes(model: ir.Model) -> None:
         )
     except onnx.shape_inference.InferenceError as error:
         found = _NODE_OF_INFERENCE.search(str(error))
-        if found is None:
-            raise
+        if found is None:  # no node is at fault
+            ends = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+            raise CompileError(
+                f"Inputs and outputs {ends} must have the types of their values, not fail shape inference "
+                f"with: {one_line(str(error))}; export the model again"
+            ) from error
         operator, name, reason = found.groups()
         raise CompileError(
             f"Node {name!r} ({operator}) must have operands and attributes that fit together, not "

@@ -176,3 +176,9 @@ def test_rotation_needs_a_row_for_each_position(tmp_path, rows):
                  sin=np.zeros((rows, 3), np.float32))
     found = operators_of(fuse(load(path)))
     assert ("Rotary" in found, "RotaryEmbedding" in found) == (rows == 4, rows == 3)
+
+
+def test_an_output_of_another_type_than_its_value(tmp_path):
+    path = built(tmp_path / "m.onnx", [own("FastGelu", ["x"], ["z"])], y=np.arange(4))
+    with pytest.raises(CompileError, match=r"outputs \['x', 'y'\] must have the types of their values"):
+        load(path)
