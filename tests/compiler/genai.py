@@ -246,6 +246,40 @@ class _Writer:
             self.node("If", f"{base}/If", longer, outputs=list(names), **branches)
         return list(names)
 
+    def causal_mask(self):
+        """What MultiHeadAttention adds to scores, [1, heads, tokens, tokens], of mask and input."""
+        base, least = "/model/attn_mask_reformat", self.number(np.finfo(np.float32).min)
+        name = lambda operator: f"{base}/{operator}_{len(self.nodes)}"
+        add = lambda operator, *inputs, **more: self.node(operator, name(operator), *inputs, **more)
+        source = "inputs_embeds" if self.sizes.embedded else "input_ids"
+        batch, count = (add("Gather", add("Shape", source), self.integer(axis), axis=0) for axis in (0, 1))
+        batch, count = (add("Unsqueeze", each, self.integer([0])) for each in (batch, count))
+        fill = helper.make_tensor("least", TensorProto.FLOAT, [1], [np.finfo(np.float32).min])
+        hidden = add("ConstantOfShape", add("Concat", count, count, axis=0), value=fill)
+        last = [self.integer([-1]), self.integer([np.iinfo(np.int64).max]), self.integer([0])]
+        length = add("Squeeze", add("Slice", add("Shape", hidden), *last), self.integer([0]))
+        places = add("Range", self.integer(0), length, self.integer(1))
+        column = add("Concat", add("Unsqueeze", length, self.integer([0])), self.integer([1]), axis=0)
+        later = add("Reshape", add("Add", places, self.integer(1)), column)
+        causal = add("Where", add("Less", places, later), self.number(0), hidden)
+        shape = add("Concat", batch, self.integer([1]), count, count, axis=0)
+        ones = add("ConstantOfShape", add("Shape", shape),
+                   value=helper.make_tensor("one", TensorProto.INT64, [1], [1]))
+        shape = add("Where", add("Equal", shape, add("Mul", ones, self.integer(-1))), ones, shape)
+        causal = add("Expand", self.unsqueezed(name, causal, 0, 1), shape)
+        seen = add("Expand", self.unsqueezed(name, "attention_mask", 1, 2), shape)
+        unseen = add("Sub", self.number(1), add("Cast", seen, to=TensorProto.FLOAT))
+        padding = add("Where", add("Cast", unseen, to=TensorProto.BOOL), least, unseen)
+        return add("Tile", add("Add", padding, causal), self.integer([1, self.sizes.heads, 1, 1]))
+
+    def unsqueezed(self, name, value, *axes):
+        for axis in axes:
+            value = self.node("Unsqueeze", name("Unsqueeze"), value, self.integer([axis]))
+        return value
+
+    def number(self, value):
+        return self.constant(f"/model/constants/FLOAT/{value}", np.float32(value))
+
     def angles(self, base):
         width, positions = int(self.sizes.dim * self.sizes.part), np.arange(2 * self.sizes.tokens)
         angles = np.outer(positions, base ** (-np.arange(0, width, 2) / width)).astype(np.float32)
@@ -299,11 +333,10 @@ class _Writer:
                 kv_num_heads=sizes.kv_heads, scale=sizes.dim**-0.5, local_window_size=sizes.window,
                 softcap=0.0, do_rotary=int(inside), rotary_interleaved=sizes.interleaved)
         else:
-            mask = np.triu(np.full((sizes.tokens,) * 2, np.finfo(np.float32).min, np.float32), 1)
-            mask = np.tile(mask, (1, sizes.heads, 1, 1))
+            if layer == 0:
+                self.mask = self.causal_mask()
             self.node(
-                "MultiHeadAttention", f"{base}/MultiHeadAttention", *rows, "", "",
-                self.constant("mask", mask), *past, outputs=[y, *presents], domain=_OWN,
+                "MultiHeadAttention", f"{base}/MultiHeadAttention", *rows, "", "", self.mask, *past, outputs=[y, *presents], domain=_OWN,
                 num_heads=sizes.heads, scale=sizes.dim**-0.5, unidirectional=0)
         if sizes.presents:
             shape = (1, sizes.kv_heads, sizes.tokens, sizes.dim)
