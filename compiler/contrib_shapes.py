@@ -33,18 +33,29 @@ def infer_shapes(model: ir.Model) -> None:
 def _is_known(node: ir.Node) -> bool:
     """Whether `_shapes` knows the operator."""
     special = is_contrib_moe(node) or is_rotary(node) or is_group_query(node)
-    return special or node.op_type == "MatMulNBits"
+    return special or node.op_type in ("MatMulNBits", "Attention", "MultiHeadAttention")
 
 
 def _shapes(node: ir.Node) -> list[tuple[int, ...]]:
     """Shapes of the results: that of the first input, with other features where need be."""
     *rows, features = static_shape(operand(node, 0)) or ()
     if is_group_query(node):
-        return _attention(node, *rows, features) if len(rows) == 2 else []
+        return _group_query(node, *rows, features) if len(rows) == 2 else []
+    if node.op_type in ("Attention", "MultiHeadAttention"):
+        return [(*rows, _value_features(node, features))] if len(rows) == 2 else []
     return [(*rows, attribute(node, "N", features))]
 
 
-def _attention(
+def _value_features(node: ir.Node, features: int) -> int:
+    """Of the values that attention sums; packed weights make them of a third of their columns."""
+    if node.op_type == "Attention":
+        weight, sizes = static_shape(operand(node, 1)), attribute(node, "qkv_hidden_sizes", ())
+        return sizes[2] if len(sizes) == 3 else weight[-1] // 3 if weight else features
+    value = static_shape(operand(node, 2))
+    return value[-1] if value and len(value) == 3 else features
+
+
+def _group_query(
     node: ir.Node, batch: int, tokens: int, features: int
 ) -> list[tuple[int, ...]]:
     """Of GroupQueryAttention: rows, and keys and values of this run behind those of earlier ones."""

@@ -38,6 +38,10 @@ def macs(node: ir.Node) -> int:
         return _einsum_macs(node, shapes)
     if node.op_type == "GroupQueryAttention" and outputs[0]:
         return 2 * math.prod(outputs[0]) * outputs[1][-2]  # keys and values, earlier ones included
+    if node.op_type in ("Attention", "MultiHeadAttention") and node.domain and outputs[0]:
+        packed = node.op_type == "Attention"
+        products = math.prod((*shapes[0], *shapes[1][-1:])) if packed else 0
+        return products + 2 * math.prod(outputs[0]) * outputs[0][1]
     if node.op_type in ("MoE", "QMoE") and shapes[0] and shapes[2]:
         return _contrib_macs(node, shapes)
     return 0

@@ -60,6 +60,11 @@ def plain_reason(node: ir.Node) -> str:
             f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
             f"not read; export in QDQ format (static, quant_format=QuantFormat.QDQ)"
         )
+    if node.op_type in ("Attention", "MultiHeadAttention") and node.domain == "com.microsoft":
+        return (
+            f"{node.op_type} of ONNX Runtime is read with a bias and what is added to scores, and without a "
+            f"mask of padding, a past or rotary embedding inside; export it in that form"
+        )
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
             f"{len(operands)}-operand Einsum is not a supported form; "

@@ -4,16 +4,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
+from moeware.compiler.macs import macs
+from moeware.compiler.partition import partition
 from tests.compiler import exports, language_models
 from tests.compiler.exports import DIM, HEADS, Mlp, Moe, PackedAttention, SeparateAttention, vit
 from tests.compiler.fused import check, operators_of
+from tests.compiler.test_partition import run_steps
 
 MODELS = {
     "packed": lambda: vit(PackedAttention("manual")),
@@ -89,19 +91,6 @@ def test_operator(tmp_path, operator, opset):
     loaded = load(tmp_path / "m.onnx")
     assert not any(node.domain for node in loaded.graph)
     check(tmp_path / "m.onnx", frames=1)
-
-
-def test_what_an_expansion_does_not_cover_stays(tmp_path):
-    """A mask of keys that is another one from input to input."""
-    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-        model (float[1, 4, 6] x, int32[1, 4] mask) => (float[1, 4, 6] y)
-        <float[6, 18] packed = {%s}, float[18] three = {%s}>
-        { y = com.microsoft.Attention <num_heads: int = 2> (x, packed, three, mask) }"""
-    values = torch.arange(126).div(40).tolist()
-    text %= tuple(", ".join(map(str, part)) for part in (values[:108], values[108:]))
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
-    (node,) = fuse(load(tmp_path / "m.onnx")).graph
-    assert (node.domain, node.op_type) == ("com.microsoft", "Attention")
 
 
 def built(path, nodes, *, shape=(1, 4, 6), **constants):
@@ -182,3 +171,24 @@ def test_an_output_of_another_type_than_its_value(tmp_path):
     path = built(tmp_path / "m.onnx", [own("FastGelu", ["x"], ["z"])], y=np.arange(4))
     with pytest.raises(CompileError, match=r"outputs \['x', 'y'\] must have the types of their values"):
         load(path)
+
+
+@pytest.mark.parametrize("operator", ["Attention", "MultiHeadAttention"])
+def test_what_an_expansion_does_not_cover_stays(tmp_path, operator):
+    """A mask of keys that is another one from input to input."""
+    random = np.random.default_rng(4)
+    arrays = {name: random.normal(size=size).astype(np.float32)
+              for name, size in (("w", (6, 18)), ("b", (18,)), ("o", (6, 6)))}
+    inputs = ["x", "w", "b", "mask"] if operator == "Attention" else ["x", "x", "x", "b", "mask"]
+    nodes = [onnx.helper.make_node("ReduceMax", ["x", "last"], ["m"], keepdims=0),
+             onnx.helper.make_node("Greater", ["m", "half"], ["g"]),
+             onnx.helper.make_node("Cast", ["g"], ["mask"], to=onnx.TensorProto.INT32),
+             own(operator, inputs, ["a"], num_heads=2), onnx.helper.make_node("MatMul", ["a", "o"], ["y"])]
+    path = built(tmp_path / "m.onnx", nodes, last=np.int64([-1]), half=np.float32(0.5), **arrays)
+    model = fuse(load(path))
+    (node,) = (node for node in model.graph if node.domain == "com.microsoft")
+    parts = partition(model)
+    assert "without a mask of padding" in parts.reasons[operator].rule
+    products = 4 * 6 * 18 if operator == "Attention" else 0
+    assert macs(node) == products + 2 * 4 * 4 * 6
+    run_steps(model, parts, {"x": random.normal(size=(1, 4, 6)).astype(np.float32)})
