@@ -29,7 +29,7 @@ from moeware.compiler.reference import evaluate
 
 sys.path.insert(0, str(ROOT))
 from tests import hugging_face
-from tests.compiler import exports, language_models
+from tests.compiler import exports, genai, language_models
 from tests.compiler.capacity_modules import CapacityMoe
 from tests.compiler.contrib import to_qmoe
 from tests.compiler.test_contrib_moe import TOP_2
@@ -96,6 +96,24 @@ def decoders() -> Iterator[tuple[str, str, Export]]:
         hugging_face.language_model("deepseek-v2"), ids, path)
 
 
+def built() -> Iterator[tuple[str, str, Export]]:
+    """Language models as onnxruntime-genai's model builder writes them."""
+    apart = dict(rotary="apart", packed=False)
+    experts = dict(experts=4, expert_bits=4, block=16)
+    for name, sizes in {
+        "GroupQueryAttention": {}, "GroupQueryAttention, rotation apart": apart,
+        "GroupQueryAttention, norms of heads": dict(packed=False, qk_norm=True),
+        "GroupQueryAttention, part of a head turned": dict(part=0.5, dim=32, interleaved=1),
+        "MultiHeadAttention with a mask": dict(apart, attention="multi", kv_heads=4),
+        "MatMulNBits, 4 bits": dict(bits=4), "MatMulNBits, 8 bits": dict(bits=8, zeros="packed"),
+        "MatMulNBits, 4 bits, tied embedding": dict(bits=4, tied=True),
+        "DequantizeLinear of blocks": dict(bits=4, block=16, qdq=True), "MoE, SwiGLU": dict(experts=4),
+        "QMoE, SwiGLU, 4 bits": experts, "QMoE and MatMulNBits, 4 bits": dict(experts, bits=4),
+    }.items():
+        yield (f"decoder, {name}", "model builder",
+               lambda path, sizes=sizes: genai.write(path, genai.Sizes(**sizes)))
+
+
 def measure(path: Path) -> dict:
     """Share of MACs on the accelerator, the largest relative difference, and why nodes stay."""
     began = time.perf_counter()
@@ -127,7 +145,7 @@ def _example(value, seed: int) -> np.ndarray:
 def main() -> None:
     torch.manual_seed(0)
     rows, shares, differences, seconds = [], [], [], []
-    cases = [*vits(), *contrib(), *decoders()]
+    cases = [*vits(), *contrib(), *decoders(), *built()]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, (form, exporter, write) in enumerate(tqdm(cases, unit="file")):

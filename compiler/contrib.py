@@ -1,36 +1,76 @@
-"""Operators of ONNX Runtime's own that its optimisers write into transformers."""
+"""Operators of ONNX Runtime's own that its optimisers and builders write into transformers."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
 from onnx import helper, numpy_helper
 
-from moeware.compiler.fuse.contrib_moe import is_contrib_moe
-from moeware.compiler.fuse.terms import is_rotary
-from moeware.compiler.fuse.trace import operand, static_shape
+from moeware.compiler.errors import CompileError
 
-__all__ = ["EXPANDED", "expand_operators", "infer_shapes"]
+__all__ = ["EXPANDED", "expand_operators"]
 
 
 def expand_operators(proto: onnx.ModelProto) -> None:
     """Write operators that no opset has, of `_EXPANSIONS`, out in standard ones. What an expansion
-    does not cover stays as it is."""
+    does not cover stays as it is.
+
+    Raises ``CompileError`` for attributes of another type than their operators have.
+    """
     nodes: list[onnx.NodeProto] = []
     context = _Context(proto)
     for node in proto.graph.node:
-        emit = _Emitter(context, node)
         expand = _EXPANSIONS.get((node.domain, node.op_type))
+        if expand is not None or node.domain == "com.microsoft":
+            _check_attributes(node)
+        if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
+            # A past without elements is as good as none.
+            node.input[:] = ["" if name in context.empty else name for name in node.input]
+        emit = _Emitter(context, node)
         done = expand is not None and expand(emit, emit.attributes)
         nodes += emit.nodes if done else [node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
 
 
+def _check_attributes(node: onnx.NodeProto) -> None:
+    """Refuse attributes of another type: the ONNX checker knows none of these operators."""
+    for attribute in node.attribute:
+        wanted = _TYPES.get(attribute.name, attribute.type)
+        if attribute.type != wanted:
+            found, expected = (onnx.AttributeProto.AttributeType.Name(each)
+                               for each in (attribute.type, wanted))
+            raise CompileError(
+                f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be {expected}, "
+                f"not {found}; repair the node or export the model again"
+            )
+
+
+_TYPES = {
+    name: kind
+    for kind, names in {
+        onnx.AttributeProto.INT: (
+            "K N accuracy_level axis bits block_size causal do_rotary expert_weight_bits "
+            "fc1_expert_weight_bits fc2_expert_weight_bits gather_axis interleaved k kv_num_heads "
+            "local_window_size normalize_routing_weights num_heads past_present_share_buffer qk_output "
+            "quantize_axis rotary_embedding_dim rotary_interleaved sliding_window_cache smooth_softmax "
+            "swiglu_fusion transA transB transBatchA transBatchB unidirectional use_sparse_mixer "
+            "weight_prepacked weights_prepacked"
+        ),
+        onnx.AttributeProto.FLOAT: (
+            "activation_alpha activation_beta alpha epsilon scale softcap swiglu_limit"
+        ),
+        onnx.AttributeProto.STRING: "activation activation_type k_quant_type quant_type v_quant_type",
+        onnx.AttributeProto.INTS: "qkv_hidden_sizes",
+    }.items()
+    for name in names.split()
+}
+_WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
+
+
 class _Context:
-    """What expansions ask of a model: its opset, ranks and producers of values."""
+    """What expansions ask of a model: its opset, ranks and producers of values, constants without
+    elements."""
 
     def __init__(self, proto: onnx.ModelProto):
         graph = proto.graph
@@ -38,6 +78,7 @@ class _Context:
         self.opset = max(versions, default=0)  # which is refused later
         self.initializers = graph.initializer
         self.producers = {name: node.op_type for node in graph.node for name in node.output}
+        self.empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
         self.ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.HasField("shape"):
@@ -59,9 +100,10 @@ class _Emitter:
     def output(self, place: int) -> str:
         return self.node.output[place] if place < len(self.node.output) else ""
 
-    def reads(self, *places: int) -> bool:
-        """Whether the node has these inputs and no others."""
-        return {place for place, name in enumerate(self.node.input) if name} == set(places)
+    def reads(self, *places: int, optional: tuple[int, ...] = ()) -> bool:
+        """Whether the node has these inputs and no others, but for optional ones."""
+        found = {place for place, name in enumerate(self.node.input) if name}
+        return found - set(optional) == set(places)
 
     def constant(self, value: float | list[int]) -> str:
         array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
@@ -170,15 +212,17 @@ def _activated(emit: _Emitter, attributes: Mapping) -> bool:
 def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     """Attention with packed weights, and MultiHeadAttention of three values of rows."""
     heads, packed = attributes.get("num_heads", 0), emit.node.op_type == "Attention"
-    unknown = ("qkv_hidden_sizes", "do_rotary", "past_present_share_buffer")
-    if any(attributes.get(name) for name in unknown) or emit.output(1):
+    unknown = ("do_rotary", "past_present_share_buffer")
+    if any(attributes.get(name) for name in unknown) or packed and emit.output(1):
         return False
     if any(emit.context.ranks.get(emit.input(place), 3) != 3 for place in range(1 if packed else 3)):
         return False
-    if packed and emit.reads(0, 1, 2):
+    if packed and emit.reads(0, 1, 2, optional=(5,)):
         product = emit("Add", emit("MatMul", emit.input(0), emit.input(1)), emit.input(2))
-        parts = emit("Split", product, outputs=3, axis=-1, **_parts(emit, 3))
-    elif not packed and (emit.reads(0, 1, 2) or emit.reads(0, 1, 2, 3)):
+        sizes = [emit.constant(list(each)) for each in [attributes.get("qkv_hidden_sizes")] if each]
+        equal = {} if sizes else _parts(emit, 3)
+        parts = emit("Split", product, *sizes, outputs=3, axis=-1, **equal)
+    elif not packed and emit.reads(0, 1, 2, optional=(3, 5)):
         parts = [emit.input(place) for place in range(3)]
         if emit.input(3):
             biases = emit("Split", emit.input(3), outputs=3, axis=-1, **_parts(emit, 3))
@@ -186,7 +230,11 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     else:
         return False
     shape = emit.constant([0, 0, heads, -1])
-    q, k, v = (emit("Transpose", emit("Reshape", part, shape), perm=[0, 2, 1, 3]) for part in parts)
+    presents = "" if packed else emit.output(1), "" if packed else emit.output(2)
+    q, k, v = (
+        emit("Transpose", emit("Reshape", part, shape), output=present, perm=[0, 2, 1, 3])
+        for part, present in zip(parts, ("", *presents))
+    )
     scores = emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2]))
     if attributes.get("scale"):
         scores = emit("Mul", scores, emit.constant(float(attributes["scale"])))
@@ -198,6 +246,8 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
         shape = emit("Shape", scores, start=2, end=4)
         hidden = emit("ConstantOfShape", shape, value=fill)
         scores = emit("Add", scores, emit("Trilu", hidden, emit.constant(1), upper=1))
+    if emit.input(5):
+        scores = emit("Add", scores, emit.input(5))
     rows = emit("Transpose", emit("MatMul", emit("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
     emit("Reshape", rows, emit.constant([0, 0, -1]), output=emit.output(0))
     return True
@@ -225,22 +275,3 @@ _EXPANSIONS = {("com.microsoft", name): expand for name, expand in _OWN.items()}
 # This one is entered under the standard domain.
 _EXPANSIONS["", "SimplifiedLayerNormalization"] = _simplified_norm
 EXPANDED = tuple(name for _, name in _EXPANSIONS)
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Infer shapes in place, those behind operators of ONNX Runtime's domain included, where ONNX
-    stops: ``MoE``, ``QMoE`` and ``RotaryEmbedding`` keep the shape of their first input."""
-    unknown = [node for node in model.graph if is_contrib_moe(node) or _is_contrib_rotary(node)]
-    while unknown:
-        # Not strict, as a value without a type is an error there.
-        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        known = [node for node in unknown if static_shape(operand(node, 0)) is not None]
-        if not known:
-            return  # folding may find more
-        for node in known:
-            node.outputs[0].shape, node.outputs[0].type = node.inputs[0].shape, node.inputs[0].type
-        unknown = [node for node in unknown if node not in known]
-
-
-def _is_contrib_rotary(node: ir.Node) -> bool:
-    return bool(node.domain) and is_rotary(node)

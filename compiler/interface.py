@@ -14,9 +14,11 @@ from onnx import numpy_helper
 
 from moeware.compiler.errors import CompileError
 
-__all__ = ["RANGE", "Interface"]
+__all__ = ["LEAVE_OUT", "RANGE", "Interface"]
 
 RANGE = "range"  # as the value of a fixed input: 0, 1, 2, … along its last axis
+# What to do about an output that costs more than it is worth.
+LEAVE_OUT = "leave it out: name the outputs to compute (--outputs)"
 
 _Dimension = onnx.TensorShapeProto.Dimension
 

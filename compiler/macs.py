@@ -36,6 +36,12 @@ def macs(node: ir.Node) -> int:
         return math.prod(outputs[0]) * math.prod(shapes[1][1:])
     if node.op_type == "Einsum" and "..." not in node.attributes["equation"].value:
         return _einsum_macs(node, shapes)
+    if node.op_type == "GroupQueryAttention" and outputs[0]:
+        return 2 * math.prod(outputs[0]) * outputs[1][-2]  # keys and values, earlier ones included
+    if node.op_type in ("Attention", "MultiHeadAttention") and node.domain and outputs[0]:
+        packed = node.op_type == "Attention"
+        products = math.prod((*shapes[0], *shapes[1][-1:])) if packed else 0
+        return products + 2 * math.prod(outputs[0]) * outputs[0][1]
     if node.op_type in ("MoE", "QMoE") and shapes[0] and shapes[2]:
         return _contrib_macs(node, shapes)
     return 0
@@ -54,6 +60,7 @@ def _einsum_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
 def _contrib_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
     """Of a mixture of experts in ONNX Runtime's domain; packed weights tell only their rows."""
     hidden = shapes[2][1]
-    columns = hidden // 2 if "swiglu_fusion" in node.attributes else hidden
+    fusion = node.attributes.get("swiglu_fusion")
+    columns = hidden // 2 if fusion is not None and fusion.value else hidden
     k = node.attributes["k"].value if "k" in node.attributes else 1
     return math.prod(shapes[0]) * k * (hidden + columns)

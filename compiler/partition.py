@@ -188,12 +188,32 @@ def _uses_broken(
                     node, f"{rule}; {remedy}"
                 )
                 break
+            else:
+                if kind == "linear":
+                    yield from _both_ways(node, value, readers)
             if value.is_graph_output() and kind != "linear":
                 yield node, reason_of(
                     node,
                     f"{node.op_type} cannot end the accelerator's part, a Linear or the residual "
                     f"stream does; end the model with a Linear",
                 )
+
+
+def _both_ways(
+    node: ir.Node, value: ir.Value, readers: list[tuple[ir.Node, bool]]
+) -> Iterator[tuple[ir.Node, Reason]]:
+    """A Linear whose result leaves the accelerator and is read there, too."""
+    outside = [reader for reader, on_host in readers if on_host]
+    inside = [reader for reader, on_host in readers if not on_host]
+    if inside and (outside or value.is_graph_output()):
+        rule = (
+            f"its result leaves the accelerator, and `{inside[0].name}` reads it there, too, of which a "
+            f"{node.op_type} allows one"
+        )
+        remedy = f"leave the output {value.name!r} out of the model"
+        yield node, follows(node, outside[0], rule) if outside else reason_of(
+            node, f"{rule}; {remedy}"
+        )
 
 
 def _host_before(node: ir.Node, host: Container[ir.Node]) -> ir.Node | None:

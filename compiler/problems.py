@@ -6,7 +6,7 @@ entry. What merely follows a cause to the host (see `Reason.follows`) stands wit
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -69,8 +69,8 @@ def problems(parts: Partition) -> list[Problem]:
     for number, chain in enumerate(chains):
         own = [node for node in chain if not _moves(node)] or chain
         operators = tuple(dict.fromkeys(map(operator_name, own)))
-        head = min(own, key=_rank)
-        rule, remedy = _text(operators, head, reasons[str(head.name)])
+        head = min(own, key=lambda node: _rank(node, reasons))
+        rule, remedy = _text(operators, _rank(head, reasons), reasons[str(head.name)])
         problem = found.setdefault((operators, rule, remedy), Problem(operators, rule, remedy))
         problem.nodes.append(_file_name(head))
         problem.macs += sum(map(macs, own))
@@ -116,12 +116,16 @@ def _moves(node: ir.Node) -> bool:
     return is_op(node, *LAYOUT) and not node.op_type.startswith("Reduce")
 
 
-def _rank(node: ir.Node) -> int:
-    return _TELLING.index(node.op_type) if node.op_type in _TELLING else len(_TELLING)
+def _rank(node: ir.Node, reasons: Mapping[str, Reason]) -> int:
+    """How telling a node is: by its operator, else by whether its reason is its own."""
+    if node.op_type in _TELLING:
+        return _TELLING.index(node.op_type)
+    reason = reasons[str(node.name)]
+    return len(_TELLING) + (f"{reason.rule}; {reason.remedy}" == no_form([operator_name(node)]))
 
 
-def _text(operators: tuple[str, ...], head: ir.Node, reason: Reason) -> tuple[str, str]:
-    if len(operators) == 1 or _rank(head) < len(_TELLING):
+def _text(operators: tuple[str, ...], rank: int, reason: Reason) -> tuple[str, str]:
+    if len(operators) == 1 or rank <= len(_TELLING):
         return reason.rule, reason.remedy
     rule, _, remedy = no_form(operators).partition("; ")
     return rule, remedy

@@ -18,6 +18,7 @@ from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.region import inputs_of, run
 from moeware.compiler.fuse.trace import attribute, operand
 from moeware.compiler.kept import Grid, Kept
+from moeware.compiler.nbits import expand_nbits
 from moeware.compiler.qoperator import expand_qoperators
 from moeware.compiler.removed_relu import restore_relus
 
@@ -40,9 +41,10 @@ def take_out(model: ir.Model) -> None:
     Their scales are in the metadata of the model, for `Kept.of`.
     """
     expand_qoperators(model)
+    kept = Kept(lost=dict.fromkeys(expand_nbits(model), _BLOCKED))
+    kept.write(model)
     if not any(_is(node, "QuantizeLinear", "DequantizeLinear") for node in model.graph):
         return
-    kept = Kept()
     grids: dict[ir.Value, Grid] = {}
     for node in list(model.graph):
         if _is(node, "DequantizeLinear"):
@@ -125,10 +127,12 @@ def _constant(model: ir.Model, node: ir.Node, kept: Kept) -> None:
 
 
 def _check(node: ir.Node, scales: np.ndarray) -> None:
-    if not (np.isfinite(scales) & (scales > 0)).all():
+    # Where blocks have scales, quantisers let the sign say which end of the integers is the larger one.
+    signed = attribute(node, "block_size", 0) > 0
+    if not (np.isfinite(scales) & (signed | (scales > 0))).all():
         raise CompileError(
-            f"Scale of node {node.name!r} ({node.op_type}) must be positive and finite, not "
-            f"{scales.min()}; quantise the model again, without what holds a mask of infinities"
+            f"Scale of node {node.name!r} ({node.op_type}) must be {'' if signed else 'positive and '}"
+            f"finite, not {scales.min()}; quantise the model again, without what holds a mask of infinities"
         )
 
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeware.compiler.canonical import REASON, is_canonical
-from moeware.compiler.interface import RANGE
+from moeware.compiler.fuse.trace import LAYOUT, is_op
+from moeware.compiler.interface import LEAVE_OUT, RANGE
 
 __all__ = ["Reason", "follows", "no_form", "operator_name", "plain_reason", "reason_of"]
 
 
 _INTEGERS = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
-    "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits",
+    "DynamicQuantizeMatMul", "MatMulIntegerToFloat",
 )  # fmt: skip
 
 
@@ -59,10 +60,21 @@ def plain_reason(node: ir.Node) -> str:
             f"{operator_name(node)} depends on {' and '.join(map(repr, settings))}, integers that are not "
             f"known before; fix what is the same in every run ({' '.join(map(_fixed, settings))})"
         )
+    shown = _shown(node)
+    if shown is not None:
+        return (
+            f"{shown} is an output of the model inside of a block, whose values stay on the accelerator; "
+            f"{LEAVE_OUT}"
+        )
     if node.op_type in _INTEGERS or node.op_type.startswith(("QLinear", "QAttention")):
         return (
             f"{node.op_type} works on integers whose scales are no constants, or in a form that is "
             f"not read; export in QDQ format (static, quant_format=QuantFormat.QDQ)"
+        )
+    if node.op_type in ("Attention", "MultiHeadAttention") and node.domain == "com.microsoft":
+        return (
+            f"{node.op_type} of ONNX Runtime is read with a bias and what is added to scores, and without a "
+            f"mask of padding, a past or rotary embedding inside; export it in that form"
         )
     if node.op_type == "Einsum" and len(operands) > 2:
         return (
@@ -121,6 +133,22 @@ def _fixed(name: str) -> str:
 def _makes_features(node: ir.Node) -> bool:
     table = node.op_type == "Gather" and node.inputs[0].const_value is not None
     return table or is_canonical(node) or node.op_type in ("MatMul", "Gemm", "Einsum", "Conv")
+
+
+def _shown(node: ir.Node) -> str | None:
+    """The output of the model that layout operators from ``node`` on make of a value which the model itself
+    reads, too."""
+    root, reached = node.inputs[0], [node]
+    while root is not None and is_op(root.producer(), *LAYOUT):
+        root = root.producer().inputs[0]  # type: ignore[union-attr]
+    if not is_op(node, *LAYOUT) or root is None or all(is_op(user, *LAYOUT) for user in root.consumers()):
+        return None
+    for each in reached:
+        for value in each.outputs:
+            if value.is_graph_output():
+                return str(value.name)
+            reached += [user for user in value.consumers() if is_op(user, *LAYOUT)]
+    return None
 
 
 def no_form(operators: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 
 from moeware.compiler.bounds import check_sizes, is_foldable, weight_elements
-from moeware.compiler.contrib import infer_shapes
+from moeware.compiler.contrib_shapes import infer_shapes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
@@ -46,6 +46,10 @@ def simplify(model: ir.Model) -> None:
     passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     check_sizes(model, weights)
     take_out(model)
+    if any(node.domain for node in model.graph) and _fold_constants(model, weights):
+        # Inference behind other domains' operators computes vectors, whose sizes are known now.
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        check_sizes(model, weights)
 
     def is_small(node: ir.Node) -> bool | None:
         return None if is_foldable(node, weights) else False
@@ -108,6 +112,7 @@ def _infer_shapes(model: ir.Model) -> None:
 def without_weights(model: ir.Model) -> ir.Model:
     """A copy for shape inference, which only reads the values of small constants."""
     light = model.clone()
+    _cut_other_domains(light)
     for name, value in list(light.graph.initializers.items()):
         if value.const_value is None or value.const_value.size > _LARGE_CONSTANT:
             del light.graph.initializers[name]
@@ -124,14 +129,32 @@ def refuse_contradictions(model: ir.Model, strict: bool) -> None:
         )
     except onnx.shape_inference.InferenceError as error:
         found = _NODE_OF_INFERENCE.search(str(error))
-        if found is None:
-            raise
+        if found is None:  # no node is at fault
+            ends = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+            raise CompileError(
+                f"Inputs and outputs {ends} must have the types of their values, not fail shape inference "
+                f"with: {one_line(str(error))}; export the model again"
+            ) from error
         operator, name, reason = found.groups()
         raise CompileError(
             f"Node {name!r} ({operator}) must have operands and attributes that fit together, not "
             f"fail shape inference with: {one_line(reason)}; repair the node or export the model "
             f"again"
         ) from error
+
+
+def _cut_other_domains(model: ir.Model) -> None:
+    """Let values that operators of other domains make enter instead: behind operators that it does not
+    know, ONNX reports no contradiction."""
+    for node in list(model.graph):
+        used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+        if not node.domain or any(value.shape is None or value.dtype is None for value in used):
+            continue
+        for value in used:
+            known = ir.val(f"{value.name}_known", dtype=value.dtype, shape=value.shape)
+            value.replace_all_uses_with(known, replace_graph_outputs=True)
+            model.graph.inputs.append(known)
+        model.graph.remove(node, safe=True)
 
 
 def _register_constants(model: ir.Model) -> None:

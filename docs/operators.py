@@ -14,8 +14,7 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
-from moeware.compiler import canonical, canonical_rules, kinds
-from moeware.compiler.contrib import EXPANDED
+from moeware.compiler import canonical, canonical_rules, contrib, kinds, nbits
 from moeware.compiler.fuse import RULES
 from moeware.compiler.fuse.trace import LAYOUT
 from moeware.compiler.read import OPSETS
@@ -52,8 +51,8 @@ def page() -> str:
         ("Operators that only move elements vanish into the operators around them, in any sequence: "
          + ", ".join(f"`{name}`" for name in LAYOUT if not name.startswith("Reduce")) + "."), "",
         "## ONNX Runtime's operators", "",
-        ("What its optimisers write is read as the standard operators that it stands for: "
-         + ", ".join(f"`{name}`" for name in EXPANDED) + "."), "",
+        ("What its optimisers and builders write is read as the standard operators that it stands for: "
+         + ", ".join(f"`{name}`" for name in (*contrib.EXPANDED, *nbits.EXPANDED)) + "."), "",
         "## Limits of a configuration", "",
         _table([["field of `Config`", "limits", "at most"], *limits])])
 

@@ -21,6 +21,7 @@ from moeware.compiler.fuse.embed import (
     fuse_tokens,
 )
 from moeware.compiler.fuse.grids import attach_grids, collect_grids
+from moeware.compiler.fuse.group_query import rewrite_group_query
 from moeware.compiler.fuse.linear import (
     fold_output_scale,
     fuse_linear,
@@ -45,6 +46,7 @@ from moeware.compiler.fuse.tokens import (
 # Mixtures, norms and functions are proved on plain nodes, so they come before Linear. Norms of heads
 # stand before or behind rotations; packed Linears are cut when rotations have found their pairs.
 RULES = (
+    rewrite_group_query,
     rewrite_softmax,
     rewrite_choice,
     fuse_moe,

@@ -6,7 +6,8 @@ ONNX Runtime 1.32 on a CPU:
 
 - ``router_probs`` holds logits: softmax is applied to it, over all experts. MoE divides the chosen
   weights by their sum where ``normalize_routing_weights`` says so; QMoE always does;
-- weights are ``[E, out, in]``; ``gelu`` is the tanh form;
+- weights are ``[E, out, in]``; ``gelu`` is the tanh form; ``swiglu`` is silu of one half of the first
+  layer's rows times the other, the rows of both in turns where ``swiglu_fusion`` is 1;
 - ``use_sparse_mixer`` changes nothing there, but does on other providers: it is refused.
 
 What is refused stays a plain node, with the reason in its metadata for `partition`.
@@ -44,7 +45,7 @@ from moeware.compiler.fuse.trace import (
 CONTRIB = "com.microsoft"
 
 # The canonical function of each activation_type.
-_FUNCTIONS = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu"}
+_FUNCTIONS = {"relu": "relu", "gelu": "gelu_tanh", "silu": "silu", "swiglu": "silu"}
 _ROWS = 32  # of a proof, at least
 _NEEDED = {"MoE": (0, 1, 2, 4), "QMoE": (0, 1, 2, 3, 5, 6)}
 _LATER_INPUTS = {"MoE": ((6, "fc3_experts_weights"),),
@@ -58,11 +59,11 @@ def is_contrib_moe(node: ir.Node) -> bool:
 
 
 def fuse_contrib_moe(model: ir.Model) -> None:
-    """Replace each proven ``MoE`` and ``QMoE`` by ``Route`` and ``Experts``.
+    """Replace each proven ``MoE`` and ``QMoE`` by ``Route`` and ``Experts`` or ``GatedExperts``.
 
     Forms
     -----
-    Route, Experts
+    Route, Experts, GatedExperts
         - ``com.microsoft.MoE``; ``com.microsoft.QMoE`` of 4 or 8 bits, per row or per block
     """
     for node in list(model.graph):
@@ -78,14 +79,12 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
     _check_form(node)
     x, logits = node.inputs[:2]
     router = _router(logits)
-    weights = expert_weights(node)
-    experts, _, features = weights.w1.shape
     shape = static_shape(x)
-    if shape is None or shape[-1] != features:
-        raise Refused(
-            f"input must be rows of {features} values of fixed number, not {x.shape}; "
-            f"export with a fixed size"
-        )
+    if shape is None:
+        raise Refused(f"input must be rows of fixed number, not {x.shape}; export with a fixed size")
+    features = shape[-1]
+    weights = expert_weights(node, features)
+    experts = len(weights.w1)
     if router.weight.shape != (experts, features) or size(router.x) != size(x):
         raise Refused(
             f"router_probs must be {experts} logits of the rows of the input, not a Linear of "
@@ -104,6 +103,17 @@ def _check_form(node: ir.Node) -> None:
         raise Refused(
             f"activation_type={activation!r} has no form on the accelerator, whose experts are two "
             f"layers with {', '.join(_FUNCTIONS)} between; train the experts with one of these"
+        )
+    fusion, limit = attribute(node, "swiglu_fusion", 0), attribute(node, "swiglu_limit", np.inf)
+    if activation == "swiglu" and fusion != 1:
+        raise Refused(
+            f"swiglu_fusion={fusion} is a layout of one provider; export with the rows of gate and "
+            f"factor in turns (swiglu_fusion=1)"
+        )
+    if activation == "swiglu" and not np.isposinf(limit):
+        raise Refused(
+            f"swiglu_limit={limit:g} bounds both factors of hidden values, for which the accelerator has "
+            f"no form; train without it, or accept that the host runs it"
         )
     if attribute(node, "use_sparse_mixer", 0):
         raise Refused(

@@ -1,18 +1,15 @@
 """The experts that ``com.microsoft.MoE`` and ``QMoE`` hold, as float32 matrices.
 
-QMoE stores unsigned integers of 8, 4 or 2 bits, the first of a byte in its low bits, ``[E, N, K]``
-in ``[out, in]`` order. A weight is ``(integer - zero) * scale`` with a scale for each output
-``[E, N]`` or for each block of inputs ``[E, N, blocks]``; ``zero`` is the middle of the range where
-no zero points are stored.
+QMoE stores integers as `blocks` says, ``[E, N, K]`` in ``[out, in]`` order, with a scale for each output
+``[E, N]`` or for each block of inputs ``[E, N, blocks]``.
 """
 
 import numpy as np
 import onnx_ir as ir
 
+from moeware.compiler.blocks import WIDTHS, dequantised, middle, unpacked
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.trace import attribute, constant, operand
-
-WIDTHS = (8, 4, 2)
 
 # Places of the inputs: of each layer (weights, bias), and for QMoE (weights, scales, bias, zeros).
 _MOE = ((2, 3), (4, 5))
@@ -23,19 +20,39 @@ class Refused(Exception):
     """A form that the canonical operator does not cover: what, and the remedy."""
 
 
-def expert_weights(node: ir.Node) -> ExpertWeights:
-    """The weights of ``node``; raises ``Refused`` where they are no constants that fit."""
+def expert_weights(node: ir.Node, features: int) -> ExpertWeights:
+    """The weights of ``node``, which reads rows of ``features``; raises ``Refused`` where they are no
+    constants that fit."""
     read = _floats if node.op_type == "MoE" else _dequantised
-    (w1, b1), (w2, b2) = read(node, 0), read(node, 1)
-    if w1.ndim != 3 or w2.shape != (len(w1), w1.shape[2], w1.shape[1]):
+    gated = attribute(node, "activation_type", "relu") == "swiglu"
+    w1, b1 = read(node, 0, features)
+    hidden = w1.shape[1] // (2 if gated else 1)
+    w2, b2 = read(node, 1, hidden)
+    wide = 2 * hidden if gated else hidden
+    if w1.shape != (len(w1), wide, features) or w2.shape != (len(w1), features, hidden):
         raise Refused(
-            f"fc1 and fc2 must have the shapes [E, H, D] and [E, D, H], not {list(w1.shape)} and "
-            f"{list(w2.shape)}; export experts of two layers"
+            f"fc1 and fc2 must have the shapes [E, {'2*H' if gated else 'H'}, {features}] and "
+            f"[E, {features}, H], not {list(w1.shape)} and {list(w2.shape)}; export experts of two layers, "
+            f"the gate's rows between those of the first where there is one"
         )
     b1 = np.zeros(w1.shape[:2]) if b1 is None else b1
     b2 = np.zeros(w2.shape[:2]) if b2 is None else b2
-    arrays = (np.ascontiguousarray(array, np.float32) for array in (w1, b1, w2, b2))
-    return ExpertWeights(*arrays)
+    w1, b1, w2, b2 = (np.ascontiguousarray(array, np.float32) for array in (w1, b1, w2, b2))
+    return _gated(node, w1, b1, w2, b2) if gated else ExpertWeights(w1, b1, w2, b2)
+
+
+def _gated(
+    node: ir.Node, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, b2: np.ndarray
+) -> ExpertWeights:
+    """Experts whose hidden values are g * sigmoid(alpha * g) * (l + beta), that is silu(alpha * g) * (l +
+    beta) / alpha, of rows g and l that take turns."""
+    alpha = np.float32(attribute(node, "activation_alpha", 1.0))
+    beta = np.float32(attribute(node, "activation_beta", 0.0))
+    if not np.isfinite(alpha) or alpha <= 0:
+        raise Refused(f"activation_alpha must be positive, not {alpha}; export the node again")
+    one, other = (slice(None), slice(0, None, 2)), (slice(None), slice(1, None, 2))
+    arrays = w1[one] * alpha, b1[one] * alpha, w2, b2, w1[other] / alpha, (b1[other] + beta) / alpha
+    return ExpertWeights(*(np.ascontiguousarray(array) for array in arrays))
 
 
 def _stored(node: ir.Node, place: int, name: str) -> np.ndarray | None:
@@ -48,19 +65,24 @@ def _stored(node: ir.Node, place: int, name: str) -> np.ndarray | None:
     return constant(value)
 
 
-def _floats(node: ir.Node, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Weight ``[E, N, K]`` and bias of layer ``number`` of a MoE."""
+def _floats(
+    node: ir.Node, number: int, columns: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weight ``[E, N, K]`` and bias of layer ``number`` of a MoE; K: ``columns``."""
     name = f"fc{number + 1}_experts"
     weight, bias = (
         _stored(node, place, f"{name}_{part}")
         for place, part in zip(_MOE[number], ("weights", "bias"))
     )
-    assert weight is not None
+    if weight is None or weight.ndim != 3:
+        raise Refused(f"{name}_weights must have the shape [E, N, {columns}]; export the node again")
     return weight, bias
 
 
-def _dequantised(node: ir.Node, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Weight ``[E, N, K]`` and bias of layer ``number`` of a QMoE."""
+def _dequantised(
+    node: ir.Node, number: int, columns: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weight ``[E, N, K]`` and bias of layer ``number`` of a QMoE; K: ``columns``."""
     name, bits = f"fc{number + 1}", bits_of(node, number)
     weight, scale, bias, zero = (
         _stored(node, place, f"{name}_{part}")
@@ -76,22 +98,20 @@ def _dequantised(node: ir.Node, number: int) -> tuple[np.ndarray, np.ndarray | N
             f"quantise the experts to one of these"
         )
     integers = unpacked(weight, bits)
-    experts, rows, columns = integers.shape
-    blocks = scale.size // (experts * rows)
-    if scale.shape[:2] != (experts, rows) or not blocks or columns % blocks:
+    shape = (*integers.shape[:2], scale.size // max(1, len(weight) * weight.shape[1]))
+    length = attribute(node, "block_size", 0) if scale.ndim == 3 else columns
+    length = length or columns // max(1, shape[2])
+    if scale.shape[:2] != shape[:2] or not length or -(-columns // length) != shape[2]:
         raise Refused(
-            f"{name}_scales must be [E, N] or [E, N, blocks] for weights of "
-            f"{list(integers.shape)}, not {list(scale.shape)}; "
-            f"quantise the experts again"
+            f"{name}_scales must be [E, N] or [E, N, blocks] for weights of {list(integers.shape)}, not "
+            f"{list(scale.shape)}; quantise the experts again"
         )
-    middle = np.full((experts, rows, blocks), 1 << (bits - 1), np.float32)
+    zeros: np.ndarray | int = middle(bits)
     if zero is not None:
         # Packed along the rows where a row has one scale, along the blocks where it has several.
-        count = rows if zero.ndim == 2 else blocks
-        middle = unpacked(zero, bits)[..., :count].reshape(middle.shape).astype(np.float32)
-    scale = scale.reshape(middle.shape).astype(np.float32)
-    length = columns // blocks
-    return (integers - middle.repeat(length, axis=2)) * scale.repeat(length, axis=2), bias
+        count = shape[1] if zero.ndim == 2 else shape[2]
+        zeros = unpacked(zero, bits)[..., :count].reshape(shape)
+    return dequantised(integers, scale.reshape(shape), zeros, length), bias
 
 
 def bits_of(node: ir.Node, number: int) -> int:
@@ -99,10 +119,3 @@ def bits_of(node: ir.Node, number: int) -> int:
     return attribute(
         node, f"fc{number + 1}_expert_weight_bits", attribute(node, "expert_weight_bits", 4)
     )
-
-
-def unpacked(array: np.ndarray, bits: int) -> np.ndarray:
-    """The integers that bytes hold along the last axis, the first in the low bits."""
-    places = np.arange(0, 8, bits, dtype=np.uint8)
-    parts = (array[..., None] >> places) & np.uint8((1 << bits) - 1)
-    return parts.reshape(*array.shape[:-1], -1)

@@ -56,16 +56,19 @@ def select_heads(
 
 
 def select_rows(value: ir.Value) -> Heads | None:
-    """``value`` ([.., heads, tokens, dim] or [.., tokens, heads, dim]) as columns of the earliest
-    value ``[1, tokens, features]`` that it is a selection of."""
+    """``value`` ([.., heads, tokens, dim], [.., tokens, heads, dim] or [.., tokens * heads, dim]) as
+    columns of the earliest value ``[1, tokens, features]`` that it is a selection of."""
     for trace in reversed(traces(value)):
-        shape = static_shape(trace.root)
-        if shape is None or len(shape) != 3 or shape[0] != 1:
+        shape, numbers = static_shape(trace.root), trace.numbers
+        if shape is None or len(shape) != 3 or shape[0] != 1 or numbers.ndim < 2:
             continue
+        count, dim = numbers.shape[-2:]
+        if count > shape[1] and count % shape[1] == 0 and numbers.size == count * dim:
+            numbers = numbers.reshape(shape[1], -1, dim)
         for axis in (-2, -3):
-            if trace.numbers.ndim < -axis or trace.numbers.shape[axis] != shape[1]:
+            if numbers.ndim < -axis or numbers.shape[axis] != shape[1]:
                 continue
-            columns = _columns(np.moveaxis(trace.numbers, axis, -2), size(trace.root))
+            columns = _columns(np.moveaxis(numbers, axis, -2), size(trace.root))
             if columns is not None:
                 return Heads(value, trace.root, columns, shape[1], 1.0, trace.nodes, axis)
     return None

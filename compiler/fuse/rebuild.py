@@ -58,11 +58,13 @@ class Builder:
         inputs: list[ir.Value],
         like: Iterable[ir.Value],
         attributes: Mapping[str, int | float | str],
+        domain: str = "",
     ) -> list[ir.Value]:
-        """Insert one standard node and return its outputs, with the shapes and types of ``like``."""
+        """Insert one node of ``domain``, the standard one where none is named, and return its outputs,
+        with the shapes and types of ``like``."""
         like = list(like)
         shapes, types = [value.shape for value in like], [value.dtype for value in like]
-        return self._insert(operator, inputs, shapes, attributes, "", types)
+        return self._insert(operator, inputs, shapes, attributes, domain, types)
 
     def reshape(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """``value`` with another shape (itself where the shape is equal)."""
@@ -99,6 +101,11 @@ class Builder:
         assert shape is not None
         shapes, attributes = [(*shape[:-1], len(columns))], {"axis": -1}
         return self._insert("Gather", [value, indices], shapes, attributes, "", [value.dtype])[0]
+
+    def expand(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """``value`` broadcast to ``shape``."""
+        target = self.weight(np.array(shape, np.int64), "shape")
+        return self._insert("Expand", [value, target], [shape], {}, "", [value.dtype])[0]
 
     def scale(self, value: ir.Value, factor: float) -> ir.Value:
         """``value`` times one number."""

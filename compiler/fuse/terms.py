@@ -200,13 +200,20 @@ def _rotated(node: ir.Node, terms: Terms) -> Terms | None:
     if positions is not None and positions.size == 1:  # of the first token
         positions = positions.reshape(1, 1) + np.arange(shape[-2])
     if positions is not None:
+        if positions.min(initial=0) < 0 or positions.max(initial=0) >= min(len(cos), len(sin)):
+            return None  # what ONNX Runtime refuses
         cos, sin = cos[positions], sin[positions]
+    tokens = shape[1 if heads else 2] if len(shape) > 2 else 0
+    if cos.ndim != 3 or cos.shape != sin.shape or cos.shape[:2] not in ((1, tokens), (shape[0], tokens)):
+        return None
     if heads:
         x = Terms(*(each.reshape(2, *shape[:2], heads, -1) for each in (terms.places, terms.factors)))
         cos, sin = cos[:, :, None], sin[:, :, None]
     else:
         x, cos, sin = terms, cos[:, None], sin[:, None]
     length = attribute(node, "rotary_embedding_dim", 0) or x.shape[-1]
+    if length != 2 * cos.shape[-1] or length > x.shape[-1]:
+        return None
     if attribute(node, "interleaved", 0):
         first, second = (x[..., start:length:2] for start in (0, 1))
     else:

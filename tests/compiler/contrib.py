@@ -82,12 +82,15 @@ def packed(integers, bits):
     return sum(padded[..., place].astype(np.uint8) << (bits * place) for place in range(count))
 
 
-def quantised(weight, bits, blocks=1, zeros=False):
-    """(integers, scales, zero points or None) of ``[E, N, K]``, nearest on a grid per block.
+def quantised(weight, bits, block=0, zeros=False):
+    """(integers, scales, zero points or None) of ``[E, N, K]``, nearest on a grid per block of ``block``
+    inputs, of which the last may be shorter (0: of all).
 
     The arrays have the shapes ``[E, N, K]`` and ``[E, N, blocks]``.
     """
-    parts = weight.reshape(*weight.shape[:2], blocks, -1)
+    block = block or weight.shape[2]
+    padded = np.pad(weight, ((0, 0), (0, 0), (0, -weight.shape[2] % block)))
+    parts = padded.reshape(*weight.shape[:2], -1, block)
     middle, top = 1 << (bits - 1), (1 << bits) - 1
     if zeros:
         low, high = parts.min(-1), parts.max(-1)
@@ -98,7 +101,7 @@ def quantised(weight, bits, blocks=1, zeros=False):
         zero = np.full(scale.shape, middle)
     integers = np.clip(np.rint(parts / scale[..., None]) + zero[..., None], 0, top)
     return (
-        integers.reshape(weight.shape).astype(np.uint8),
+        integers.reshape(padded.shape)[..., : weight.shape[2]].astype(np.uint8),
         scale.astype(np.float32),
         zero.astype(np.uint8) if zeros else None,
     )
@@ -111,8 +114,7 @@ def to_qmoe(bits, block=0, zeros=False, **attributes):
         x, logits, *names = node.input
         layers, zero_points = [], []
         for weight, bias in (names[:2], names[2:4]):
-            blocks = arrays[weight].shape[2] // block if block else 1
-            integers, scale, zero = quantised(arrays[weight], bits, blocks, zeros)
+            integers, scale, zero = quantised(arrays[weight], bits, block, zeros)
             if not block:
                 scale, zero = scale[..., 0], zero if zero is None else zero[..., 0]
             layers += [

@@ -33,7 +33,7 @@ from moeware.hw.arch.config import ConfigError
 from moeware.hw.arch.program import HostStep
 
 from ..hw.arch.configs import config
-from . import exports
+from . import exports, genai
 from .damage import Case, case
 from .fork import ENDS, forked
 
@@ -46,6 +46,8 @@ MODELS = {
     "gather": lambda: exports.vit(mixer=exports.Moe("gather", "all"), pool="mean"),
     "where": lambda: exports.vit(exports.SeparateAttention(True), exports.Moe("where")),
 }
+BUILDER = genai.Sizes(layers=1, tokens=4, bits=4, block=16, zeros="packed", tied=True, experts=3,
+                      expert_bits=4)
 TEXTS = ("gelu_erf", "layer_norm_rsqrt", "masked_attention", "post_norm")
 CONFIG = config(2, 4, 2, 2, 2, 8, activation_banks=1)
 TOLERANCE = 1e-4
@@ -84,13 +86,15 @@ def verdicts(first: int, last: int) -> Iterator[Verdict]:
 
 
 def models() -> dict[str, onnx.ModelProto]:
-    """Valid models: dense, mixtures in three forms, and single operators."""
+    """Valid models: dense, mixtures in three forms, a language model of ONNX Runtime's operators, and
+    single operators."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the text format
         for name, build in MODELS.items():
             path = exports.export(build(), Path(folder) / "model.onnx", opset=17, dynamo=False)
             found[name] = onnx.load(path)
+        found["builder"] = onnx.load(genai.write(Path(folder) / "builder.onnx", BUILDER))
         for name in TEXTS:
             found[name] = onnx.load(Path(__file__).parent / "cases" / f"{name}.onnxtxt")
     return found

@@ -48,6 +48,18 @@ def no_biases(proto, node, arrays):
     del node.input[5:]
 
 
+SWIGLU = {"k": 2, "activation_type": "swiglu", "swiglu_fusion": 1}
+
+
+def gated(proto, node, arrays):
+    """Interleave a gate with the rows of fc1."""
+    draw = np.random.default_rng(5)
+    for place, name in ((2, "weight"), (3, "bias")):
+        array = np.repeat(arrays[node.input[place]], 2, axis=1)
+        noise = draw.normal(size=array.shape) * 0.1
+        node.input[place] = add_constant(proto, name, (array + noise).astype(np.float32))
+
+
 # Attributes; how they are written; function, k and normalise that these mean.
 FORMS = {
     "defaults": ({}, {}, "relu", 1, "all"),
@@ -64,6 +76,16 @@ FORMS = {
         TOP_2 | {"activation_alpha": 1.7, "swiglu_limit": 0.1}, {}, "gelu_tanh", 2, "chosen",
     ),
 }  # fmt: skip
+
+
+# alpha and beta of hidden values g * sigmoid(alpha * g) * (l + beta)
+@pytest.mark.parametrize("alpha,beta", [(1.0, 0.0), (1.702, 1.0), (0.5, -0.3)])
+def test_gated_experts(tmp_path, alpha, beta):
+    attributes = SWIGLU | {"activation_alpha": alpha, "activation_beta": beta}
+    path = write(tmp_path / "m.onnx", attributes, change=gated)
+    fused = check(path, expected(ATTENTION, MOE.replace("Experts", "GatedExperts")))
+    (experts,) = (node for node in fused.graph if node.op_type == "GatedExperts")
+    assert experts.attributes["function"].value == "silu"
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -117,15 +139,6 @@ def test_a_program_of_it_is_close_to_float(tmp_path, attributes):
     assert error(found, real) < 0.15
 
 
-def gated(proto, node, arrays):
-    """Interleave a gate with the rows of fc1."""
-    draw = np.random.default_rng(5)
-    for place, name in ((2, "weight"), (3, "bias")):
-        array = np.repeat(arrays[node.input[place]], 2, axis=1)
-        noise = draw.normal(size=array.shape) * 0.1
-        node.input[place] = add_constant(proto, name, (array + noise).astype(np.float32))
-
-
 def third(proto, node, arrays):
     node.input.append(add_constant(proto, "weight", arrays[node.input[2]]))
 
@@ -157,8 +170,10 @@ REFUSED = {
                      "export with use_sparse_mixer=0", True),
     "identity": (TOP_2 | {"activation_type": "identity"}, {}, "activation_type='identity' has no",
                  "train the experts with one of these", True),
-    "swiglu": ({"k": 2, "activation_type": "swiglu", "swiglu_fusion": 1}, {"change": gated},
-               "activation_type='swiglu' has no form", "two layers with relu, gelu, silu", True),
+    "bounded swiglu": (SWIGLU | {"swiglu_limit": 7.0}, {"change": gated}, "swiglu_limit=7 bounds both",
+                       "train without it", True),
+    "halves": (SWIGLU | {"swiglu_fusion": 2}, {"change": gated}, "swiglu_fusion=2 is a layout of one",
+               "in turns (swiglu_fusion=1)", False),
     "softmax in front": (TOP_2, {"softmax": True}, "not the result of Softmax",
                          "remove the Softmax in front", True),
     "another router": (TOP_2, {"change": nonlinear}, "logits of a Linear, not the result of Sin",
@@ -201,8 +216,9 @@ def test_work_of_a_node_on_the_host_is_counted(tmp_path):
     tokens = 5
     layer = tokens * DIM * HIDDEN
     assert macs(TOP_2 | {"use_sparse_mixer": 1}) == 2 * 2 * layer
-    swiglu = {"k": 1, "activation_type": "swiglu", "swiglu_fusion": 1}
-    assert macs(swiglu, change=gated) == 3 * layer
+    limited = SWIGLU | {"k": 1, "swiglu_limit": 7.0}
+    assert macs(limited, change=gated) == 3 * layer
+    assert macs(TOP_2 | {"use_sparse_mixer": 1, "swiglu_fusion": 0}) == 2 * 2 * layer
 
 
 def test_a_session_runs_a_node_on_the_host(tmp_path):

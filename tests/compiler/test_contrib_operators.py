@@ -4,15 +4,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 
+from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
+from moeware.compiler.macs import macs
+from moeware.compiler.partition import partition
 from tests.compiler import exports, language_models
 from tests.compiler.exports import DIM, HEADS, Mlp, Moe, PackedAttention, SeparateAttention, vit
 from tests.compiler.fused import check, operators_of
+from tests.compiler.test_partition import run_steps
 
 MODELS = {
     "packed": lambda: vit(PackedAttention("manual")),
@@ -90,14 +93,102 @@ def test_operator(tmp_path, operator, opset):
     check(tmp_path / "m.onnx", frames=1)
 
 
-def test_what_an_expansion_does_not_cover_stays(tmp_path):
+def built(path, nodes, *, shape=(1, 4, 6), **constants):
+    """A model of ``nodes`` from ``x`` to ``y``; constants by name."""
+    tensors = [onnx.numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "built", [info("x", 1, shape)], [info("y", 1, (1, 4, 6))], tensors)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), path)
+    return path
+
+
+def own(operator, inputs, outputs, **attributes):
+    return onnx.helper.make_node(operator, inputs, outputs, operator, domain="com.microsoft", **attributes)
+
+
+def test_packed_heads_of_two_sizes(tmp_path):
+    """Values of another size than keys, and a bias of scores that hides later keys."""
+    random = np.random.default_rng(4)
+    arrays = {name: random.normal(size=size).astype(np.float32)
+              for name, size in (("w", (6, 28)), ("b", (28,)), ("o", (12, 6)))}
+    bias = np.triu(np.full((1, 1, 4, 4), np.finfo(np.float32).min, np.float32), 1)
+    nodes = [own("Attention", ["x", "w", "b", "", "", "bias"], ["a"], num_heads=2,
+                 qkv_hidden_sizes=[8, 8, 12]), onnx.helper.make_node("MatMul", ["a", "o"], ["y"])]
+    found = check(built(tmp_path / "m.onnx", nodes, bias=bias, **arrays), frames=1)
+    (attention,) = [node for node in found.graph if node.op_type == "Attention"]
+    assert attention.attributes["causal"].value == 1
+
+
+@pytest.mark.parametrize("operator,attributes", [
+    ("GroupQueryAttention", {"num_heads": 2, "kv_num_heads": "2"}),
+    ("MoE", {"activation_type": 1}), ("FusedMatMul", {"alpha": 2}),
+    ("MatMulNBits", {"K": 6.0, "N": 6, "bits": 4, "block_size": 16}),
+])
+def test_attribute_of_another_type(tmp_path, operator, attributes):
+    path = built(tmp_path / "m.onnx", [own(operator, ["x", "x", "x"], ["y"], **attributes)])
+    with pytest.raises(CompileError, match=rf"of node '{operator}' .* must be \w+, not \w+; repair"):
+        load(path)
+
+
+def test_contradiction_behind_an_operator_that_onnx_does_not_know(tmp_path):
+    nodes = [own("GroupQueryAttention", ["x", "x", "x", "", "", "last", "count"], ["a"], num_heads=2,
+                 kv_num_heads=2), onnx.helper.make_node("MatMul", ["a", "w"], ["y"], "after")]
+    path = built(tmp_path / "m.onnx", nodes, w=np.ones((5, 6), np.float32), last=np.int32([3]),
+                 count=np.int32(4))
+    with pytest.raises(CompileError, match=r"Node 'after' \(MatMul\) must have operands and attributes"):
+        load(path)
+
+
+def test_sizes_that_explode_beside_such_an_operator(tmp_path):
+    """A vector of as many elements would be made to infer what is gathered of it."""
+    make = onnx.helper.make_node
+    nodes = [make("Mul", ["size", "size"], ["large"]), make("ConstantOfShape", ["large"], ["fill"], "fill"),
+             make("Exp", ["fill"], ["e"]), make("Reshape", ["e", "flat"], ["vector"]),
+             make("Gather", ["vector", "first"], ["one"]), make("Add", ["x", "one"], ["sum"]),
+             own("GroupQueryAttention", ["sum", "sum", "sum", "", "", "last", "count"], ["y"],
+                 num_heads=2, kv_num_heads=2)]
+    path = built(tmp_path / "m.onnx", nodes, size=np.int64([1 << 10, 1 << 5]), flat=np.int64([-1]),
+                 first=np.int64(0), last=np.int32([3]), count=np.int32(4))
+    with pytest.raises(CompileError, match=r"'fill' \(ConstantOfShape\) must have at most"):
+        load(path)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_rotation_needs_a_row_for_each_position(tmp_path, rows):
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["q"]),
+             own("RotaryEmbedding", ["q", "places", "cos", "sin"], ["y"])]
+    random = np.random.default_rng(5)
+    path = built(tmp_path / "m.onnx", nodes, w=random.normal(size=(6, 6)).astype(np.float32),
+                 places=np.arange(4)[None], cos=np.ones((rows, 3), np.float32),
+                 sin=np.zeros((rows, 3), np.float32))
+    found = operators_of(fuse(load(path)))
+    assert ("Rotary" in found, "RotaryEmbedding" in found) == (rows == 4, rows == 3)
+
+
+def test_an_output_of_another_type_than_its_value(tmp_path):
+    path = built(tmp_path / "m.onnx", [own("FastGelu", ["x"], ["z"])], y=np.arange(4))
+    with pytest.raises(CompileError, match=r"outputs \['x', 'y'\] must have the types of their values"):
+        load(path)
+
+
+@pytest.mark.parametrize("operator", ["Attention", "MultiHeadAttention"])
+def test_what_an_expansion_does_not_cover_stays(tmp_path, operator):
     """A mask of keys that is another one from input to input."""
-    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-        model (float[1, 4, 6] x, int32[1, 4] mask) => (float[1, 4, 6] y)
-        <float[6, 18] packed = {%s}, float[18] three = {%s}>
-        { y = com.microsoft.Attention <num_heads: int = 2> (x, packed, three, mask) }"""
-    values = torch.arange(126).div(40).tolist()
-    text %= tuple(", ".join(map(str, part)) for part in (values[:108], values[108:]))
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
-    (node,) = fuse(load(tmp_path / "m.onnx")).graph
-    assert (node.domain, node.op_type) == ("com.microsoft", "Attention")
+    random = np.random.default_rng(4)
+    arrays = {name: random.normal(size=size).astype(np.float32)
+              for name, size in (("w", (6, 18)), ("b", (18,)), ("o", (6, 6)))}
+    inputs = ["x", "w", "b", "mask"] if operator == "Attention" else ["x", "x", "x", "b", "mask"]
+    nodes = [onnx.helper.make_node("ReduceMax", ["x", "last"], ["m"], keepdims=0),
+             onnx.helper.make_node("Greater", ["m", "half"], ["g"]),
+             onnx.helper.make_node("Cast", ["g"], ["mask"], to=onnx.TensorProto.INT32),
+             own(operator, inputs, ["a"], num_heads=2), onnx.helper.make_node("MatMul", ["a", "o"], ["y"])]
+    path = built(tmp_path / "m.onnx", nodes, last=np.int64([-1]), half=np.float32(0.5), **arrays)
+    model = fuse(load(path))
+    (node,) = (node for node in model.graph if node.domain == "com.microsoft")
+    parts = partition(model)
+    assert "without a mask of padding" in parts.reasons[operator].rule
+    products = 4 * 6 * 18 if operator == "Attention" else 0
+    assert macs(node) == products + 2 * 4 * 4 * 6
+    run_steps(model, parts, {"x": random.normal(size=(1, 4, 6)).astype(np.float32)})
