@@ -63,8 +63,10 @@ def product(value, factor):
 
 
 def bit_length(value):
-    """Bits of a non-negative number below 2**53: 0 for 0, 1 for 1, 2 for 2 and 3."""
-    return np.frexp(np.asarray(value, np.float64))[1].astype(np.int64)
+    """Bits of a non-negative number below 2**63: 0 for 0, 1 for 1, 2 for 2 and 3."""
+    value = np.asarray(value, np.int64)
+    # The bit below the top one is cleared, so that no float64 is rounded up to a power of two.
+    return np.frexp((value & ~(value >> 1)).astype(np.float64))[1].astype(np.int64)
 
 
 def octaves(difference, multiplier, shift):
@@ -118,7 +120,7 @@ def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
     3. r = floor(2**32 / q), of 17 bits and one carry (2**16 < r <= 2**17);
     4. y = ((channels * x - S) * r + 2**(h + 5)) >> (h + 6), saturated to int16.
 
-    V = 0 gives zeros. channels : 1..2047.
+    V = 0 gives zeros. channels : 1..65535, so that V is below ``channels**2 * 2**30 + 2**48 < 2**63``.
     """
     row = np.asarray(row, np.int64)
     total = row.sum(-1, keepdims=True) if centred else np.zeros_like(row[..., :1])
