@@ -104,7 +104,8 @@ def _(op: quantised.Norm, attended: bool):
     turn = _rotate(op.rotation)
     half = (np.arange(64) + 1) >> 1  # by the number of bits of the variance
     left, right = (torch.from_numpy(np.maximum(bits, 0)) for bits in (32 - 2 * half, 2 * half - 32))
-    drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
+    fraction = numerics.norm_fraction_bits(len(op.affine.bias) // op.groups)
+    drop = torch.from_numpy(np.ldexp(1.0, fraction - 16 - half))
 
     def norm(values: Values, frames: int) -> torch.Tensor:
         source = values[op.source][op.first_row:op.first_row + op.rows]

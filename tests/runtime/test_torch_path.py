@@ -212,7 +212,7 @@ def test_norm_of_special_rows():
 
 
 @pytest.mark.parametrize("mode", [NormMode.LAYER, NormMode.RMS])
-@pytest.mark.parametrize("channels", [2048, 4097, 8192, 65533, 65535])
+@pytest.mark.parametrize("channels", [2048, 4097, 8192, 65519, 65535])
 def test_norm_of_wide_rows_in_all_16_bits(channels, mode):
     """Rows whose variance takes more bits than a float64 has, is next to a power of two, or is 0. Biases
     take what `numerics` expects away, so that nothing of a difference is lost in 8 bits."""
