@@ -12,7 +12,7 @@ from moeware.compiler.kept import Kept
 from moeware.compiler.precision import WEIGHT_BITS
 from moeware.compiler.scales import encode_scales
 from moeware.compiler.weights import LARGEST_BIAS, Tensor, scaled_weights
-from moeware.hw.arch.numerics import NORM_FRACTION_BITS
+from moeware.hw.arch.numerics import norm_fraction_bits
 from moeware.hw.arch.quantised import Affine
 
 __all__ = ["NARROW", "give_up", "kept_norm", "kept_or_scaled", "kept_weights", "survey", "usable_integers"]
@@ -116,7 +116,7 @@ def kept_norm(gamma: np.ndarray, beta: np.ndarray, step: float, offset: np.ndarr
     """
     sign = np.where(gamma < 0, -1.0, 1.0)
     shift = np.broadcast_to(np.asarray(offset, np.float64), gamma.shape) - step * (gamma < 0)
-    unit = 1 << NORM_FRACTION_BITS
+    unit = 1 << norm_fraction_bits(len(gamma))
     # A faint gamma under a large beta: one that is 2**-20 of it at least changes nothing.
     scale = np.maximum(np.abs(gamma), np.abs(beta - shift) * unit / LARGEST_BIAS)
     bias = np.rint(sign * (beta - shift) * unit / np.where(scale == 0, 1.0, scale))

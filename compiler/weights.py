@@ -9,7 +9,7 @@ import numpy as np
 from moeware.compiler.rounding import inputs_covariance, nested, rounded
 from moeware.compiler.scales import coarsened, encode_scales, grid
 from moeware.hw.arch.nested import upper_half
-from moeware.hw.arch.numerics import NORM_FRACTION_BITS
+from moeware.hw.arch.numerics import norm_fraction_bits
 from moeware.hw.arch.quantised import Affine
 
 __all__ = ["Tensor", "informed", "nested_weights", "quantise_weights", "scaled_weights", "smoothed_norm"]
@@ -148,5 +148,5 @@ def smoothed_norm(samples: np.ndarray, epsilon: float, demand: np.ndarray, *,
     smooth = np.clip(smooth / np.median(smooth), 1 / 64, 64)
     step = grid(plain * smooth)
     # Any factor will do: one with which the result is exact in float32.
-    unit = step * (1 << NORM_FRACTION_BITS)
+    unit = step * (1 << norm_fraction_bits(len(demand)))
     return coarsened(smooth / unit, np.array(128.5)) * unit, step

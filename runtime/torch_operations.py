@@ -102,9 +102,10 @@ def _(op: quantised.Norm, attended: bool):
     scale = Scale(op.affine, wide=op.rotation is not None, reach=32768)
     dtype = torch.float32 if attended else torch.int8
     turn = _rotate(op.rotation)
-    half = (np.arange(54) + 1) >> 1  # by the number of bits of the variance
-    align = torch.from_numpy(np.ldexp(1.0, 32 - 2 * half))
-    drop = torch.from_numpy(np.ldexp(1.0, -6 - half))
+    half = (np.arange(64) + 1) >> 1  # by the number of bits of the variance
+    left, right = (torch.from_numpy(np.maximum(bits, 0)) for bits in (32 - 2 * half, 2 * half - 32))
+    fraction = numerics.norm_fraction_bits(len(op.affine.bias) // op.groups)
+    drop = torch.from_numpy(np.ldexp(1.0, fraction - 16 - half))
 
     def norm(values: Values, frames: int) -> torch.Tensor:
         source = values[op.source][op.first_row:op.first_row + op.rows]
@@ -113,16 +114,18 @@ def _(op: quantised.Norm, attended: bool):
         row = source.unflatten(-1, (op.groups, -1)).flatten(0, 2).double()
         channels = row.shape[1]
         # A float64 of 1 + 2**-53 times the norm has a square of 1 + 2**-51 times at most: the root
-        # of a sum of squares, an integer below 2**42, leads back to it.
+        # of a sum of squares, an integer below 2**46, leads back to it.
         squares = torch.linalg.vector_norm(row, dim=-1).square_().round_()
-        variance = squares.mul_(channels).add_(op.epsilon)
+        variance = squares.long().mul_(channels).add_(op.epsilon)  # of 63 bits at most
         if op.mode is NormMode.LAYER:
             total = row.sum(-1)
-            variance.addcmul_(total, total, value=-1)
-        exponent = torch.frexp(variance).exponent
-        root = align.index_select(0, exponent).mul_(variance).floor_().sqrt_().floor_()
+            variance.sub_(total.long().square_())
+        # As in `numerics.bit_length`.
+        bits = torch.frexp((variance & ~(variance >> 1)).double()).exponent
+        aligned = (variance << left.index_select(0, bits)) >> right.index_select(0, bits)
+        root = aligned.double().sqrt_().floor_()
         step = root.clamp_(min=1).reciprocal_().mul_(4294967296.0).floor_()
-        step.mul_(drop.index_select(0, exponent))
+        step.mul_(drop.index_select(0, bits))
         row.mul_((step * channels).unsqueeze(1))
         if op.mode is NormMode.LAYER:
             row.sub_(total.mul_(step).sub_(0.5).unsqueeze(1)).floor_()

@@ -283,6 +283,9 @@ class Machine:
             raise ValueError(f"residual word {index.max()} must be below {len(self.residual)}")
         value = self.residual[index].reshape(len(rows), words * c.lanes)[:, :i.channels]
         value = value.astype(np.int64)
+        if i.mode != NormMode.SCALE and i.channels > c.row_words * c.depth:
+            raise ValueError("NORM.channels must be at most Config.row_words * Config.depth = "
+                             f"{c.row_words * c.depth}, not {i.channels}")
         if (i.counted or i.factor_words) and not c.rotary:
             raise ValueError("NORM.counted and NORM.factor_words must be 0 where Config.rotary is 0, "
                              f"not {i.counted} and {i.factor_words}")

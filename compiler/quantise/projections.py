@@ -57,10 +57,11 @@ class Projections(State):
             # A head by itself wherever it makes no difference: all need not be there for it.
             by_head = attrs["groups"] > 1 or len(gamma) == width
             mode, groups = NormMode.RMS, heads if by_head else 1
-            step = max(step, self._finest(len(order) // groups, attrs["epsilon"]))
-            epsilon = self._epsilon(len(order) // groups, attrs["epsilon"], step)
+            together = len(order) // groups
+            step = max(step, self._finest(together, attrs["epsilon"]))
+            epsilon = self._epsilon(together, attrs["epsilon"], step)
             gamma = gamma[order]
-            scale = np.abs(gamma) / (1 << numerics.NORM_FRACTION_BITS)
+            scale = np.abs(gamma) / (1 << numerics.norm_fraction_bits(together))
             # Multipliers have no sign: the weights take it.
             sign = np.where(gamma < 0, -1.0, 1.0)
         rows = self._product(base, order, sign, step)

@@ -63,7 +63,7 @@ class Rows(State):
         demand = self._demand(value, channels) * np.abs(gamma)
         smooth, step = smoothed_norm(self.calibration.rows(node.inputs[0].name), epsilon, demand,
                                      centred=mode is NormMode.LAYER)
-        scale = smooth / (step * (1 << numerics.NORM_FRACTION_BITS))
+        scale = smooth / (step * (1 << numerics.norm_fraction_bits(channels)))
         multiplier, shift = encode_scales(scale)
         affine = q.Affine(bias=np.zeros(channels, np.int32), multiplier=multiplier, shift=shift)
         self._emit_norm(node, mode, epsilon, affine,

@@ -84,7 +84,8 @@ class SoftExperts(State):
         gamma, *beta = (array.astype(np.float64) for array in self._constants(value.producer()))
         sign = np.where(gamma < 0, -1.0, 1.0)
         size = np.maximum(np.abs(gamma), LIVE * np.abs(gamma).max() or 1.0)
-        step, one = grid(self.calibration.rows(value.name)), 1 << numerics.NORM_FRACTION_BITS
+        step = grid(self.calibration.rows(value.name))
+        one = 1 << numerics.norm_fraction_bits(len(gamma))
         multiplier, shift = encode_scales(size / (step * one))
         bias = np.rint(sign * (beta[0] if beta else 0.0 * gamma) / size * one).astype(np.int32)
         affine = q.Affine(bias=bias, multiplier=multiplier, shift=shift)

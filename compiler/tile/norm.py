@@ -92,11 +92,11 @@ def _normalise(lowering: Lowering, layer: str, op: q.Norm, source: Tensor,
     """Rows of one group: (read, write, row of its frame) of each chunk. Its channels lie at `columns` of
     `width`, between zeros, or one after another."""
     c, channels, width = lowering.config, len(columns), width or len(columns)
+    if width > NORM_CHANNELS:
+        raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not {width}; "
+                           "make the model narrower")
     if op.mode is not NormMode.SCALE:
         require(-(-width // c.depth), c.row_words, f"A row of {op.name}", "row_words")
-        if width > NORM_CHANNELS:
-            raise CompileError(f"A row of {op.name} must have at most {NORM_CHANNELS} channels, not "
-                               f"{width}")
     counted = channels if width != channels and op.mode is not NormMode.SCALE else 0
     if not c.rotary and (counted or op.rotation is not None):
         what = "turns pairs" if op.rotation is not None else (

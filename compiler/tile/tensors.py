@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from moeware.compiler.errors import CompileError
 from moeware.compiler.lowered import Buffer, Span
 from moeware.hw.arch import layout
 from moeware.hw.arch.config import Config
-from moeware.hw.arch.isa import Memory
+from moeware.hw.arch.isa import ROW_STRIDE, Memory
 from moeware.hw.arch.program import Region
 
 __all__ = ["CHUNK_ROWS", "Tensor", "chunks"]
@@ -51,6 +52,11 @@ class Tensor:
         group = max(channels // groups, room)
         self.width = -(-group // filled) * filled // per_word  # words of a group
         self.stride = self.width if split else groups * self.width
+        if self.stride > ROW_STRIDE:
+            field = "depth" if memory is Memory.ACTIVATION else "lanes"
+            raise CompileError(f"A row of {name} takes {self.stride} words, more than the {ROW_STRIDE} "
+                               f"that an instruction steps over; use a configuration with more "
+                               f"Config.{field} than {per_word}")
         if memory is Memory.ACTIVATION:
             bank %= config.activation_banks
         if split:

@@ -109,4 +109,4 @@ class Config:
 
 # Part of the digest: raise it whenever the meaning of an instruction, a layout or an operation of
 # `numerics` changes, so that an old program never runs on new gateware.
-ARCHITECTURE_VERSION = 4
+ARCHITECTURE_VERSION = 5

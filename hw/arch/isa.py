@@ -22,6 +22,7 @@ __all__ = [
     "HEADER",
     "HEAD_WORDS",
     "NORM_CHANNELS",
+    "ROW_STRIDE",
     "TOKEN_LIMIT",
     "Engine",
     "Instruction",
@@ -36,7 +37,8 @@ __all__ = [
 BYTES = 32
 TOKEN_LIMIT = 255  # tokens that a counter can hold
 HEAD_WORDS = 64  # activation words of a head, ATTENTION.words, at most
-NORM_CHANNELS = 2047  # channels of a row that NORM normalises, at most
+NORM_CHANNELS = (1 << 16) - 1  # channels of a row of NORM, at most
+ROW_STRIDE = (1 << 13) - 1  # words from row to row, at most
 
 
 class Engine(enum.IntEnum):
@@ -152,7 +154,7 @@ FIELDS: dict[Opcode, tuple[tuple[str, int], ...]] = {
         ("param", 14),
         ("epsilon", 48),  # epsilon * channels**2 in squared units of the residual stream
         # With Config.rotary only:
-        ("counted", 11),  # channels that statistics count, where others are zeros; 0: all of them
+        ("counted", 16),  # channels that statistics count, where others are zeros; 0: all of them
         ("factors", 20),  # residual word of the factors of row 0, as `numerics.rotate` takes them
         ("factor_stride", 13),
         ("factor_words", 13),  # words after which a row's factors begin again; 0: nothing is turned,

@@ -9,14 +9,14 @@ import numpy as np
 
 __all__ = ["EXP2", "FACTOR_BITS", "GATE_BITS", "NORM_FRACTION_BITS", "OCTAVE_BITS", "PAIR_BITS",
            "PROBABILITY_BITS", "PRODUCT_BITS", "accumulate_residual", "bit_length", "exp2_weight",
-           "gated", "normalise", "octaves", "probability", "product", "reciprocal", "requantise",
+           "gated", "norm_fraction_bits", "normalise", "octaves", "probability", "product", "reciprocal", "requantise",
            "rotate", "row_scale", "saturate", "scale"]
 
 OCTAVE_BITS = 8  # fraction bits of the exponent in 2**-t
 PROBABILITY_BITS = 10  # an unnormalised attention probability: 0..1023, the row maximum is 1023
 GATE_BITS = 16  # a gate weight: 65535 stands for one
 PRODUCT_BITS = 10  # fraction bits of the 16-bit factor of a product: +-32
-NORM_FRACTION_BITS = 10  # a normalised value: |x| < 32 in int16
+NORM_FRACTION_BITS = 10  # a normalised value of up to 2,047 channels: |x| < 32 in int16
 FACTOR_BITS = 14  # fraction bits of a cosine or sine that turns a pair
 PAIR_BITS = 6  # fraction bits, of a step of the int8 result, that a value has before it is turned
 
@@ -63,8 +63,10 @@ def product(value, factor):
 
 
 def bit_length(value):
-    """Bits of a non-negative number below 2**53: 0 for 0, 1 for 1, 2 for 2 and 3."""
-    return np.frexp(np.asarray(value, np.float64))[1].astype(np.int64)
+    """Bits of a non-negative number below 2**63: 0 for 0, 1 for 1, 2 for 2 and 3."""
+    value = np.asarray(value, np.int64)
+    # The bit below the top one is cleared, so that no float64 is rounded up to a power of two.
+    return np.frexp((value & ~(value >> 1)).astype(np.float64))[1].astype(np.int64)
 
 
 def octaves(difference, multiplier, shift):
@@ -105,8 +107,18 @@ def row_scale(total, multiplier, shift):
     return (r * multiplier + (1 << 15)) >> 16, shift + e - 1
 
 
+def norm_fraction_bits(channels: int) -> int:
+    """Fraction bits of a normalised value of a row of 1..65535 channels. No value is beyond
+    ``sqrt(channels)``; in wide rows that always fits, as in language models the loudest channels of
+    some tokens come near to it."""
+    if channels <= 2047:
+        return NORM_FRACTION_BITS
+    return 15 - (channels.bit_length() + 1) // 2
+
+
 def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
-    """Normalised values of rows of int16, with `NORM_FRACTION_BITS` fraction bits, int16.
+    """Normalised values of rows of int16, with ``f = norm_fraction_bits(channels)`` fraction bits,
+    int16.
 
     row : int64 [..., channels]; epsilon : ``eps * channels**2`` in squared units of the stream,
     0..2**48 - 1. With S the sum of the row (0 unless `centred`) and Q the sum of squares,
@@ -116,9 +128,9 @@ def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
     1. h is the least number with V < 2**(2 h); v = V << (32 - 2 h), or V >> (2 h - 32) past 32 bits;
     2. q = floor(sqrt(v)), 2**15 <= q < 2**16 unless V is 0;
     3. r = floor(2**32 / q), of 17 bits and one carry (2**16 < r <= 2**17);
-    4. y = ((channels * x - S) * r + 2**(h + 5)) >> (h + 6), saturated to int16.
+    4. y = ((channels * x - S) * r + 2**(h + 15 - f)) >> (h + 16 - f), saturated to int16.
 
-    V = 0 gives zeros. channels : 1..2047.
+    V = 0 gives zeros. channels : 1..65535, so that V is below ``channels**2 * 2**30 + 2**48 < 2**63``.
     """
     row = np.asarray(row, np.int64)
     total = row.sum(-1, keepdims=True) if centred else np.zeros_like(row[..., :1])
@@ -129,7 +141,8 @@ def normalise(row, channels: int, epsilon: int, *, centred: bool = True):
     root = np.sqrt(aligned.astype(np.float64)).astype(np.int64)
     root -= root * root > aligned  # a 32-bit root in float64 is exact but for rounding up
     inverse = (1 << 32) // np.maximum(root, 1)
-    scaled = ((channels * row - total) * inverse + (np.int64(1) << (half + 5))) >> (half + 6)
+    shift = half + 16 - norm_fraction_bits(channels)
+    scaled = ((channels * row - total) * inverse + (np.int64(1) << (shift - 1))) >> shift
     return np.where(variance == 0, 0, saturate(scaled, 16))
 
 

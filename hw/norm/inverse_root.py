@@ -1,6 +1,6 @@
 """Inverse square root of a variance: justify, root, divide, each working on a row of its own."""
 
-from amaranth import Const, Module, Mux, Signal, signed
+from amaranth import Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -12,17 +12,21 @@ from .variance import Moments
 __all__ = ["InverseRoot", "RowScale"]
 
 
-class RowScale(data.Struct):
-    """A row's value x becomes ``round((factor * x - total) * inverse / 2**shift)``."""
+class RowScale(data.StructLayout):
+    """A value x of a row of at most `channels` becomes
+    ``round((factor * x - total) * inverse / 2**shift)``."""
 
-    inverse: 17  # 2**16 or more
-    shift: 6  # 5..33
-    total: signed(27)
-    factor: 11
+    def __init__(self, channels: int):
+        moments = Moments(channels)
+        super().__init__({
+            "inverse": 17,  # 2**16 or more
+            "shift": 6,  # 5..33 for 2,047 channels, 41 for 65,535
+            "total": moments["total"].shape, "factor": moments["factor"].shape})
 
 
 class InverseRoot(wiring.Component):
-    """The inverse root r of `numerics.normalise`: ``r / 2**(h + 16) ~ 1 / sqrt(variance)``.
+    """The inverse root r of `numerics.normalise`: ``r / 2**(h + 16) ~ 1 / sqrt(variance)``, and the
+    shift of its last step.
 
     r = 2**17, the one value of 18 bits, leaves as 2**16 with a shift less by one, which is the same
     number and rounds the same. A variance of 0 gives some inverse: every value of such a row equals
@@ -32,17 +36,23 @@ class InverseRoot(wiring.Component):
     inside, and a refused result stays without holding up the next row's division. Between the units
     are registers: a refusal does not pass through all of them in one cycle.
 
+    Parameters
+    ----------
+    channels : of a row, at most 65535: a variance has 63 bits
+
     Members
     -------
-    moments : In(stream.Signature(Moments))
-    scales : Out(stream.Signature(RowScale))
+    moments : In(stream.Signature(Moments(channels)))
+    scales : Out(stream.Signature(RowScale(channels)))
     """
 
     INTERVAL = 19
     LATENCY = 45
 
-    moments: In(stream.Signature(Moments))
-    scales: Out(stream.Signature(RowScale))
+    def __init__(self, channels: int):
+        self.channels = channels
+        super().__init__({"moments": In(stream.Signature(Moments(channels))),
+                          "scales": Out(stream.Signature(RowScale(channels)))})
 
     def elaborate(self, platform):
         m = Module()
@@ -51,12 +61,15 @@ class InverseRoot(wiring.Component):
         m.submodules.divide = divide = Divide(33, 16, 18)
 
         # What belongs to a row moves with it from unit to unit.
-        beside = data.StructLayout({"total": signed(27), "factor": 11, "half": 5})
+        moments = Moments(self.channels)
+        half = (moments["variance"].width + 1) >> 1
+        beside = data.StructLayout({"total": moments["total"].shape,
+                                    "factor": moments["factor"].shape, "half": range(half + 1)})
         m.submodules.justified = justified = RegisterSlice(data.StructLayout(
             {"mantissa": 32, "beside": beside}))
         m.submodules.rooted = rooted = RegisterSlice(data.StructLayout(
             {"root": 16, "beside": beside}))
-        m.submodules.scaled = scaled = RegisterSlice(RowScale)
+        m.submodules.scaled = scaled = RegisterSlice(RowScale(self.channels))
         justifying, rooting, dividing = (
             Signal(beside, name=name) for name in ("justifying", "rooting", "dividing"))
         m.d.comb += [
@@ -88,12 +101,14 @@ class InverseRoot(wiring.Component):
         with m.If(divide.operands.valid & divide.operands.ready):
             m.d.sync += dividing.eq(rooted.output.p.beside)
 
+        # Fewer fraction bits of wide rows, see `numerics.norm_fraction_bits`.
+        fewer = sum(dividing.factor[bit:].any() for bit in (11, 12, 14) if bit < len(dividing.factor))
         quotient = divide.quotients.payload
         m.d.comb += [
             scaled.input.valid.eq(divide.quotients.valid),
             divide.quotients.ready.eq(scaled.input.ready),
             scaled.input.p.inverse.eq(Mux(quotient[17], 1 << 16, quotient[:17])),
-            scaled.input.p.shift.eq(dividing.half + 6 - quotient[17]),
+            scaled.input.p.shift.eq(dividing.half + 6 + fewer - quotient[17]),
             scaled.input.p.total.eq(dividing.total),
             scaled.input.p.factor.eq(dividing.factor),
         ]

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from amaranth import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth import Cat, Module, Mux, Shape, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -18,20 +18,25 @@ class Normalise(wiring.Component):
     A word a cycle, `LATENCY` cycles of `advance` after its operands; nothing moves while `advance`
     is 0. The scale belongs to the word beside it and may change from word to word.
 
+    Parameters
+    ----------
+    lanes : values of a word
+    channels : of a row, at most 65535: two multipliers take the difference and the inverse
+
     Members
     -------
     advance : In(1)
     values : In(data.ArrayLayout(signed(16), lanes))
-    scale : In(RowScale)
+    scale : In(RowScale(channels))
     normalised : Out(data.ArrayLayout(signed(16), lanes))
     """
 
     LATENCY = 2 * Multipliers.LATENCY + 5
 
-    def __init__(self, lanes: int):
-        self.lanes = lanes
+    def __init__(self, lanes: int, channels: int):
+        self.lanes, self.channels = lanes, channels
         values = data.ArrayLayout(signed(16), lanes)
-        super().__init__({"advance": In(1), "values": In(values), "scale": In(RowScale),
+        super().__init__({"advance": In(1), "values": In(values), "scale": In(RowScale(channels)),
                           "normalised": Out(values)})
 
     def elaborate(self, platform):
@@ -40,22 +45,27 @@ class Normalise(wiring.Component):
         depth = Multipliers.LATENCY
         beside = [self.scale]
         for stage in range(1, 2 * depth + 2):
-            beside.append(Signal(RowScale, reset_less=True, name=f"scale_{stage}"))
+            beside.append(Signal(self.scale.shape(), reset_less=True, name=f"scale_{stage}"))
         # Ties round up: floor(x / 2**s + 1/2) == (floor(x / 2**(s - 1)) + 1) >> 1. The shift by
-        # s - 1 (4..32) takes two stages.
+        # s - 1 (4 or more) takes two stages.
         amount, amount_fine = Signal(6, reset_less=True), Signal(3, reset_less=True)
         with m.If(self.advance):
             m.d.sync += [after.eq(before) for before, after in pairwise(beside)]
             m.d.sync += [amount.eq(beside[-1].shift - 1), amount_fine.eq(amount[:3])]
 
-        m.submodules.by_factor = by_factor = Multipliers(signed(16), unsigned(11), self.lanes)
+        m.submodules.by_factor = by_factor = Multipliers(
+            signed(16), self.scale.factor.shape(), self.lanes)
         m.submodules.by_inverse = by_inverse = Multipliers(signed(18), unsigned(17), 2 * self.lanes)
         m.d.comb += [by_factor.advance.eq(self.advance), by_inverse.advance.eq(self.advance)]
+        # Product and total are both between -channels * 2**15 and channels * (2**15 - 1).
+        largest = self.channels * 0xffff
+        differences = Shape.cast(range(-largest, largest + 1))
+        wide = signed(differences.width + 17)
         for lane in range(self.lanes):
-            difference = Signal(signed(28), reset_less=True, name=f"difference_{lane}")
-            product = Signal(signed(45), reset_less=True, name=f"product_{lane}")
-            coarse = Signal(signed(45), reset_less=True, name=f"coarse_{lane}")
-            fine = Signal(signed(41), reset_less=True, name=f"fine_{lane}")
+            difference = Signal(differences, reset_less=True, name=f"difference_{lane}")
+            product = Signal(wide, reset_less=True, name=f"product_{lane}")
+            coarse = Signal(wide, reset_less=True, name=f"coarse_{lane}")
+            fine = Signal(signed(wide.width - 4), reset_less=True, name=f"fine_{lane}")
             low, high = by_inverse.product[2 * lane], by_inverse.product[2 * lane + 1]
             m.d.comb += [
                 by_factor.a[lane].eq(self.values[lane]),

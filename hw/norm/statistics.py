@@ -10,11 +10,12 @@ from .reader import Word
 __all__ = ["Statistics", "Sums"]
 
 
-class Sums(data.Struct):
-    """Of a row of at most 2,047 int16."""
+class Sums(data.StructLayout):
+    """Of a row of at most `channels` int16, each of which may be -2**15."""
 
-    total: signed(27)
-    squares: 41
+    def __init__(self, channels: int):
+        super().__init__({"total": range(-(channels << 15), channels * 0x7fff + 1),
+                          "squares": range((channels << 30) + 1)})
 
 
 def _delayed(m, advance, signal, cycles: int):
@@ -44,18 +45,23 @@ class Statistics(wiring.Component):
     One word a cycle; the sums of a row `latency` = 4 + ceil(log2(lanes)) cycles after its last
     word. While sums are refused nothing moves and words wait.
 
+    Parameters
+    ----------
+    lanes : values of a word
+    channels : values of a row, at most
+
     Members
     -------
     words : In(stream.Signature(Word(data.ArrayLayout(signed(16), lanes), lanes)))
-    sums : Out(stream.Signature(Sums))
+    sums : Out(stream.Signature(Sums(channels)))
     """
 
-    def __init__(self, lanes: int):
+    def __init__(self, lanes: int, channels: int):
         self.lanes = lanes
         self.latency = Multipliers.LATENCY + (lanes - 1).bit_length() + 1
         super().__init__({
             "words": In(stream.Signature(Word(data.ArrayLayout(signed(16), lanes), lanes))),
-            "sums": Out(stream.Signature(Sums)),
+            "sums": Out(stream.Signature(Sums(channels))),
         })
 
     def elaborate(self, platform):

@@ -71,7 +71,8 @@ class NormUnit(wiring.Component):
 
     def __init__(self, config: Config):
         self.config = config
-        # The sums of more channels do not fit; rows that no matrix product takes are of no use.
+        # Rows that no matrix product takes are of no use. What is known of a row, and of its values
+        # before they are scaled, is as wide as so many channels make it.
         self.max_channels = min(NORM_CHANNELS, config.row_words * config.depth)
         super().__init__({
             "engine": Out(EngineSignature(Opcode.NORM)),
@@ -85,12 +86,12 @@ class NormUnit(wiring.Component):
         lanes = self.config.lanes
         m.submodules.residual_reader = residual_reader = RowReader(16 * lanes, lanes)
         m.submodules.param_reader = param_reader = RowReader(parameter_layout(self.config), lanes)
-        m.submodules.statistics = statistics = Statistics(lanes)
+        m.submodules.statistics = statistics = Statistics(lanes, self.max_channels)
         words = -(-self.max_channels // lanes) + self.SCALE_LATENCY
         m.submodules.queue = queue = RowQueue(
             residual_reader.word, 1 << (words - 1).bit_length())
-        m.submodules.variance = variance = Variance()
-        m.submodules.inverse_root = inverse_root = InverseRoot()
+        m.submodules.variance = variance = Variance(self.max_channels)
+        m.submodules.inverse_root = inverse_root = InverseRoot(self.max_channels)
         m.submodules.writer = writer = RowWriter(self.config)
 
         wiring.connect(m, residual_reader.port, wiring.flipped(self.residual_read))
@@ -161,7 +162,7 @@ class NormUnit(wiring.Component):
         """Words with the scale of their row, later with their parameters and factors, to results.
         Parameters say whether factors come with them."""
         lanes = self.config.lanes
-        m.submodules.normalise = normalise = Normalise(lanes)
+        m.submodules.normalise = normalise = Normalise(lanes, self.max_channels)
         # With a register on the way to the multipliers.
         normalised = 1 + normalise.LATENCY
         scaled = normalised + 1 + Requantise.LATENCY

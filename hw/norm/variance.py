@@ -1,6 +1,6 @@
 """Scaled variance of a row, from its sums."""
 
-from amaranth import Array, Module, Mux, Signal, signed, unsigned
+from amaranth import Array, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -10,62 +10,74 @@ from .statistics import Sums
 
 __all__ = ["Moments", "Variance", "VarianceSetup"]
 
-
-class VarianceSetup(data.Struct):
-    """What the fields of a NORM say of its rows."""
-
-    mode: NormMode
-    rows: 13
-    channels: 11
-    epsilon: 48
+EPSILON_BITS = 48
 
 
-class Moments(data.Struct):
-    """A row's value x is to become ``(factor * x - total) / sqrt(variance)``."""
+class VarianceSetup(data.StructLayout):
+    """What the fields of a NORM say of its rows, of at most so many channels."""
 
-    variance: 54
-    total: signed(27)
-    factor: 11
+    def __init__(self, channels: int):
+        super().__init__({"mode": NormMode, "rows": 13, "channels": range(channels + 1),
+                          "epsilon": EPSILON_BITS})
+
+
+class Moments(data.StructLayout):
+    """A value x of a row of at most `channels` is to become
+    ``(factor * x - total) / sqrt(variance)``; the variance is largest where each x is -2**15 and
+    nothing is subtracted."""
+
+    def __init__(self, channels: int):
+        super().__init__({"variance": range((channels**2 << 30) + (1 << EPSILON_BITS)),
+                          "total": Sums(channels)["total"].shape, "factor": range(channels + 1)})
 
 
 class Variance(wiring.Component):
     """``variance = channels * squares - total**2 + epsilon`` of each row, total 0 for RMS.
 
-    For SCALE no sums are taken: the factor is 1, the total 0 and the variance 2**20, the square of
-    one in the fraction bits of a normalised value, so that what follows leaves x as it is.
+    For SCALE no sums are taken and the channels do not matter: the factor is 1, the total 0 and the
+    variance 2**20, the square of one in the fraction bits of a normalised value, so that what follows
+    leaves x as it is.
 
     One multiplier, six products: a row every `INTERVAL` cycles, its moments one cycle less after
     its sums were taken. Refused moments stay.
 
+    Parameters
+    ----------
+    channels : of a row, at most 65535: the squares fill three operands, the total two
+
     Members
     -------
-    setup : In(stream.Signature(VarianceSetup))
+    setup : In(stream.Signature(VarianceSetup(channels)))
         Taken when the last row of the one before has left.
-    sums : In(stream.Signature(Sums))
-    moments : Out(stream.Signature(Moments))
+    sums : In(stream.Signature(Sums(channels)))
+    moments : Out(stream.Signature(Moments(channels)))
     """
 
     INTERVAL = 14
 
-    setup: In(stream.Signature(VarianceSetup))
-    sums: In(stream.Signature(Sums))
-    moments: Out(stream.Signature(Moments))
+    def __init__(self, channels: int):
+        self.channels = channels
+        super().__init__({"setup": In(stream.Signature(VarianceSetup(channels))),
+                          "sums": In(stream.Signature(Sums(channels))),
+                          "moments": Out(stream.Signature(Moments(channels)))})
 
     def elaborate(self, platform):
         m = Module()
-        setup = Signal(VarianceSetup)
-        squares, magnitude = Signal(41), Signal(26)
+        setup = Signal.like(self.setup.payload)
+        squares = Signal.like(self.sums.p.squares)
+        magnitude = Signal(range((self.channels << 15) + 1))
         moments = self.moments.p
 
         # (operands, weight of the product, sign); the squares' term comes first, so that the
         # accumulator is never negative.
-        low, high = magnitude[:13], magnitude[13:]
+        half = (len(magnitude) + 1) >> 1  # not less than the bits of `channels`
+        low, high = magnitude[:half], magnitude[half:]
         products = [(squares[at:at + 16], setup.channels, at, 1) for at in (0, 16, 32)]
-        products += [(low, low, 0, 0), (low, high, 14, 0), (high, high, 26, 0)]
-        m.submodules.multipliers = multipliers = Multipliers(unsigned(16), unsigned(13))
+        products += [(low, low, 0, 0), (low, high, half + 1, 0), (high, high, 2 * half, 0)]
+        m.submodules.multipliers = multipliers = Multipliers(unsigned(16), unsigned(half))
         # Registers on the way to the multiplier and back.
         there_and_back = Multipliers.LATENCY + 2
-        term, plus = Signal(54), Signal()
+        term, plus = Signal.like(moments.variance), Signal()
         step = Signal(range(len(products) + there_and_back + 1))
         arrived = Signal(range(len(products)))
         product = Signal.like(multipliers.product[0])
@@ -82,8 +94,7 @@ class Variance(wiring.Component):
             with m.State("IDLE"):
                 m.d.comb += self.setup.ready.eq(1)
                 m.d.sync += setup.eq(self.setup.payload)
-                with m.If(self.setup.valid & (self.setup.p.rows != 0)
-                          & (self.setup.p.channels != 0)):
+                with m.If(self.setup.valid & (self.setup.p.rows != 0)):
                     m.next = "ROW"
             with m.State("ROW"):
                 total = self.sums.p.total

@@ -188,21 +188,22 @@ def stream_step(linear, accumulator: np.ndarray) -> float:
 @pytest.mark.parametrize("gamma", [0.7, -0.7, 0.0, 1e-9, -1e-4])
 @pytest.mark.parametrize("beta", [0.0, 0.3, -2.0])
 @pytest.mark.parametrize("middle", [0, 17, -128])
-def test_a_norm_is_on_the_grid_of_the_file(gamma, beta, middle):
+@pytest.mark.parametrize("channels, one", [(1, 1024), (4096, 256)])
+def test_a_norm_is_on_the_grid_of_the_file(gamma, beta, middle, channels, one):
     step = 0.021
-    affine, gain, shift = kept_norm(np.array([gamma]), np.array([beta]), step, middle * step)
-    normal = np.arange(-32768, 32768)
-    found = numerics.requantise(normal + affine.bias.astype(np.int64), affine.multiplier.astype(np.int64),
-                                affine.shift.astype(np.int64))
-    real = step * found * (1 if gain is None else gain) + (0 if shift is None else shift)
+    affine, gain, shift = kept_norm(np.full(channels, gamma), np.full(channels, beta), step, middle * step)
+    normal = np.arange(-32 * one, 32 * one)
+    found = numerics.requantise(normal + int(affine.bias[0]), int(affine.multiplier[0]),
+                                int(affine.shift[0]))
+    real = step * found * (1 if gain is None else gain[0]) + (0 if shift is None else shift[0])
     steps = np.rint(real / step) - middle  # as int8 of the file's grid
     assert np.abs(real / step - np.rint(real / step)).max() < 1e-9
     assert -128 <= steps.min() and steps.max() <= 127
-    exact = (gamma * normal / 1024 + beta) / step - middle
+    exact = (gamma * normal / one + beta) / step - middle
     wanted = np.clip(np.rint(exact), -128, 127)
     # The bias is rounded to a unit of normalised values, the multiplier to 16 bits; a gamma below
     # 2**-20 of beta is 2**-20 of it.
-    inexact = 0.5 * max(abs(gamma), abs(beta - middle * step) / 2**20) / 1024 / step
+    inexact = 0.5 * max(abs(gamma), abs(beta - middle * step) / 2**20) / one / step
     inexact += 2.0**-15 * (np.abs(exact) + abs(beta) / step + 128) + (abs(gamma) < 1e-5) * 0.01
     ties = np.abs(exact - np.floor(exact) - 0.5) <= inexact
     np.testing.assert_array_equal(steps[~ties], wanted[~ties])

@@ -221,13 +221,13 @@ def test_extreme_values():
     memories.multiplier[:], memories.shift[:], memories.bias[:] = 3000, 24, 0
     memories.params = pack_params(sizes, memories.bias, memories.multiplier, memories.shift)
     rows = memories.residual
-    rows[:1024] = -1 << 15  # the largest sums: 2,047 times the most negative value
+    rows[:1024] = -1 << 15  # the largest sums: 2,048 times the most negative value
     rows[1024:1032] = 0
     rows[1032:1040] = 77
     rows[1040:1048] = [[32767, -32768]] * 8
     rows[1048:1056] = 0
     rows[1055] = [1, 0]
-    instructions = [norm(mode=mode, channels=2047, source=0, destination=0, epsilon=epsilon)
+    instructions = [norm(mode=mode, channels=2048, source=0, destination=0, epsilon=epsilon)
                     for mode, epsilon in ((NormMode.RMS, (1 << 48) - 1), (NormMode.LAYER, 0))]
     for index, (mode, epsilon) in enumerate(
             [(mode, epsilon) for mode in (NormMode.LAYER, NormMode.RMS)
@@ -236,6 +236,45 @@ def test_extreme_values():
                                  destination=520 + 16 * index, destination_stride=4,
                                  epsilon=epsilon))
     run(sizes, memories, instructions)
+
+
+def test_wide_rows():
+    """Rows as wide as the configuration has them, with a ragged tail: the largest sums and variance,
+    a variance of 0, and groups of wider rows. Biases take what `numerics` expects of every channel away,
+    so that nothing of a difference is lost in 8 bits."""
+    channels, words, draw = 4099, 513, np.random.default_rng(9)
+    sizes = config(lanes=8, depth=8, row_words=words, residual_words=4 * words, param_words=6 * words,
+                   activation_words=6 * words)
+    memories = Memories(sizes, seed=9)
+    rows = memories.residual.reshape(4, words * 8)
+    rows[0] = -1 << 15
+    rows[1] = np.where(np.arange(words * 8) % 2, -1 << 15, 32767)
+    rows[2] = 12345
+    rows[3] = draw.integers(-500, 500, words * 8)
+    rows[3, ::600] = draw.integers(-1 << 15, 1 << 15, len(rows[3, ::600]))  # loud
+    memories.multiplier[:], memories.shift[:] = 1 << 15, 15
+    memories.bias[:] = draw.integers(-100, 101, len(memories.bias))
+    instructions = []
+    for index, (mode, row, epsilon) in enumerate([
+            (NormMode.RMS, 0, (1 << 48) - 1), (NormMode.LAYER, 1, 1), (NormMode.LAYER, 2, 0),
+            (NormMode.LAYER, 3, 7), (NormMode.RMS, 3, 0), (NormMode.LAYER, 0, (1 << 48) - 1)]):
+        expected = numerics.normalise(rows[row, :channels], channels, epsilon,
+                                      centred=mode == NormMode.LAYER)
+        memories.bias[index * words * 8:][:channels] -= expected
+        instructions.append(norm(mode=mode, channels=channels, epsilon=epsilon, source=row * words,
+                                 destination=index * words, param=index * words))
+    memories.params = pack_params(sizes, memories.bias, memories.multiplier, memories.shift)
+    run(sizes, memories, instructions, refuse=0.2)
+
+
+def test_values_that_are_only_scaled_may_be_of_wider_rows():
+    sizes = config(param_words=512)
+    memories = Memories(sizes, seed=6)
+    assert 1024 > NormUnit(sizes).max_channels
+    run(sizes, memories, [norm(rows=2, mode=NormMode.SCALE, channels=1024, source_stride=512,
+                               destination_stride=128),
+                          norm(rows=2, channels=16, source_stride=8, destination=300,
+                               destination_stride=2)])
 
 
 def test_empty_instructions():

@@ -167,7 +167,7 @@ def test_products_at_the_limits(int8_products):
 
 
 @pytest.mark.parametrize("mode", list(NormMode))
-@pytest.mark.parametrize("channels", [1, 2, 31, 1200])
+@pytest.mark.parametrize("channels", [1, 2, 31, 1200, 2048, 5001])
 def test_norm(mode, channels):
     for first_row, epsilon in ((0, 0), (2, 1), (1, (1 << 48) - 1)):
         graph = Graph(channels)
@@ -209,6 +209,43 @@ def test_norm_of_special_rows():
         found = TorchDevice().run(program, program.steps[0], {source: rows[None]})
         expected = evaluate(graph.operations, {source: rows[None]})
         np.testing.assert_array_equal(found[output], expected[output])
+
+
+@pytest.mark.parametrize("mode", [NormMode.LAYER, NormMode.RMS])
+@pytest.mark.parametrize("channels", [2048, 4097, 8192, 65519, 65535])
+def test_norm_of_wide_rows_in_all_16_bits(channels, mode):
+    """Rows whose variance takes more bits than a float64 has, is next to a power of two, or is 0. Biases
+    take what `numerics` expects away, so that nothing of a difference is lost in 8 bits."""
+    rows = np.full((6, channels), -32768)
+    rows[0, :channels // 2] = 32767
+    rows[1] = 32767
+    rows[2] = 0
+    rows[3, (1 << 24) // channels:] = 0  # channels * Q is 2**54, if not quite, but for the least rows
+    rows[4] = np.random.default_rng(channels).integers(-32768, 32768, channels)
+    below = (1 << 54) - 1 - channels * int((rows[3]**2).sum())
+    for row in rows:
+        for epsilon in (0, (1 << 48) - 1, min(max(below, 0), (1 << 48) - 1)):
+            graph = Graph(3)
+            source = graph.input(1, channels, Memory.RESIDUAL)
+            output = graph.norm(source, mode, epsilon=epsilon)
+            wanted = numerics.normalise(row, channels, epsilon, centred=mode == NormMode.LAYER)
+            offset = graph.random.integers(-100, 101, channels)
+            affine = Affine(bias=(offset - wanted).astype(np.int32),
+                            multiplier=np.full(channels, 1 << 15, np.uint16),
+                            shift=np.full(channels, 15, np.uint8))
+            graph.operations[0] = dataclasses.replace(graph.operations[0], affine=affine)
+            program = graph.program(output)
+            found = TorchDevice().run(program, program.steps[0], {source: row[None, None]})
+            np.testing.assert_array_equal(found[output][0, 0], offset)
+
+
+@pytest.mark.parametrize("mode", [NormMode.LAYER, NormMode.RMS])
+def test_norm_of_wide_groups(mode):
+    graph = Graph(4)
+    source = graph.input(4, 3 * 4100, Memory.RESIDUAL)
+    graph.norm(source, mode, first_row=1, rows=2, groups=3)
+    graph.norm(source, mode, first_row=1, rows=2, groups=3, rotation=graph.rotation(2, 4100))
+    compare(graph)
 
 
 def test_one_loud_channel_saturates_int16():

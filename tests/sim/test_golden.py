@@ -78,6 +78,14 @@ def test_norm_of_equal_channels_is_the_bias(machine):
         assert {int(machine.activation[100 + 3 * r + i // D, i % D]) for r in range(3)} == {expected}
 
 
+def test_norm_of_rows_that_no_product_takes(machine):
+    wide = NORM | {"rows": 1, "channels": 17}
+    execute(machine, (Opcode.NORM, wide | {"mode": NormMode.SCALE}))
+    for mode in (NormMode.LAYER, NormMode.RMS):
+        with pytest.raises(GoldenError, match=r"NORM.channels .* Config.depth = 16, not 17"):
+            execute(machine, (Opcode.NORM, wide | {"mode": mode}))
+
+
 ROTARY = dataclasses.replace(CONFIG, outputs=4, lanes=2, rotary=1)
 TURN = NORM | {"channels": 10, "counted": 7, "factors": 60, "factor_stride": 3, "factor_words": 2}
 

@@ -52,7 +52,8 @@ def test_product_at_its_borders():
 
 
 def test_bit_length_is_exact_next_to_powers_of_two():
-    values = [v for e in range(53) for v in ((1 << e) - 1, 1 << e, (1 << e) + 1) if v < 1 << 53]
+    values = [v for e in range(63) for v in ((1 << e) - 1, 1 << e, (1 << e) + 1)]
+    values.append((1 << 63) - 1)
     assert numerics.bit_length(values).tolist() == [v.bit_length() for v in values]
 
 
@@ -84,7 +85,7 @@ def test_row_scale_divides_by_the_total():
         assert numerics.requantise(weighted, m, s) == round(100 * 40000 / 65536)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 64, 192, 2047])
+@pytest.mark.parametrize("channels", [1, 2, 3, 64, 192, 2047, 2048, 8192, 65535])
 @pytest.mark.parametrize("centred", [True, False])
 def test_normalise_is_a_normalisation(channels, centred):
     rows = RNG.integers(-32768, 32768, (20, channels))
@@ -95,8 +96,24 @@ def test_normalise_is_a_normalisation(channels, centred):
     got = numerics.normalise(rows, channels, epsilon, centred=centred)
     centre = rows - rows.mean(-1, keepdims=True) * centred
     real = centre / np.sqrt((centre**2).mean(-1, keepdims=True) + 3)
-    # A root of 16 bits and a product rounded once: one step of 2**-10, and 2**-14 of the value.
-    assert (np.abs(got / 1024 - real) <= 1 / 1024 + np.abs(real) * 2.0**-14).all()
+    # A root of 16 bits and a product rounded once: one step, and 2**-14 of the value.
+    one = 1 << numerics.norm_fraction_bits(channels)
+    assert (np.abs(got / one - real) <= 1 / one + np.abs(real) * 2.0**-14).all()
+
+
+def normalised(row, channels: int, epsilon: int, centred: bool = True) -> list[int]:
+    """A row of ints, in exact rational arithmetic."""
+    total = sum(row) if centred else 0
+    variance = channels * sum(x * x for x in row) - total * total + epsilon
+    if not variance:
+        return [0] * len(row)
+    half = (variance.bit_length() + 1) // 2
+    aligned = (variance << (32 - 2 * half)) if half <= 16 else variance >> (2 * half - 32)
+    inverse = (1 << 32) // math.isqrt(aligned)
+    fraction = 10 if channels < 2048 else max(f for f in range(10) if 4**(15 - f) > channels)
+    of = {x: floor_half_up(Fraction((channels * x - total) * inverse, 1 << (half + 16 - fraction)))
+          for x in set(row)}
+    return [min(32767, max(-32768, of[x])) for x in row]
 
 
 def test_normalise_by_rational_arithmetic():
@@ -104,16 +121,49 @@ def test_normalise_by_rational_arithmetic():
         channels = int(RNG.integers(1, 40))
         row = RNG.integers(-32768, 32768, channels) // int(RNG.integers(1, 5000))
         epsilon = int(RNG.integers(0, 1000))
-        total = int(row.sum())
-        variance = channels * int((row * row).sum()) - total * total + epsilon
-        expected = [0] * channels
-        if variance:
-            half = (variance.bit_length() + 1) // 2
-            aligned = (variance << (32 - 2 * half)) if half <= 16 else variance >> (2 * half - 32)
-            inverse = (1 << 32) // math.isqrt(aligned)
-            expected = [min(32767, max(-32768, floor_half_up(
-                Fraction((channels * int(x) - total) * inverse, 1 << (half + 6))))) for x in row]
+        expected = normalised(row.tolist(), channels, epsilon)
         assert numerics.normalise(row, channels, epsilon).tolist() == expected
+
+
+@pytest.mark.parametrize("channels", [2047, 2048, 4095, 8191, 8192, 20000, 65535])
+def test_normalise_wide_rows_by_rational_arithmetic(channels):
+    """Where the variance takes more bits than a float64 has: the largest ones, those whose rows are
+    constant but for a channel, and none at all; and where it is next to a power of two."""
+    rows = np.full((6, channels), -32768)
+    rows[0, :channels // 2] = 32767
+    rows[1, -1] = 32767
+    rows[2] = 32767
+    rows[3] = 0
+    rows[3, 0] = -1
+    rows[4] = RNG.choice([-32768, -20000, -1, 0, 3, 32767], channels)
+    for centred in (True, False):
+        for epsilon in (0, 1, (1 << 48) - 1):
+            found = numerics.normalise(rows, channels, epsilon, centred=centred)
+            for row, values in zip(rows.tolist(), found.tolist()):
+                assert values == normalised(row, channels, epsilon, centred)
+
+
+@pytest.mark.parametrize("bits, channels", [(54, 65519), (54, 33007), (56, 65503), (56, 33247)])
+def test_normalise_next_to_powers_of_two(bits, channels):
+    """As many channels of the largest magnitude as make ``channels * Q`` a little less than 2**bits,
+    and epsilon up to there, where a float64 would round up; with these numbers a result tells."""
+    row = np.zeros(channels, np.int64)
+    row[:(1 << bits) // (channels << 30)] = -32768
+    left = (1 << bits) - channels * int((row * row).sum())
+    assert 0 < left < 1 << 48
+    for epsilon in (left - 1, left):
+        expected = normalised(row.tolist(), channels, epsilon, False)
+        assert numerics.normalise(row, channels, epsilon, centred=False).tolist() == expected
+
+
+@pytest.mark.parametrize("channels", [2048, 4095, 4096, 8191, 16383, 16384, 32767, 65535])
+def test_the_loudest_channel_of_a_wide_row_does_not_saturate(channels):
+    row = np.zeros(channels, np.int64)
+    row[7] = -20000
+    found = numerics.normalise(row, channels, 0, centred=False)
+    one = 1 << numerics.norm_fraction_bits(channels)
+    # One step, and 2**-14 of the value.
+    assert abs(found[7] / one + math.sqrt(channels)) <= 1 / one + math.sqrt(channels) * 2.0**-14
 
 
 def test_zero_variance_gives_zeros():
