@@ -5,8 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
@@ -20,9 +22,10 @@ from moeware.compiler.load import load
 from moeware.compiler.partition import partition
 from moeware.compiler.reference import evaluate
 from moeware.hw.arch.program import Program
-from tests.compiler import language_models
+from tests.compiler import genai, language_models
 from tests.compiler.exports import export_module, run_onnx
 from tests.compiler.fused import operators_of
+from tests.compiler.genai import Sizes
 from tests.compiler.test_language_models import EXPORTS, LOOKUP
 
 TOKENS, EXAMPLE = 11, 9  # of the program; of the example that is exported
@@ -128,6 +131,36 @@ def test_a_file_for_generation_becomes_a_program(cached, tmp_path):
         assert np.abs(answer - wanted).max() < 0.1 * np.abs(wanted).max()  # of 8 bits
     accuracy = moeware.compare(cached, program, {"input_ids": ids(4, 3)})
     assert accuracy.tensors[-1].operator == "Linear" and accuracy.tensors[-1].snr_db > 20
+
+
+@pytest.mark.parametrize("sizes", [
+    Sizes(layers=2, presents=True), Sizes(layers=1, experts=4, expert_bits=4, block=16, bits=4),
+    Sizes(layers=1, attention="multi", kv_heads=4, rotary="apart", packed=False, presents=True)])
+def test_a_file_of_the_model_builder_for_generation(tmp_path, sizes):
+    """Its mask and past are inputs, as those that are found are."""
+    proto = onnx.load(str(genai.write(tmp_path / "m.onnx", sizes)))
+    dims = {"input_ids": ["batch_size", "sequence_length"],
+            "attention_mask": ["batch_size", "total_sequence_length"]}
+    past = ["batch_size", sizes.kv_heads, "past_sequence_length", sizes.dim]
+    dims |= {tensor.name: past for tensor in proto.graph.initializer if "past_key" in tensor.name}
+    for tensor in [each for each in proto.graph.initializer if each.name in dims]:
+        proto.graph.initializer.remove(tensor)
+    del proto.graph.input[:]
+    proto.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT if "past" in name else TensorProto.INT64,
+                                      shape) for name, shape in dims.items())
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+    axes = {"sequence_length": sizes.tokens, "total_sequence_length": sizes.tokens,
+            "past_sequence_length": 0}
+    model = fuse(load(tmp_path / "m.onnx", None, Interface(axes, {"attention_mask": 1}, ["logits"])))
+    host = [node for part in partition(model).steps if part.kind == "host" for node in part.nodes]
+    assert [node.op_type for node in host if node.op_type != "GatherBlockQuantized"] in ([], ["Gather"])
+    tokens = ids()[:, :sizes.tokens]
+    empty = np.zeros((1, sizes.kv_heads, 0, sizes.dim), np.float32)
+    found, = evaluate(model, {"input_ids": tokens}).values()
+    wanted, *_ = run_onnx(tmp_path / "m.onnx", input_ids=tokens, attention_mask=np.ones_like(tokens),
+                          **dict.fromkeys([name for name in dims if "past" in name], empty))
+    assert np.abs(found - wanted).max() <= ROUNDING * np.abs(wanted).max()
 
 
 def test_command_line(cached, tmp_path, capsys, monkeypatch):
