@@ -47,7 +47,8 @@ class Config:
                           default=0)
     rotary: int = bound(0, 1, "1: NORM turns pairs of values, as rotary embeddings do", default=0)
     tables: int = bound(1, 16, "pointwise tables of 256 entries")
-    row_words: int = bound(2, 1 << 12, "activation words of the longest row a matrix product takes")
+    row_words: int = bound(2, 1 << 12, "activation words of the longest row that a matrix product or a "
+                                      "normalisation takes")
     max_rows: int = bound(2, 4096, "token rows: queue entries per expert, keys per query")
     max_experts: int = bound(1, 256, "experts of one router")
     max_chosen: int = bound(1, 16, "experts per token")
