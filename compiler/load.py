@@ -20,6 +20,7 @@ from moeware.compiler.read import check_model, one_line, read_model
 from moeware.compiler.simplify import simplify
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
+_LAYOUTS = ("com.microsoft.nchwc", "com.ms.internal.nhwc")  # of ONNX Runtime's optimiser
 
 
 def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
@@ -34,6 +35,7 @@ def load(path: str | Path, choice: Mapping[str, int] | None = None) -> ir.Model:
         proto = inline_functions(read_model(path))
         substitute(proto, choice or {})
         _fix_batch(proto)
+        _check_layout(proto)
         expand_operators(proto)
         check_model(proto, path)
         _forget_shapes(proto)
@@ -90,6 +92,18 @@ def _fix_batch(proto: onnx.ModelProto) -> None:
                     f"Axis {axis} of graph input {value.name!r} must be positive, not "
                     f"{dimension.dim_value}; export with a non-empty example input"
                 )
+
+
+def _check_layout(proto: onnx.ModelProto) -> None:
+    """Refuse tensors in the order that suits the vectors of one processor, which the file does not
+    name."""
+    for node in proto.graph.node:
+        if node.domain in _LAYOUTS:
+            raise CompileError(
+                f"Node {node.name!r} ({node.domain}.{node.op_type}) must be portable, not laid out for "
+                f"the processor that the file was optimised on; save it with "
+                f"graph_optimization_level = ORT_ENABLE_EXTENDED, or give the file before that"
+            )
 
 
 def _check_types(model: ir.Model) -> None:
