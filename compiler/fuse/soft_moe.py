@@ -21,7 +21,6 @@ from moeware.compiler.fuse.region import region, run
 from moeware.compiler.fuse.trace import attribute, is_op, size, static_shape, traces
 from moeware.compiler.operators import FUNCTIONS, OPERATORS
 
-
 _FAR = 30.0  # in proportion to usual values and logits, which differ by about 1
 _OTHER = (
     "what two Softmaxes, as of Soft MoE, read is not proven to fill and empty the slots of experts; let "
