@@ -21,9 +21,9 @@ from moeware.compiler.fuse.region import inputs_of, region
 from moeware.compiler.fuse.routers import (
     CHOICES,
     RouterForm,
-    is_router,
     match_router,
     plain_forms,
+    router_logits,
 )
 from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
 
@@ -150,9 +150,14 @@ def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
         forms = plain_forms(len(layer.weight), int(k.reshape(())))
         if _fuse_routed(model, logits, layer, forms):
             return None
-    match = match_router(model, choice)
+    match, linear = match_router(model, choice), router_logits(choice)
     if match is None and found is None:
-        return _NO_ROUTER if is_op(choice, "TopK") or is_router(choice) else None
+        # The largest alone, or the first of several that weights and places follow from together.
+        if is_op(choice, "ArgMax") and linear is not None and _fuse_routed(
+            model, *linear, plain_forms(len(linear[1].weight), 1)
+        ):
+            return None
+        return _NO_ROUTER if is_op(choice, "TopK") or linear is not None else None
     if match is None or not _fuse_routed(model, match.logits, match.layer, [match.form]):
         return _no_experts(choice)
     return None

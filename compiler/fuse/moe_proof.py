@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measured_capacity
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, runner
-from moeware.compiler.fuse.routers import RouterForm, sample_mixed
+from moeware.compiler.fuse.routers import RouterForm, plain_forms, sample_mixed
 from moeware.compiler.fuse.trace import (
     constant,
     is_op,
@@ -89,7 +89,8 @@ def prove(
 def _one_after_another(
     routers: Sequence[RouterForm], nodes: list[ir.Node]
 ) -> Iterator[list[RouterForm]]:
-    """The forms with all the experts that ``nodes`` choose, where that is not one TopK (GShard)."""
+    """The forms with all the experts that ``nodes`` choose, where that is not one TopK (GShard): their
+    weights may be divided by a sum that those of the first have no part in."""
     attributes, experts, total = routers[0].attributes, len(routers[0].correction), 0
     for node in nodes:
         shape = static_shape(node.inputs[0]) if is_op(node, "TopK", "ArgMax") else None
@@ -97,8 +98,8 @@ def _one_after_another(
             count = constant(operand(node, 1))
             total += 1 if count is None else int(count.reshape(-1)[0])
     plain = attributes["score"] == "softmax" and attributes["groups"] == 1
-    if plain and attributes["k"] < total <= experts:
-        yield [replace(form, attributes=form.attributes | {"k": total}) for form in routers]
+    if plain and not routers[0].correction.any() and attributes["k"] < total <= experts:
+        yield plain_forms(experts, total)
 
 
 def _prove(
