@@ -11,6 +11,7 @@ from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form, sample_rows
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.routers import plain_forms
 from moeware.compiler.load import load
+from moeware.compiler.partition import partition
 from tests.compiler import exports
 from tests.compiler.exports import Block, Moe, Vit, export, export_module, randomise, vit
 from tests.compiler.fused import operators_of
@@ -101,6 +102,27 @@ class Bounded(Moe):
 def test_a_bound_that_most_values_do_not_reach(tmp_path, bounds):
     path = export(model(Bounded(**bounds)), tmp_path / "m.onnx", opset=17, dynamo=False)
     assert functions(path) == ([] if bounds else ["gelu"])
+
+
+class Cosine(nn.Module):
+    """Similarity with a vector of each expert, as of Swin-MoE."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.vectors = nn.Linear(exports.DIM, 8), nn.Parameter(torch.randn(8, exports.EXPERTS))
+
+    def forward(self, x):
+        return F.normalize(self.inner(x), dim=-1) @ F.normalize(self.vectors, dim=0)
+
+
+@pytest.mark.parametrize("gate", [Cosine(), nn.Sequential(nn.Linear(exports.DIM, 8), nn.ReLU(),
+                                                          nn.Linear(8, exports.EXPERTS))])
+def test_a_router_of_other_tokens_is_named(tmp_path, gate):
+    mixer = Moe("loop")
+    mixer.gate = gate
+    path = export(model(mixer), tmp_path / "m.onnx", opset=17, dynamo=False)
+    reasons = [str(each) for each in partition(fuse(load(path))).reasons.values()]
+    assert any("router of this choice reads what no experts read" in each for each in reasons)
 
 
 @pytest.mark.parametrize("halved", [1, 0.5])
