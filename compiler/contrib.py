@@ -83,6 +83,32 @@ class _Context:
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.HasField("shape"):
                 self.ranks[value.name] = len(value.type.tensor_type.shape.dim)
+        self._proto: onnx.ModelProto | None = proto
+
+    def rank(self, name: str) -> int:
+        """Number of axes of a value; 0 where it is not known. Optimisers do not record those that they
+        make, which are inferred when one is asked for."""
+        if name not in self.ranks and self._proto is not None:
+            graph, self._proto = _inferred(self._proto).graph, None
+            self.ranks |= {value.name: len(value.type.tensor_type.shape.dim)
+                           for value in graph.value_info if value.type.tensor_type.HasField("shape")}
+        return self.ranks.get(name, 0)
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the shapes of its values, and without the values of its weights."""
+    small = [each for each in proto.graph.initializer if np.prod(each.dims) <= _SHAPE]
+    large = [helper.make_tensor_value_info(each.name, each.data_type, each.dims)
+             for each in proto.graph.initializer if np.prod(each.dims) > _SHAPE]
+    known = {value.name for value in proto.graph.input}
+    inputs = [*proto.graph.input, *(value for value in large if value.name not in known)]
+    graph = helper.make_graph(proto.graph.node, "ranks", inputs, proto.graph.output, small,
+                              value_info=proto.graph.value_info)
+    model = helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+_SHAPE = 64  # elements that a constant shape has at most
 
 
 class _Emitter:
@@ -185,8 +211,8 @@ def _fused_product(emit: _Emitter, attributes: Mapping) -> bool:
     factors = []
     for place, name in enumerate("AB"):
         value = emit.input(place)
-        rank = emit.context.ranks.get(value, 0)
         if attributes.get(f"trans{name}", 0):
+            rank = emit.context.rank(value)
             if rank < 2:
                 return False
             value = emit("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])

@@ -18,6 +18,7 @@ from moeware.compiler.simplify import simplify
 from moeware.compiler.widen import widen
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
+_LAYOUTS = ("com.microsoft.nchwc", "com.ms.internal.nhwc")  # of ONNX Runtime's optimiser
 
 
 def load(
@@ -35,6 +36,7 @@ def load(
         proto = inline_functions(read_model(path))
         substitute(proto, choice or {})
         constants = (interface or Interface()).apply(proto)
+        _check_layout(proto)
         expand_operators(proto)
         check_model(proto, path, constants)
         _forget_shapes(proto)
@@ -59,6 +61,18 @@ def load(
             f"{type(error).__name__}: {one_line(str(error))}; check it with onnx.checker and "
             f"export it again"
         ) from error
+
+
+def _check_layout(proto: onnx.ModelProto) -> None:
+    """Refuse tensors in the order that suits the vectors of one processor, which the file does not
+    name."""
+    for node in proto.graph.node:
+        if node.domain in _LAYOUTS:
+            raise CompileError(
+                f"Node {node.name!r} ({node.domain}.{node.op_type}) must be portable, not laid out for "
+                f"the processor that the file was optimised on; save it with "
+                f"graph_optimization_level = ORT_ENABLE_EXTENDED, or give the file before that"
+            )
 
 
 def _check_types(model: ir.Model) -> None:

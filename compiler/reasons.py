@@ -92,11 +92,12 @@ def plain_reason(node: ir.Node) -> str:
             f"softmax, top-k and the experts as two layers with one function between, or three if "
             f"gated"
         )
-    if node.op_type == "Softmax" and any(
+    if node.op_type == "Attention" or node.op_type == "Softmax" and any(
         reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()
     ):
+        name = "Attention" if node.op_type == "Attention" else "Softmax of an attention"
         return (
-            "Softmax of an attention that no rule recognises; write it as "
+            f"{name} that no rule recognises; write it as "
             "scaled_dot_product_attention of three Linears, causal or without a mask (nor a bias by "
             "position); queries and keys may pass RMSNorm and rotary embeddings, no LayerNorm"
         )

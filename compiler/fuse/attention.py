@@ -41,8 +41,9 @@ def _fuse_operator(model: ir.Model, node: ir.Node) -> None:
     found = []
     for index, name in enumerate(("q_num_heads", "kv_num_heads", "kv_num_heads")):
         value = operand(node, index)
-        heads = attribute(node, name, 0)
-        found.append(select_heads(value, heads) if value is not None else None)
+        if value is None or value.const_value is not None:  # as of a learned query
+            return
+        found.append(select_heads(value, attribute(node, name, 0)))
     q, k, v = found
     shape = static_shape(output)
     if q is None or k is None or v is None or shape is None:
@@ -178,7 +179,9 @@ def _measure(
         if causal:
             masked = np.where(np.tri(*shape[-2:]).astype(bool), masked, -np.inf)
         exponents = np.exp(masked - masked.max(-1, keepdims=True))
-        if np.abs(exponents / exponents.sum(-1, keepdims=True) - result).max() < 1e-5:
+        expected = exponents / exponents.sum(-1, keepdims=True)
+        # In proportion, as each of many keys has a small weight; 1e-9 is as good as hidden.
+        if np.allclose(result, expected, rtol=1e-4, atol=1e-9):
             return scale, causal, nodes
     return None
 

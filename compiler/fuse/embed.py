@@ -25,8 +25,8 @@ def fuse_patch_embed(model: ir.Model) -> None:
     -----
     PatchEmbed
         - ``Conv`` whose stride is its kernel, without padding, dilation or groups, flattened to rows
-        - the image cut by ``Reshape`` and ``Transpose`` into rows of patches in any order of the
-          features, then a linear form
+        - the image, channels first or last, cut by ``Reshape`` and ``Transpose`` into rows of patches in
+          any order of the features, then a linear form
     """
     for node in list(model.graph):
         if node.graph is None:
@@ -72,24 +72,40 @@ def _from_linear(model: ir.Model, node: ir.Node) -> None:
         shape = static_shape(trace.root)
         if shape is None or len(shape) != 4 or shape[0] != 1 or not trace.nodes:
             continue
-        _, channels, height, width = shape
         pixels = trace.numbers.reshape(-1, weight.shape[1])
-        if trace.numbers.size != channels * height * width or _after_canonical(trace.root):
+        if trace.numbers.size != np.prod(shape) or _after_canonical(trace.root):
             continue
-        _, rows, columns = np.unravel_index(pixels[0], shape[1:])
-        ph, pw = int(rows.max()) + 1, int(columns.max()) + 1
-        if height % ph or width % pw or channels * ph * pw != weight.shape[1]:
-            continue
-        image = np.arange(channels * height * width)
-        image = image.reshape(channels, height // ph, ph, width // pw, pw)
-        patches = image.transpose(1, 3, 0, 2, 4).reshape(-1, channels * ph * pw)
-        order = np.argsort(pixels[0])  # canonical feature f is the exported feature order[f]
-        if patches.shape == pixels.shape and (patches == pixels[:, order]).all():
-            nodes = [*trace.nodes, node]
-            _patch_embed(
-                model, trace.root, weight[:, order], bias, (ph, pw), node.outputs[0], nodes
-            )
-            return
+        for axes in _LAYOUTS:
+            found = _patches(pixels, shape, axes)
+            if found is not None:
+                image, nodes = trace.root, [*trace.nodes, node]
+                image = Builder(model, node, trace.nodes).transpose(image, axes)
+                _patch_embed(model, image, weight[:, found[0]], bias, found[1], node.outputs[0], nodes)
+                return
+
+
+# Of an image, the axes that are frames, channels, rows and columns.
+_LAYOUTS = ((0, 1, 2, 3), (0, 3, 1, 2))
+
+
+def _patches(
+    pixels: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """The canonical order of features and the size of patches, where the rows of ``pixels`` (places in
+    an image of ``shape`` whose ``axes`` are so) are the patches in order."""
+    channels, height, width = (shape[axis] for axis in axes[1:])
+    places = np.unravel_index(pixels[0], shape)
+    ph, pw = (int(places[axis].max()) + 1 for axis in axes[2:])
+    if height % ph or width % pw or channels * ph * pw != pixels.shape[1]:
+        return None
+    image = np.arange(np.prod(shape)).reshape(shape).transpose(axes)
+    image = image.reshape(channels, height // ph, ph, width // pw, pw)
+    patches = image.transpose(1, 3, 0, 2, 4).reshape(-1, pixels.shape[1])
+    # The canonical feature f is the exported feature order[f].
+    order = np.argsort(pixels[0])[np.argsort(np.argsort(patches[0]))]
+    if patches.shape == pixels.shape and (patches == pixels[:, order]).all():
+        return order, (ph, pw)
+    return None
 
 
 def _after_canonical(value: ir.Value) -> bool:

@@ -95,11 +95,13 @@ def gather_rows(model: ir.Model, at: ir.Node, part: Heads, factor: float = 1.0) 
         whole = Builder(model, at, []).resolve(part.root, shape)
         inherit_traced(part.value, whole, part.scale)
         return whole
+    node = made_by(part.root, "Linear", "RMSNorm")
+    width = (static_shape(node.outputs[0]) or (0,))[-1] if node is not None else 0
+    if part.tokens * width != size(part.root):  # rows of a window hold several tokens
+        return None
     if made_by(part.root, "Linear"):
         return _select_linear(model, at, part, factor)
-    if made_by(part.root, "RMSNorm") and factor == 1.0:
-        return _select_norm(model, at, part)
-    return None
+    return _select_norm(model, at, part) if factor == 1.0 else None
 
 
 def _select_linear(model: ir.Model, at: ir.Node, part: Heads, factor: float) -> ir.Value:
@@ -162,6 +164,8 @@ def join_rows(
         places[own] = before + places_of_own
         made.append(gather_rows(model, at, replace(part, value=root, root=root, columns=used[None])))
         first, before = first + width, before + len(used)
+    if None in made:
+        return None
     build = Builder(model, at, part.nodes)
     inputs = [*made, build.weight(places, "columns")]
     return build.node("Join", inputs, [(1, part.tokens, len(columns))])[0]

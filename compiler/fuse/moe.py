@@ -21,11 +21,19 @@ from moeware.compiler.fuse.region import inputs_of, region
 from moeware.compiler.fuse.routers import (
     CHOICES,
     RouterForm,
-    is_router,
     match_router,
     plain_forms,
+    router_logits,
 )
-from moeware.compiler.fuse.trace import attribute, constant, is_op, operand, size, static_shape
+from moeware.compiler.fuse.trace import (
+    LAYOUT,
+    attribute,
+    constant,
+    is_op,
+    operand,
+    size,
+    static_shape,
+)
 
 _NO_ROUTER = (
     "a router that chooses otherwise than by softmax or sigmoid of one linear gate, corrected by "
@@ -34,7 +42,11 @@ _NO_ROUTER = (
 )
 _NO_EXPERTS = (
     "what follows this choice computes no weighted sum of two-layer or gated experts; write them with "
-    "one known function, weighted by the softmax"
+    "one known function, weighted by the softmax without bounds or thresholds"
+)
+_OTHER_TOKENS = (
+    "the router of this choice reads what no experts read, where it must be a linear map of their "
+    "tokens; route by one Linear of these, without layers, norms or pooling of its own"
 )
 _OVERWRITTEN = (
     "ScatterElements overwrites the results of tokens with several experts (the TorchScript exporter "
@@ -126,9 +138,23 @@ def _decides(choice: ir.Node) -> bool:
         is_op(choice, "TopK") or any(is_op(each, "MatMul", "Gemm", "Einsum") for each in after))
 
 
-def _no_experts(choice: ir.Node) -> str:
+def _no_experts(choice: ir.Node, router: LinearMatch) -> str:
     """Why what follows the choice of a router was proven to be no mixture."""
-    return _OVERWRITTEN if any(map(_overwrites, _descendants(choice.outputs[-1]))) else _NO_EXPERTS
+    if any(map(_overwrites, _descendants(choice.outputs[-1]))):
+        return _OVERWRITTEN
+    return _NO_EXPERTS if _has_other_products(router) else _OTHER_TOKENS
+
+
+def _has_other_products(router: LinearMatch) -> bool:
+    """Whether another product than the router's is of what it reads."""
+    values = [flat_root(router.x)]
+    for value in values:
+        for node in value.consumers():
+            if is_op(node, *LAYOUT, "ScatterND", "ScatterElements"):
+                values += node.outputs
+            elif is_op(node, "MatMul", "Gemm", "Einsum") and node not in router.nodes:
+                return True
+    return False
 
 
 def _overwrites(node: ir.Node) -> bool:
@@ -144,17 +170,22 @@ def _fuse(model: ir.Model, choice: ir.Node) -> str | None:
     found = _router(choice) if is_op(choice, "TopK") else None
     k = constant(operand(choice, 1))
     if is_op(choice, "TopK") and (k is None or k.size != 1 or attribute(choice, "largest", 1) != 1):
-        return _NO_ROUTER if found is None else _no_experts(choice)
+        return _NO_ROUTER if found is None else _no_experts(choice, found[1])
     if found is not None and k is not None:
         logits, layer = found
         forms = plain_forms(len(layer.weight), int(k.reshape(())))
         if _fuse_routed(model, logits, layer, forms):
             return None
-    match = match_router(model, choice)
+    match, linear = match_router(model, choice), router_logits(choice)
     if match is None and found is None:
-        return _NO_ROUTER if is_op(choice, "TopK") or is_router(choice) else None
+        # The largest alone, or the first of several that weights and places follow from together.
+        if is_op(choice, "ArgMax") and linear is not None and _fuse_routed(
+            model, *linear, plain_forms(len(linear[1].weight), 1)
+        ):
+            return None
+        return _NO_ROUTER if is_op(choice, "TopK") or linear is not None else None
     if match is None or not _fuse_routed(model, match.logits, match.layer, [match.form]):
-        return _no_experts(choice)
+        return _no_experts(choice, match.layer if match is not None else found[1])
     return None
 
 

@@ -2,11 +2,12 @@
 
 The inputs tell the forms apart: each expert comes first for some row, and the hidden values lie
 where the known functions differ most. Of these the two forms of GELU are the nearest, by less than
-5e-4; so of all forms that are near enough, the nearest is taken.
+5e-4; so of all forms that are near enough, the nearest is taken. What stands out there only (a bound of
+values, a weight too small to count, a token that is left out) is sought with that form alone.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.functional import linear
 from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measured_capacity
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, runner
-from moeware.compiler.fuse.routers import RouterForm, sample_mixed
+from moeware.compiler.fuse.routers import RouterForm, plain_forms, sample_mixed
 from moeware.compiler.fuse.trace import (
     constant,
     is_op,
@@ -38,6 +39,9 @@ _ROUNDING = float(np.finfo(np.float32).eps)
 _HIDDEN = 2.0
 _FEW = 8  # rows, where there are fewer experts
 _DRAWS = 16  # of a row's logits, of which one is taken
+# Beyond what is usual: hidden values in proportion to `_HIDDEN`, by how much the first choice exceeds
+# the others, and what is added to all logits of a row, which softmax does not mind.
+_FAR, _LEAD, _SHIFTS = 10.0, 9.0, (-50.0, 0.0, 50.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def prove(
 def _one_after_another(
     routers: Sequence[RouterForm], nodes: list[ir.Node]
 ) -> Iterator[list[RouterForm]]:
-    """The forms with all the experts that ``nodes`` choose, where that is not one TopK (GShard)."""
+    """The forms with all the experts that ``nodes`` choose, where that is not one TopK (GShard): their
+    weights may be divided by a sum that those of the first have no part in."""
     attributes, experts, total = routers[0].attributes, len(routers[0].correction), 0
     for node in nodes:
         shape = static_shape(node.inputs[0]) if is_op(node, "TopK", "ArgMax") else None
@@ -93,8 +98,8 @@ def _one_after_another(
             count = constant(operand(node, 1))
             total += 1 if count is None else int(count.reshape(-1)[0])
     plain = attributes["score"] == "softmax" and attributes["groups"] == 1
-    if plain and attributes["k"] < total <= experts:
-        yield [replace(form, attributes=form.attributes | {"k": total}) for form in routers]
+    if plain and not routers[0].correction.any() and attributes["k"] < total <= experts:
+        yield plain_forms(experts, total)
 
 
 def _prove(
@@ -154,7 +159,38 @@ def _prove(
             break
     else:
         return None
+    if not _holds_far_away(call, found, tokens, generator):
+        return None
     return Proof(found.weights, found.function, found.router, nodes)
+
+
+def _holds_far_away(
+    call: Callable[[np.ndarray, np.ndarray], np.ndarray | None],
+    form: Form,
+    tokens: int,
+    generator: np.random.Generator,
+) -> bool:
+    """Whether ``form`` gives the results of all tokens of a frame, with hidden values and logits larger
+    than usual, and with weights as small as matter."""
+    router = replace(form.router, factor=1.0)  # the weights of the form have it
+    experts, capacity = len(router.correction), router.attributes["capacity"]
+    count = -(-experts // tokens) * tokens
+    usual = sample_scores(generator, count, router)
+    scores = usual.copy()
+    if router.attributes["score"] == "softmax":
+        if not capacity:  # in places by priority rounding would decide
+            np.put_along_axis(scores, scores.argmax(-1)[:, None], scores.max(-1, keepdims=True)
+                              + np.linspace(0, _LEAD, count, dtype=np.float32)[:, None], -1)
+        scores += np.resize(np.float32(_SHIFTS), (count, 1))
+    for far, drawn in ((1.0, scores), (_FAR, usual)):
+        rows = sample_rows(generator, count, form.weights) * np.float32(far)
+        results = call(rows, drawn)
+        given = drawn.reshape(-1, tokens, experts) if capacity else drawn
+        if results is None or not nearest_form(
+            rows, given, results, [form.weights], [router], [form.function]
+        ).error < TOLERANCE:
+            return False
+    return True
 
 
 def _scales(nodes: list[ir.Node]) -> list[float]:

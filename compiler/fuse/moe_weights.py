@@ -75,8 +75,11 @@ def propose_weights(
     if len(last) > 1:
         numbers = expert_numbers(nodes, x, [layers[number].node for number in last], experts)
         order = order if numbers is None else list(np.argsort(numbers))
-    w2, b2 = _stack([layers[last[place]] for place in order])
-    ups = [_stack([layers[read[place][turn]] for place in order]) for turn in range(widths.pop())]
+    columns = [[layers[last[place]] for place in order]]
+    columns += [[layers[read[place][turn]] for place in order] for turn in range(widths.pop())]
+    if any(len({layer.weight.ndim for layer in column}) > 1 for column in columns):
+        return
+    (w2, b2), *ups = map(_stack, columns)
     if w2.size % (experts * features):
         return
     hidden, bias2 = w2.size // (experts * features), _bias(b2, experts, features)
@@ -125,14 +128,22 @@ def _first_layers(
 
 
 def _stack(layers: list[_Layer]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weights and biases of the experts' layers; smaller ones end in zeros, which hidden values of any
+    function then meet."""
     if len(layers) == 1:
         return layers[0].weight, layers[0].bias
-    weights = np.stack([layer.weight for layer in layers])
+    weights = _padded([layer.weight for layer in layers])
     if all(layer.bias is None for layer in layers):
         return weights, None
     length = max(layer.bias.size for layer in layers if layer.bias is not None)
-    rows = [np.zeros(length) if layer.bias is None else layer.bias for layer in layers]
-    return weights, np.stack([np.broadcast_to(row.reshape(-1), length) for row in rows])
+    rows = [np.zeros(1) if layer.bias is None else layer.bias.reshape(-1) for layer in layers]
+    return weights, _padded([np.broadcast_to(row, length) if row.size == 1 else row for row in rows])
+
+
+def _padded(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays of one rank as one, each filled up with zeros to the size of the largest."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    return np.stack([np.pad(array, [(0, more) for more in shape - array.shape]) for array in arrays])
 
 
 def _bias(array: np.ndarray | None, experts: int, length: int) -> np.ndarray | None:

@@ -48,6 +48,7 @@ def fuse_norm(model: ir.Model) -> None:
         - ``RMSNormalization`` over the last axis, ``SimplifiedLayerNormalization``
         - mean square, ``Sqrt`` or ``Pow`` of it + epsilon, division or product, and gamma in
           primitive operators
+        - division by the length of the row (``ReduceL2``, bounded from below or not), with factors
     """
     for node in list(model.graph):
         norm = _match(model, node) if node.graph is not None else None
@@ -76,17 +77,27 @@ def _replace_heads(model: ir.Model, norm: _Norm, part: Heads) -> None:
     # A norm does not depend on the order of its channels (in which a rotation may have left them).
     order = np.argsort(part.columns[0])
     x = gather_rows(model, at, replace(part, columns=part.columns[:, order]))
-    if x is None or shape is None or norm.gamma.size not in (1, dim):
+    gamma = _of_heads(norm.gamma, part)
+    if x is None or shape is None or gamma is None:
         return
-    gamma = np.broadcast_to(norm.gamma.reshape(-1), dim)[order]
     build = Builder(model, at, norm.nodes)
-    inputs = [x, build.weight(np.tile(gamma, heads), "gamma")]
+    inputs = [x, build.weight(gamma[:, order].reshape(-1), "gamma")]
     attributes = {"epsilon": float(norm.epsilon), "groups": heads}
     (rows,) = build.node("RMSNorm", inputs, [(1, part.tokens, heads * dim)], attributes)
     if (order != np.arange(dim)).any():
         columns = np.arange(heads)[:, None] * dim + np.argsort(order)
         rows = build.take(rows, columns.reshape(-1))
     build.replace(norm.y, scatter_rows(build, rows, part, shape))
+
+
+def _of_heads(gamma: np.ndarray, part: Heads) -> np.ndarray | None:
+    """``gamma`` as [heads, dim], whether it is one number, that of a head or those of all heads."""
+    heads, dim = part.columns.shape
+    if gamma.size in (1, dim):
+        return np.broadcast_to(gamma.reshape(-1), (heads, dim))
+    along = gamma.shape[-3:] if gamma.ndim > 2 else (1, *gamma.shape)
+    wanted = (heads, 1, dim) if part.axis == -2 else (1, heads, dim)
+    return gamma.reshape(heads, dim) if along == wanted and gamma.size == heads * dim else None
 
 
 def _has_heads(x: ir.Value) -> bool:
@@ -103,6 +114,8 @@ def _match(model: ir.Model, node: ir.Node) -> _Norm | None:
             norm = _with_affine(_centred(model, norm) or norm)
     elif is_op(node, "Sqrt") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
         norm = _match_primitives(model, node)
+    elif is_op(node, "ReduceL2"):
+        norm = _match_length(model, node)
     return norm if norm is not None and 0 < norm.epsilon < math.inf else None
 
 
@@ -182,6 +195,37 @@ def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
     return None
 
 
+def _match_length(model: ir.Model, root: ir.Node) -> _Norm | None:
+    """The division of ``x`` by its length, the root of the sum of its squares, as the root mean square
+    norm that it is but for a factor."""
+    x, shape = root.inputs[0], static_shape(root.inputs[0])
+    if x is None or shape is None:
+        return None
+    for y in reversed(_affine_results(root, shape)):
+        nodes, leaves = region([y], [x])
+        if leaves or root not in nodes or len(nodes) > _LARGEST_REGION:
+            continue
+        bounds = [scalar(operand(node, 1)) for node in nodes if is_op(node, "Clip", "Max")]
+        above = any(is_op(node, "Clip") and operand(node, 2) is not None for node in nodes)
+        if above or any(bound is None or bound > _SHORTEST for bound in bounds):
+            continue
+        gamma = np.full(1, shape[-1] ** -0.5, np.float32)
+        for node in nodes:
+            pair = other_operand(node) if is_op(node, "Mul") else None
+            gamma = gamma if pair is None else gamma * constant(pair[1])  # type: ignore[operator]
+        if gamma.size == 1:
+            gamma = np.broadcast_to(gamma.reshape(-1), shape[-1:])
+        # A row shorter than the bound of PyTorch's normalize is as good as zero.
+        norm = _Norm(x, y, nodes, gamma, None, _BOUND**2 / shape[-1])
+        if _proven(model, norm):
+            return norm
+    return None
+
+
+# Lengths of rows: that of torch.nn.functional.normalize, and the longest that does no more than it.
+_BOUND, _SHORTEST = 1e-12, 1e-6
+
+
 def _epsilon(root: ir.Node) -> float | None:
     node = root.inputs[0].producer() if root.inputs[0] is not None else None
     pair = other_operand(node) if is_op(node, "Add") and node is not None else None
@@ -249,7 +293,7 @@ def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
     return found
 
 
-_AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand")
+_AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand", "Clip", "Max")
 
 
 def _affine(nodes: list[ir.Node], features: int) -> tuple[np.ndarray, np.ndarray]:

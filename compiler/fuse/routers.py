@@ -32,8 +32,8 @@ from moeware.compiler.fuse.trace import (
 )
 from moeware.compiler.operators import route
 
-__all__ = ["CHOICES", "RouterForm", "RouterMatch", "is_router", "match_router", "plain_forms",
-           "propose_forms", "sample_logits", "sample_mixed"]
+__all__ = ["CHOICES", "RouterForm", "RouterMatch", "match_router", "plain_forms", "propose_forms",
+           "router_logits", "sample_logits", "sample_mixed"]
 
 CHOICES = ("TopK", "ArgMax")
 
@@ -83,7 +83,7 @@ def plain_forms(experts: int, k: int) -> list[RouterForm]:
 def match_router(model: ir.Model, choice: ir.Node) -> RouterMatch | None:
     """The router some of whose experts ``choice``, one of `CHOICES`, chooses, if it has one of the
     forms of ``Route``."""
-    found = _logits(choice)
+    found = router_logits(choice)
     if found is None:
         return None
     logits, layer = found
@@ -92,11 +92,6 @@ def match_router(model: ir.Model, choice: ir.Node) -> RouterMatch | None:
         if form is not None:
             return RouterMatch(layer, logits, indices, weights, form)
     return None
-
-
-def is_router(choice: ir.Node) -> bool:
-    """Whether ``choice`` is among results of a linear map."""
-    return _logits(choice) is not None
 
 
 def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[RouterForm]:
@@ -199,7 +194,7 @@ def _thresholds(nodes: list[ir.Node]) -> list[float]:
     return list(found)
 
 
-def _logits(choice: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
+def router_logits(choice: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
     """The nearest linear map behind ``choice`` with one result for each of what it compares."""
     compared = static_shape(choice.inputs[0]) if choice.inputs[0] is not None else None
     if not compared:

@@ -9,6 +9,7 @@ import inspect
 import io
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,12 +275,27 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with (warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
-              contextlib.redirect_stderr(io.StringIO())):
+        with (warnings.catch_warnings(), _without_descriptor(1),
+              contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _without_descriptor(number: int) -> Iterator[None]:
+    """A file descriptor that leads nowhere: PyTorch's C++ code writes its graph past Python's streams
+    where the TorchScript exporter fails."""
+    sys.stdout.flush()
+    kept = os.dup(number)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), number)
+        yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def _first_line(error: Exception) -> str:

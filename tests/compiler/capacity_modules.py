@@ -163,6 +163,28 @@ class ArgMaxTwice(CapacityMoe):
         return getattr(self, f"_{self.form}")(rows, weights, indices, place, kept).reshape(x.shape)
 
 
+class MaskTwice(CapacityMoe):
+    """Two masks of one expert each, and gates that are what is left of the softmax (DeepSpeed's top2gating)."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, exports.DIM)
+        logits = self.gate(rows)
+        gates = logits.softmax(1)
+        one = F.one_hot(gates.argmax(1), exports.EXPERTS)
+        two = F.one_hot(logits.masked_fill(one.bool(), float("-inf")).argmax(1), exports.EXPERTS)
+        places = [one.cumsum(0) - 1, two.cumsum(0) - 1 + one.sum(0, keepdim=True)]
+        masks = [mask * (place < self.capacity) for mask, place in zip((one, two), places)]
+        weights = [torch.einsum("se,se->s", gates, mask.float()) for mask in masks]
+        total = (weights[0] + weights[1]).clamp(min=torch.finfo(torch.float32).eps)
+        combine = 0
+        for mask, place, weight in zip(masks, places, weights):
+            seat = F.one_hot((place * mask).sum(1), self.capacity).float()
+            gate = torch.einsum("s,se->se", weight / total, mask.float())
+            combine = combine + torch.einsum("se,sc->sec", gate, seat)
+        slots = torch.einsum("sec,sm->ecm", combine.bool().float(), rows)
+        return torch.einsum("sec,ecm->sm", combine, self._experts(slots)).reshape(x.shape)
+
+
 def vit(*mixers):
     """A vision transformer with a block for each mixer, without attention, as an export takes time."""
     torch.manual_seed(5)

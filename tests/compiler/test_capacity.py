@@ -12,6 +12,7 @@ from tests.compiler import exports
 from tests.compiler.capacity_modules import (
     ArgMaxTwice,
     CapacityMoe,
+    MaskTwice,
     Switch,
     TopOneTwice,
     vit,
@@ -98,12 +99,13 @@ def test_one_choice_after_another(tmp_path, how):
 @pytest.mark.parametrize("how", [DYNAMO, TORCHSCRIPT], ids=["dynamo", "TorchScript"])
 def test_choices_by_arg_max(tmp_path, how):
     mixers = [Switch(capacity=2), ArgMaxTwice("einsum", "ranks", capacity=2), Switch(capacity=7),
-              ArgMaxTwice("scatter", "tokens", capacity=7)]
+              ArgMaxTwice("scatter", "tokens", capacity=7), MaskTwice(capacity=3),
+              MaskTwice(capacity=2 * exports.PATCHES + 2)]
     path = export(vit(*mixers), tmp_path / "m.onnx", dynamic=False, **how)
     check(path, [{"k": k, "capacity": capacity, "order": order, "normalise": normalise}
                  for k, capacity, order, normalise in (
                      (1, 2, "token", "all"), (2, 2, "choice", "chosen"), (1, 0, "token", "all"),
-                     (2, 0, "token", "chosen"))])
+                     (2, 0, "token", "chosen"), (2, 3, "choice", "kept"), (2, 0, "token", "chosen"))])
 
 
 class Groups(CapacityMoe):

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 
@@ -25,9 +26,9 @@ MODELS = {
 }
 
 
-def extended(source, path):
+def extended(source, path, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED):
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = level
     options.optimized_model_filepath = str(path)
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
@@ -44,6 +45,24 @@ def test_optimised_file(tmp_path, name, optimise):
     optimise(source, tmp_path / "optimised.onnx")
     assert any(node.domain for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     check(tmp_path / "optimised.onnx", operators_of(fuse(load(source))), frames=1)
+
+
+def test_values_whose_shapes_the_optimiser_does_not_record(tmp_path):
+    source = exports.export(vit(mixer=Mlp()), tmp_path / "m.onnx", 18, dynamic=False)
+    extended(source, tmp_path / "optimised.onnx")
+    check(tmp_path / "optimised.onnx", operators_of(fuse(load(source))), frames=1)
+
+
+def test_a_layout_of_one_processor_is_refused_with_the_remedy(tmp_path):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.Flatten(2))  # of a multiple of its vectors
+    source = exports.export_module(model, (torch.ones(1, 3, 8, 8),), tmp_path / "m.onnx", 17, False)
+    extended(source, tmp_path / "optimised.onnx", onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    domains = {node.domain for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    if "com.microsoft.nchwc" not in domains:
+        pytest.skip("ONNX Runtime has no such layout for this processor")
+    with pytest.raises(CompileError, match="must be portable, .*ORT_ENABLE_EXTENDED"):
+        load(tmp_path / "optimised.onnx")
 
 
 def test_optimised_language_model(tmp_path):

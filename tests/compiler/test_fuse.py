@@ -192,3 +192,21 @@ def test_a_list_of_all_choices(tmp_path):
     path = export(vit(mixer=Moe("index_add")), tmp_path / "m.onnx", 17, False)
     (top_k,) = [node for node in check(path, frames=1).graph if node.op_type == "TopK"]
     assert "export with dynamo=True" in top_k.metadata_props[REASON]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2, 4, 5), (0, 1, 3, 5, 4, 2), (0, 1, 3, 4, 5, 2)])
+def test_patches_of_an_image_with_channels_last(tmp_path, order):
+    """In several orders of a patch's features."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2 * 4 * 3, 5)
+
+        def forward(self, image):
+            b, h, w, c = image.shape
+            patches = image.view(b, h // 2, 2, w // 4, 4, c).permute(order)
+            return self.linear(patches.reshape(b, -1, 24))
+
+    path = exports.export_module(Last(), (torch.ones(1, 6, 8, 3),), tmp_path / "m.onnx", 17, False)
+    check(path, ["plain Transpose", "PatchEmbed"], frames=1)

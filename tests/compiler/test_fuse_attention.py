@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeware.compiler.partition import partition
 from tests.compiler.exports import export_module
 from tests.compiler.fused import check, operators_of
 
@@ -83,10 +84,10 @@ class Operator(Attention):
         return self.o(y.transpose(1, 2).flatten(2))
 
 
-def attention(tmp_path, model, opset=17, dynamo=False):
+def attention(tmp_path, model, opset=17, dynamo=False, tokens=TOKENS):
     """Attributes of the one Attention that ``model`` becomes; None where it becomes none."""
     torch.manual_seed(4)
-    path = export_module(model, (torch.ones(1, TOKENS, FEATURES),), tmp_path / "m.onnx", opset, dynamo)
+    path = export_module(model, (torch.ones(1, tokens, FEATURES),), tmp_path / "m.onnx", opset, dynamo)
     fused = check(path, seeds=(1, 2), frames=1)
     found = [node for node in fused.graph if node.op_type == "Attention" and node.domain]
     if not found:
@@ -104,6 +105,52 @@ def test_causal_mask(tmp_path, mask):
 @pytest.mark.parametrize("mask", OTHERS)
 def test_other_scores_stay_plain(tmp_path, mask):
     assert attention(tmp_path, Attention(OTHERS[mask])) is None
+
+
+@pytest.mark.parametrize("bias", [0, 4e-4])
+def test_a_small_bias_among_many_keys_is_seen(tmp_path, bias):
+    def mask(scores):
+        return scores * 0.1 + bias * (torch.arange(64) % 2)
+
+    assert (attention(tmp_path, Attention(mask), tokens=64) is None) == bool(bias)
+
+
+class Windows(Attention):
+    """One head of attention among every fourth token, as within the mask units of Hiera."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(FEATURES, 3 * DIM)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n // 4, 4, 3, DIM).permute(3, 0, 2, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, DIM)
+
+
+@pytest.mark.parametrize("opset,dynamo", [(17, False), (23, True)])
+def test_attention_of_windows_is_none_of_all_tokens(tmp_path, opset, dynamo):
+    path = export_module(Windows(), (torch.ones(1, 8, FEATURES),), tmp_path / "m.onnx", opset, dynamo)
+    partition(check(path, seeds=(1, 2), frames=1))
+
+
+class Learned(Attention):
+    """A query of the model's own, as of attention pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, KEYS, 1, DIM))
+
+    def forward(self, x):
+        k, v = (f(x).view(*x.shape[:2], -1, DIM).transpose(1, 2) for f in (self.k, self.v))
+        return F.scaled_dot_product_attention(self.query, k, v)[:, :, 0].flatten(1)
+
+
+@pytest.mark.parametrize("opset,dynamo", [(17, False), (23, True)])
+def test_a_learned_query_stays_plain_with_the_reason(tmp_path, opset, dynamo):
+    path = export_module(Learned(), (torch.ones(1, 8, FEATURES),), tmp_path / "m.onnx", opset, dynamo)
+    parts = partition(check(path, seeds=(1, 2), frames=1))
+    assert any("ttention that no rule recognises" in str(each) for each in parts.reasons.values())
 
 
 @pytest.mark.parametrize("group,keys", [("repeat", KEYS), ("expand", KEYS), ("broadcast", KEYS),

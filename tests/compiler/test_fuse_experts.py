@@ -151,6 +151,25 @@ def test_counts(tmp_path, form, layout, experts, chosen, hidden):
     fused(tmp_path, Mixture(form, layout, experts=experts, chosen=chosen, hidden=hidden))
 
 
+class Unequal(Mixture):
+    """Experts of one more hidden value each than the one before; of two layers without a gate."""
+
+    def _expert(self, e, rows):
+        own = slice(1 + e)
+        g = F.linear(rows, self.wg[e, own], self.bg[e, own])
+        u = F.linear(rows, self.wu[e, own], self.bu[e, own])
+        return F.linear(self.meet(g, u), self.wd[e, :, own], self.bd[e])
+
+
+@pytest.mark.parametrize("form", ["loop", "where"])
+@pytest.mark.parametrize("meet,operator", [(lambda g, u: F.silu(g) * u, "GatedExperts"),
+                                           (lambda g, u: torch.sigmoid(g), "Experts")])
+def test_experts_of_unequal_size(tmp_path, form, meet, operator):
+    path = export_module(Unequal(form, meet=meet, experts=8, hidden=8),
+                         (torch.ones(1, TOKENS, FEATURES),), tmp_path / "m.onnx", 17, False)
+    check(path, ["LayerNorm", "Route", operator, "Add"], seeds=(1, 2), frames=1)
+
+
 def test_every_expert_is_held_against_its_weights(tmp_path):
     """The last of many experts, which few tokens choose, is not what the canonical form has."""
 

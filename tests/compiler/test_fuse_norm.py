@@ -100,6 +100,37 @@ def test_other_norms_stay_plain(tmp_path, form):
                for node in model.graph)
 
 
+LENGTHS = {
+    "normalize": lambda x, g, e: nn.functional.normalize(x, dim=-1) * x.shape[-1]**0.5 * g,
+    "division": lambda x, g, e: x / x.norm(dim=-1, keepdim=True) * g,
+    "without gamma": lambda x, g, e: nn.functional.normalize(x, dim=-1),
+}
+
+
+@pytest.mark.parametrize("opset,dynamo", [(17, False), (23, True)])
+@pytest.mark.parametrize("layout", ["rows", "tokens first", "heads first"])
+@pytest.mark.parametrize("form", LENGTHS)
+def test_division_by_the_length(tmp_path, form, layout, opset, dynamo):
+    path = write(tmp_path, Norm(LENGTHS[form], layout), opset, dynamo)
+    check(path, ["RMSNorm"], seeds=(1, 2), frames=1)
+
+
+@pytest.mark.parametrize("layout,shape", [("tokens first", (HEADS, -1)), ("heads first", (HEADS, 1, -1))])
+def test_gamma_of_each_head(tmp_path, layout, shape):
+    gamma = torch.linspace(-1, 2, FEATURES).view(shape)
+    path = write(tmp_path, Norm(lambda x, g, e: nn.functional.normalize(x, dim=-1) * gamma, layout))
+    check(path, ["RMSNorm"], seeds=(1, 2), frames=1)
+
+
+@pytest.mark.parametrize("form", [
+    lambda x, g, e: nn.functional.normalize(x, dim=1), lambda x, g, e: nn.functional.normalize(x, 1.0, -1),
+    lambda x, g, e: nn.functional.normalize(x, dim=-1, eps=0.1),
+    lambda x, g, e: x / x.norm(dim=-1, keepdim=True).clamp(1e-12, 100.0),
+], ids=["over tokens", "of magnitudes", "bounded below", "bounded above"])
+def test_other_lengths_stay_plain(tmp_path, form):
+    assert "RMSNorm" not in operators_of(check(write(tmp_path, Norm(form)), frames=1))
+
+
 def test_layer_norm_is_not_taken_for_one(tmp_path):
     def form(x, gamma, epsilon):
         centred = x - x.mean(-1, keepdim=True)

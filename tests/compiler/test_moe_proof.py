@@ -11,8 +11,11 @@ from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form, sample_rows
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.routers import plain_forms
 from moeware.compiler.load import load
+from moeware.compiler.partition import partition
 from tests.compiler import exports
-from tests.compiler.exports import Block, Moe, Vit, export, randomise, vit
+from tests.compiler.exports import Block, Moe, Vit, export, export_module, randomise, vit
+from tests.compiler.fused import operators_of
+from tests.compiler.test_fuse_experts import FEATURES, Mixture
 
 FORMS = ("loop", "where", "scatter", "onehot", "stack", "shared", "gather", "gather_einsum")
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -69,7 +72,8 @@ class Swish(nn.Module):
         return x * torch.sigmoid(1.6 * x)
 
 
-@pytest.mark.parametrize("function", [Between(), Swish()], ids=["between", "sigmoid"])
+@pytest.mark.parametrize("function", [Between(), Swish(), nn.ReLU6()],
+                         ids=["between", "sigmoid", "bounded"])
 @pytest.mark.parametrize("bias", [0.3, 10])
 def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
     mixer = mixture("loop", "gelu", bias=bias)
@@ -77,6 +81,60 @@ def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
     path = export(model(mixer), tmp_path / "m.onnx", opset=17, dynamo=False)
     operators = {node.op_type for node in fuse(load(path)).graph}
     assert "TopK" in operators and not operators & {"Route", "Experts"}
+
+
+class Bounded(Moe):
+    """What is done to the gate's logits, and to the weights of the chosen."""
+
+    def __init__(self, of_logits=lambda x: x, of_weights=lambda x: x):
+        super().__init__("loop", "all")
+        self.of_logits, self.of_weights = of_logits, of_weights
+
+    def forward(self, x):
+        weights, indices = self.of_logits(self.gate(x)).softmax(-1).topk(self.k, -1)
+        return self._loop(x, self.of_weights(weights), indices)
+
+
+@pytest.mark.parametrize("bounds", [
+    {}, {"of_logits": lambda x: x.clamp(-40, 40)}, {"of_logits": lambda x: x.clamp(max=10)},
+    {"of_weights": lambda x: x * (x > 0.002)}, {"of_weights": lambda x: x.clamp(min=1e-3)},
+], ids=["none", "logits", "large logits", "small weights are 0", "least weight"])
+def test_a_bound_that_most_values_do_not_reach(tmp_path, bounds):
+    path = export(model(Bounded(**bounds)), tmp_path / "m.onnx", opset=17, dynamo=False)
+    assert functions(path) == ([] if bounds else ["gelu"])
+
+
+class Cosine(nn.Module):
+    """Similarity with a vector of each expert, as of Swin-MoE."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.vectors = nn.Linear(exports.DIM, 8), nn.Parameter(torch.randn(8, exports.EXPERTS))
+
+    def forward(self, x):
+        return F.normalize(self.inner(x), dim=-1) @ F.normalize(self.vectors, dim=0)
+
+
+@pytest.mark.parametrize("gate", [Cosine(), nn.Sequential(nn.Linear(exports.DIM, 8), nn.ReLU(),
+                                                          nn.Linear(8, exports.EXPERTS))])
+def test_a_router_of_other_tokens_is_named(tmp_path, gate):
+    mixer = Moe("loop")
+    mixer.gate = gate
+    path = export(model(mixer), tmp_path / "m.onnx", opset=17, dynamo=False)
+    reasons = [str(each) for each in partition(fuse(load(path))).reasons.values()]
+    assert any("router of this choice reads what no experts read" in each for each in reasons)
+
+
+@pytest.mark.parametrize("halved", [1, 0.5])
+def test_the_last_of_many_tokens_has_a_say(tmp_path, halved):
+    class Halved(Mixture):
+        def _loop(self, rows, weights, indices):
+            factors = torch.ones(len(rows), 1)
+            factors[-1] = halved
+            return super()._loop(rows, weights * factors, indices)
+
+    path = export_module(Halved("loop"), (torch.ones(1, 20, FEATURES),), tmp_path / "m.onnx", 17, False)
+    assert ("GatedExperts" in operators_of(fuse(load(path)))) == (halved == 1)
 
 
 @pytest.mark.parametrize("swapped", [(0, 1), (10, 11)])

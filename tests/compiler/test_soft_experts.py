@@ -23,12 +23,13 @@ CONFIG = Config(tokens=2, outputs=4, depth=4, queries=2, lanes=2, bus_bytes=8, a
 
 
 class SoftMoe(nn.Module):
-    """``form``: "einsum" (slots [E, S, D]), "flat" (one matrix of slots), "loop" (an expert a time)."""
+    """``form``: "einsum" (slots [E, S, D]), "flat" (one matrix of slots), "loop" (an expert a time);
+    ``change`` of the logits, but for "einsum"."""
 
-    def __init__(self, form, experts=4, slots=2, function=None):
+    def __init__(self, form, experts=4, slots=2, function=None, change=lambda logits: logits):
         super().__init__()
         dim, hidden = exports.DIM, exports.HIDDEN
-        self.form, self.experts, self.slots = form, experts, slots
+        self.form, self.experts, self.slots, self.change = form, experts, slots, change
         self.phi = nn.Parameter(torch.randn(dim, experts, slots) * 0.4)
         self.w1 = nn.Parameter(torch.randn(experts, dim, hidden) * 0.3)
         self.b1 = nn.Parameter(torch.randn(experts, 1, hidden) * 0.3)
@@ -43,7 +44,7 @@ class SoftMoe(nn.Module):
             combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
             filled = torch.einsum("bnes,bnd->besd", dispatch, x)
         else:
-            logits = x @ self.phi.flatten(1)
+            logits = self.change(x @ self.phi.flatten(1))
             dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=-1)
             filled = (dispatch.transpose(1, 2) @ x).unflatten(1, (self.experts, self.slots))
         if self.form == "loop":
@@ -62,6 +63,7 @@ CASES = {
     "flat": (dict(form="flat", function=nn.GELU("tanh")), dict(opset=23, dynamo=True)),
     "loop": (dict(form="loop", function=nn.SiLU()), dict(opset=18, dynamo=True)),
     "TorchScript": (dict(form="einsum", slots=1), dict(opset=17, dynamo=False)),
+    "temperature": (dict(form="loop", change=lambda logits: logits / 0.5), dict(opset=17, dynamo=False)),
     "one expert": (dict(form="flat", experts=1, slots=3), dict(opset=20, dynamo=True)),
     "more slots than tokens": (dict(form="loop", experts=2, slots=9), dict(opset=20, dynamo=True)),
 }
@@ -85,6 +87,18 @@ def test_is_one_operator_that_computes_the_same(exported):
     found = evaluate(model, {"image": image})["logits"]
     # float32 through a few blocks: issue's bound for a float graph.
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("how", [
+    {"function": nn.ReLU6()}, {"change": lambda logits: logits.clamp(-20, 20)},
+    {"change": lambda logits: logits + torch.arange(8) * 0.1},
+], ids=["bounded function", "bounded logits", "bias"])
+def test_others_stay_plain_with_the_reason(tmp_path, how):
+    torch.manual_seed(4)
+    model = exports.vit(mixer=SoftMoe("flat", **how))
+    path = exports.export(model, tmp_path / "m.onnx", 17, dynamo=False)
+    reasons = partition(fuse(load(path))).reasons
+    assert sum("as of Soft MoE" in str(each) for each in reasons.values()) == 2
 
 
 @pytest.mark.parametrize("frames", [1, 2])
