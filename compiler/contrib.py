@@ -213,7 +213,7 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     """Attention with packed weights, and MultiHeadAttention of three values of rows."""
     heads, packed = attributes.get("num_heads", 0), emit.node.op_type == "Attention"
     unknown = ("do_rotary", "past_present_share_buffer")
-    if any(attributes.get(name) for name in unknown) or packed and emit.output(1):
+    if any(attributes.get(name) for name in unknown) or emit.output(3) or packed and emit.output(1):
         return False
     if any(emit.context.ranks.get(emit.input(place), 3) != 3 for place in range(1 if packed else 3)):
         return False
