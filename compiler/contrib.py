@@ -26,11 +26,36 @@ def expand_operators(proto: onnx.ModelProto) -> None:
         if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
             # A past without elements is as good as none.
             node.input[:] = ["" if name in context.empty else name for name in node.input]
-        emit = _Emitter(context, node)
-        done = expand is not None and expand(emit, emit.attributes)
-        nodes += emit.nodes if done else [node]
+        nodes += (expand and _expanded(context, node, expand)) or [node]
+        context.add(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def _expanded(context: "_Context", node: onnx.NodeProto, expand: "_Expansion") -> list[onnx.NodeProto]:
+    """The nodes in the place of ``node``; none where the expansion does not cover it. They compute in
+    float32, as the kernels do, between casts where the file has half precision."""
+    kind = context.kind(node)
+    if kind not in _HALVES:
+        emit = _Emitter(context, node)
+        return emit.nodes if expand(emit, emit.attributes) else []
+    wide = onnx.NodeProto()
+    wide.CopyFrom(node)
+    for names in (wide.input, wide.output):
+        names[:] = [name and f"{name}/float_of_{node.name}" for name in names]
+    emit = _Emitter(context, wide)
+    context.ranks |= {new: context.ranks[old] for old, new in zip(node.input, wide.input)
+                      if old in context.ranks}
+    context.producers |= {new: context.producers[old] for old, new in zip(node.input, wide.input)
+                          if old in context.producers}
+    if not expand(emit, emit.attributes):
+        return []
+    read = {name for each in emit.nodes for name in each.input}
+    casts = [helper.make_node("Cast", [old], [new], f"{new}/Cast", to=onnx.TensorProto.FLOAT)
+             for old, new in zip(node.input, wide.input) if new in read]
+    back = [helper.make_node("Cast", [new], [old], f"{new}/Cast", to=kind)
+            for old, new in zip(node.output, wide.output) if old]
+    return [*casts, *emit.nodes, *back]
 
 
 def _check_attributes(node: onnx.NodeProto) -> None:
@@ -65,11 +90,12 @@ _TYPES = {
     }.items()
     for name in names.split()
 }
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 class _Context:
-    """What expansions ask of a model: its opset, ranks and producers of values, constants without
+    """What expansions ask of a model: its opset, types, ranks and producers of values, constants without
     elements."""
 
     def __init__(self, proto: onnx.ModelProto):
@@ -83,6 +109,22 @@ class _Context:
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.HasField("shape"):
                 self.ranks[value.name] = len(value.type.tensor_type.shape.dim)
+        self.types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        self.types |= {value.name: value.type.tensor_type.elem_type
+                       for value in (*graph.input, *graph.value_info, *graph.output)}
+
+    def kind(self, node: onnx.NodeProto) -> int | None:
+        """The type of floats that ``node`` reads, as far as it is known."""
+        found = (self.types.get(name) for name in node.input)
+        return next((each for each in found if each in (*_HALVES, onnx.TensorProto.FLOAT)), None)
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Take note of the types of the results of ``node``."""
+        casts = [each.i for each in node.attribute if each.name == "to" and node.op_type == "Cast"]
+        kind = casts[0] if casts else self.kind(node)
+        if kind is not None:
+            for name in node.output:
+                self.types.setdefault(name, kind)
 
 
 class _Emitter:
@@ -258,7 +300,8 @@ def _parts(emit: _Emitter, count: int) -> dict[str, int]:
     return {"num_outputs": count} if emit.context.opset >= 18 else {}
 
 
-_OWN: dict[str, Callable[[_Emitter, Mapping], bool]] = {
+_Expansion = Callable[[_Emitter, Mapping], bool]
+_OWN: dict[str, _Expansion] = {
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "Gelu": _gelu,
