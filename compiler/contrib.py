@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from moeware.compiler.errors import CompileError
+from moeware.compiler.contrib_attributes import check_attributes
 
 __all__ = ["EXPANDED", "expand_operators"]
 
@@ -22,7 +22,7 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     for node in proto.graph.node:
         expand = _EXPANSIONS.get((node.domain, node.op_type))
         if expand is not None or node.domain == "com.microsoft":
-            _check_attributes(node)
+            check_attributes(node)
         if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
             # A past without elements is as good as none.
             node.input[:] = ["" if name in context.empty else name for name in node.input]
@@ -58,38 +58,6 @@ def _expanded(context: "_Context", node: onnx.NodeProto, expand: "_Expansion") -
     return [*casts, *emit.nodes, *back]
 
 
-def _check_attributes(node: onnx.NodeProto) -> None:
-    """Refuse attributes of another type: the ONNX checker knows none of these operators."""
-    for attribute in node.attribute:
-        wanted = _TYPES.get(attribute.name, attribute.type)
-        if attribute.type != wanted:
-            found, expected = (onnx.AttributeProto.AttributeType.Name(each)
-                               for each in (attribute.type, wanted))
-            raise CompileError(
-                f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be {expected}, "
-                f"not {found}; repair the node or export the model again"
-            )
-
-
-_TYPES = {
-    name: kind
-    for kind, names in {
-        onnx.AttributeProto.INT: (
-            "K N accuracy_level axis bits block_size causal do_rotary expert_weight_bits "
-            "fc1_expert_weight_bits fc2_expert_weight_bits gather_axis interleaved k kv_num_heads "
-            "local_window_size normalize_routing_weights num_heads past_present_share_buffer qk_output "
-            "quantize_axis rotary_embedding_dim rotary_interleaved sliding_window_cache smooth_softmax "
-            "swiglu_fusion transA transB transBatchA transBatchB unidirectional use_sparse_mixer "
-            "weight_prepacked weights_prepacked"
-        ),
-        onnx.AttributeProto.FLOAT: (
-            "activation_alpha activation_beta alpha epsilon scale softcap swiglu_limit"
-        ),
-        onnx.AttributeProto.STRING: "activation activation_type k_quant_type quant_type v_quant_type",
-        onnx.AttributeProto.INTS: "qkv_hidden_sizes",
-    }.items()
-    for name in names.split()
-}
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
 
