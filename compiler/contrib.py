@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from moeware.compiler.errors import CompileError
+from moeware.compiler.contrib_attributes import check_attributes
+from moeware.compiler.contrib_context import HALVES, Context
 
 __all__ = ["EXPANDED", "expand_operators"]
 
@@ -18,103 +19,53 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     Raises ``CompileError`` for attributes of another type than their operators have.
     """
     nodes: list[onnx.NodeProto] = []
-    context = _Context(proto)
+    context = Context(proto)
     for node in proto.graph.node:
         expand = _EXPANSIONS.get((node.domain, node.op_type))
         if expand is not None or node.domain == "com.microsoft":
-            _check_attributes(node)
+            check_attributes(node)
         if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
             # A past without elements is as good as none.
             node.input[:] = ["" if name in context.empty else name for name in node.input]
-        emit = _Emitter(context, node)
-        done = expand is not None and expand(emit, emit.attributes)
-        nodes += emit.nodes if done else [node]
+        nodes += (expand and _expanded(context, node, expand)) or [node]
+        context.add(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
 
 
-def _check_attributes(node: onnx.NodeProto) -> None:
-    """Refuse attributes of another type: the ONNX checker knows none of these operators."""
-    for attribute in node.attribute:
-        wanted = _TYPES.get(attribute.name, attribute.type)
-        if attribute.type != wanted:
-            found, expected = (onnx.AttributeProto.AttributeType.Name(each)
-                               for each in (attribute.type, wanted))
-            raise CompileError(
-                f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be {expected}, "
-                f"not {found}; repair the node or export the model again"
-            )
+def _expanded(context: Context, node: onnx.NodeProto, expand: "_Expansion") -> list[onnx.NodeProto]:
+    """The nodes in the place of ``node``; none where the expansion does not cover it. They compute in
+    float32, as the kernels do, between casts where the file has half precision."""
+    kind = context.kind(node)
+    if kind not in HALVES:
+        emit = _Emitter(context, node)
+        return emit.nodes if expand(emit, emit.attributes) else []
+    wide = onnx.NodeProto()
+    wide.CopyFrom(node)
+    for names in (wide.input, wide.output):
+        names[:] = [name and f"{name}/float_of_{node.name}" for name in names]
+    emit = _Emitter(context, wide)
+    context.ranks |= {new: rank for old, new in zip(node.input, wide.input)
+                      if (rank := context.rank(old))}
+    context.producers |= {new: context.producers[old] for old, new in zip(node.input, wide.input)
+                          if old in context.producers}
+    if not expand(emit, emit.attributes):
+        return []
+    read = {name for each in emit.nodes for name in each.input}
+    casts = [helper.make_node("Cast", [old], [new], f"{new}/Cast", to=onnx.TensorProto.FLOAT)
+             for old, new in zip(node.input, wide.input) if new in read]
+    back = [helper.make_node("Cast", [new], [old], f"{new}/Cast", to=kind)
+            for old, new in zip(node.output, wide.output) if old]
+    return [*casts, *emit.nodes, *back]
 
 
-_TYPES = {
-    name: kind
-    for kind, names in {
-        onnx.AttributeProto.INT: (
-            "K N accuracy_level axis bits block_size causal do_rotary expert_weight_bits "
-            "fc1_expert_weight_bits fc2_expert_weight_bits gather_axis interleaved k kv_num_heads "
-            "local_window_size normalize_routing_weights num_heads past_present_share_buffer qk_output "
-            "quantize_axis rotary_embedding_dim rotary_interleaved sliding_window_cache smooth_softmax "
-            "swiglu_fusion transA transB transBatchA transBatchB unidirectional use_sparse_mixer "
-            "weight_prepacked weights_prepacked"
-        ),
-        onnx.AttributeProto.FLOAT: (
-            "activation_alpha activation_beta alpha epsilon scale softcap swiglu_limit"
-        ),
-        onnx.AttributeProto.STRING: "activation activation_type k_quant_type quant_type v_quant_type",
-        onnx.AttributeProto.INTS: "qkv_hidden_sizes",
-    }.items()
-    for name in names.split()
-}
 _WITH_PAST = ("GroupQueryAttention", "MultiHeadAttention")
-
-
-class _Context:
-    """What expansions ask of a model: its opset, ranks and producers of values, constants without
-    elements."""
-
-    def __init__(self, proto: onnx.ModelProto):
-        graph = proto.graph
-        versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-        self.opset = max(versions, default=0)  # which is refused later
-        self.initializers = graph.initializer
-        self.producers = {name: node.op_type for node in graph.node for name in node.output}
-        self.empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
-        self.ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            if value.type.tensor_type.HasField("shape"):
-                self.ranks[value.name] = len(value.type.tensor_type.shape.dim)
-        self._proto: onnx.ModelProto | None = proto
-
-    def rank(self, name: str) -> int:
-        """Number of axes of a value; 0 where it is not known. Optimisers do not record those that they
-        make, which are inferred when one is asked for."""
-        if name not in self.ranks and self._proto is not None:
-            graph, self._proto = _inferred(self._proto).graph, None
-            self.ranks |= {value.name: len(value.type.tensor_type.shape.dim)
-                           for value in graph.value_info if value.type.tensor_type.HasField("shape")}
-        return self.ranks.get(name, 0)
-
-
-def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the shapes of its values, and without the values of its weights."""
-    small = [each for each in proto.graph.initializer if np.prod(each.dims) <= _SHAPE]
-    large = [helper.make_tensor_value_info(each.name, each.data_type, each.dims)
-             for each in proto.graph.initializer if np.prod(each.dims) > _SHAPE]
-    known = {value.name for value in proto.graph.input}
-    inputs = [*proto.graph.input, *(value for value in large if value.name not in known)]
-    graph = helper.make_graph(proto.graph.node, "ranks", inputs, proto.graph.output, small,
-                              value_info=proto.graph.value_info)
-    model = helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
-
-
-_SHAPE = 64  # elements that a constant shape has at most
 
 
 class _Emitter:
     """Nodes in the place of ``node``."""
 
-    def __init__(self, context: _Context, node: onnx.NodeProto):
+    def __init__(self, context: Context, node: onnx.NodeProto):
         self.context, self.node = context, node
         self.attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         self.nodes: list[onnx.NodeProto] = []
@@ -239,7 +190,7 @@ def _attention(emit: _Emitter, attributes: Mapping) -> bool:
     """Attention with packed weights, and MultiHeadAttention of three values of rows."""
     heads, packed = attributes.get("num_heads", 0), emit.node.op_type == "Attention"
     unknown = ("do_rotary", "past_present_share_buffer")
-    if any(attributes.get(name) for name in unknown) or packed and emit.output(1):
+    if any(attributes.get(name) for name in unknown) or emit.output(3) or packed and emit.output(1):
         return False
     if any(emit.context.ranks.get(emit.input(place), 3) != 3 for place in range(1 if packed else 3)):
         return False
@@ -284,7 +235,8 @@ def _parts(emit: _Emitter, count: int) -> dict[str, int]:
     return {"num_outputs": count} if emit.context.opset >= 18 else {}
 
 
-_OWN: dict[str, Callable[[_Emitter, Mapping], bool]] = {
+_Expansion = Callable[[_Emitter, Mapping], bool]
+_OWN: dict[str, _Expansion] = {
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "Gelu": _gelu,

@@ -46,7 +46,10 @@ def expand_nbits(model: ir.Model) -> list[str]:
 
 
 def _constant(model: ir.Model, node: ir.Node, weight: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(weight), name=f"{node.outputs[0].name}_weight")
+    name = f"{node.outputs[0].name}_weight"
+    while name in model.graph.initializers:
+        name += "_"
+    tensor = ir.tensor(np.ascontiguousarray(weight), name=name)
     value = ir.val(tensor.name, const_value=tensor, dtype=ir.DataType.FLOAT, shape=tensor.shape)
     model.graph.register_initializer(value)
     return value

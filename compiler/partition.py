@@ -207,8 +207,8 @@ def _both_ways(
     inside = [reader for reader, on_host in readers if not on_host]
     if inside and (outside or value.is_graph_output()):
         rule = (
-            f"its result leaves the accelerator, and `{inside[0].name}` reads it there, too, of which a "
-            f"{node.op_type} allows one"
+            f"its result both leaves the accelerator and is read there by `{inside[0].name}`, and a Linear "
+            f"does one of these"
         )
         remedy = f"leave the output {value.name!r} out of the model"
         yield node, follows(node, outside[0], rule) if outside else reason_of(

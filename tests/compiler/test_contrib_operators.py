@@ -5,15 +5,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 
+from moeware.compiler.contrib import expand_operators
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse import fuse
 from moeware.compiler.load import load
 from moeware.compiler.macs import macs
 from moeware.compiler.partition import partition
-from tests.compiler import exports, language_models
+from tests.compiler import exports, genai, language_models
 from tests.compiler.exports import DIM, HEADS, Mlp, Moe, PackedAttention, SeparateAttention, vit
 from tests.compiler.fused import check, operators_of
 from tests.compiler.test_partition import run_steps
@@ -211,3 +213,23 @@ def test_what_an_expansion_does_not_cover_stays(tmp_path, operator):
     products = 4 * 6 * 18 if operator == "Attention" else 0
     assert macs(node) == products + 2 * 4 * 4 * 6
     run_steps(model, parts, {"x": random.normal(size=(1, 4, 6)).astype(np.float32)})
+
+
+@pytest.mark.parametrize("sizes", [
+    genai.Sizes(layers=1, rotary="apart", packed=False, attention="multi", kv_heads=4, function="FastGelu"),
+    genai.Sizes(layers=1, bits=4, tied=True),
+], ids=["floats", "stored"])  # fmt: skip
+def test_half_precision_is_computed_in_float(tmp_path, sizes):
+    """As the kernels do; an epsilon is none of half precision."""
+    source = onnx.load(str(genai.write(tmp_path / "m.onnx", sizes)))
+    half = convert_float_to_float16(source, keep_io_types=False, disable_shape_infer=True,
+                                    op_block_list=[])
+    ids = {"input_ids": np.random.default_rng(7).integers(0, genai.VOCABULARY, (1, sizes.tokens))}
+    (wanted,) = onnxruntime.InferenceSession(half.SerializeToString()).run(None, ids)
+    expand_operators(half)
+    assert not {"SkipSimplifiedLayerNormalization", "MultiHeadAttention", "FastGelu"} & {
+        node.op_type for node in half.graph.node}
+    (found,) = onnxruntime.InferenceSession(half.SerializeToString()).run(None, ids)
+    # Some roundings to half precision, of 2**-11 each, in other places.
+    assert found.dtype == wanted.dtype == np.float16
+    assert np.abs(found.astype(float) - wanted).max() < 4e-3 * np.abs(wanted).max()

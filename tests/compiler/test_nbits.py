@@ -123,7 +123,8 @@ def test_unread(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint4", "int4"])
-def test_table(tmp_path, kind):
+@pytest.mark.parametrize("zero", ["zeros", ""])
+def test_table(tmp_path, kind, zero):
     rows, columns, block = 6, 40, 16
     random, blocks = np.random.default_rng(3), -(-columns // block)
     low = -8 if kind == "int4" else 0
@@ -136,7 +137,7 @@ def test_table(tmp_path, kind):
         stored = {name: helper.make_tensor(name, number, array.shape, array.reshape(-1))
                   for name, array in (("data", integers), ("zeros", zeros))}
     scales = random.normal(size=(rows, blocks)).astype(np.float32)
-    node = helper.make_node("GatherBlockQuantized", ["data", "ids", "scales", "zeros"], ["y"], "table",
+    node = helper.make_node("GatherBlockQuantized", ["data", "ids", "scales", zero], ["y"], "table",
                             domain="com.microsoft", block_size=block, bits=4, quantize_axis=1)
     path = save(tmp_path / "m.onnx", [node], ("ids", (1, TOKENS)), ("y", (1, TOKENS, columns)),
                 {"data": stored["data"], "scales": scales, "zeros": stored["zeros"]},
