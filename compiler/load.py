@@ -102,7 +102,8 @@ def _check_dependence(model: ir.Model) -> None:
         if is_random(node):
             raise CompileError(
                 f"Node {node.name!r} ({node.op_type}) must give the same for the same inputs, not "
-                f"random numbers; export the model in evaluation mode (in PyTorch: model.eval())"
+                f"random numbers; export the model in evaluation mode (in PyTorch: model.eval()), and "
+                f"without what is random there, too, such as a mask"
             )
         if not variable.intersection(inputs_of(node)):
             raise CompileError(
