@@ -2,7 +2,8 @@
 
 The inputs tell the forms apart: each expert comes first for some row, and the hidden values lie
 where the known functions differ most. Of these the two forms of GELU are the nearest, by less than
-5e-4; so of all forms that are near enough, the nearest is taken.
+5e-4; so of all forms that are near enough, the nearest is taken. It has to hold far from there, too,
+where functions end that are limited (ReLU6, clamped SwiGLU) and elsewhere as the known ones are.
 """
 
 import itertools
@@ -36,6 +37,7 @@ TOLERANCE = 2e-5
 _ROUNDING = float(np.finfo(np.float32).eps)
 # Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
 _HIDDEN = 2.0
+_FAR = np.float32(512)  # times `_HIDDEN`: beyond the limits that models set to hidden values
 _FEW = 8  # rows, where there are fewer experts
 _DRAWS = 16  # of a row's logits, of which one is taken
 
@@ -135,24 +137,29 @@ def _prove(
     results = call(rows, scores)
     if results is None:
         return None
+    few = slice(None)
     capacity = measured_capacity(call, rows, scores, tokens)
     if capacity:
         crowd = crowded_scores(generator, tokens, experts, routers[0].attributes["k"])
         scores = np.concatenate([scores.reshape(frames, tokens, experts), crowd])
         rows = sample_rows(generator, scores.size // experts, first)
         results, routers = call(rows, scores.reshape(-1, experts)), limited_forms(routers, capacity)
-        if results is None:
-            return None
     else:
         # More rows would say the same of the form, and cost a run of all proposals each.
         few = slice(max(experts, _FEW))
-        rows, scores, results = rows[few], scores[few], results[few]
+    far = call(rows * _FAR, scores.reshape(-1, experts))
+    if results is None or far is None:
+        return None
+    rows, scores, results, far = (array[few] for array in (rows, scores, results, far))
     scales = _scales(nodes)
     for weights in itertools.chain([first], proposals):  # one at a time: they are large
         found = nearest_form(rows, scores, results, [weights], routers, scales=scales)
         if found.error < TOLERANCE:
             break
     else:
+        return None
+    alone = [found.weights], [replace(found.router, factor=1.0)], [found.function]
+    if nearest_form(rows * _FAR, scores, far, *alone).error > TOLERANCE:
         return None
     return Proof(found.weights, found.function, found.router, nodes)
 

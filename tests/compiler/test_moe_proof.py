@@ -69,7 +69,15 @@ class Swish(nn.Module):
         return x * torch.sigmoid(1.6 * x)
 
 
-@pytest.mark.parametrize("function", [Between(), Swish()], ids=["between", "sigmoid"])
+class Limited(nn.Module):
+    """SiLU up to a limit that ordinary values stay below."""
+
+    def forward(self, x):
+        return F.silu(x.clamp(max=50))
+
+
+@pytest.mark.parametrize("function", [Between(), Swish(), nn.ReLU6(), Limited()],
+                         ids=["between", "sigmoid", "relu6", "limited"])
 @pytest.mark.parametrize("bias", [0.3, 10])
 def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
     mixer = mixture("loop", "gelu", bias=bias)
