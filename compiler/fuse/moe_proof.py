@@ -2,8 +2,9 @@
 
 The inputs tell the forms apart: each expert comes first for some row, and the hidden values lie
 where the known functions differ most. Of these the two forms of GELU are the nearest, by less than
-5e-4; so of all forms that are near enough, the nearest is taken. It has to hold far from there, too,
-where functions end that are limited (ReLU6, clamped SwiGLU) and elsewhere as the known ones are.
+5e-4; so of all forms that are near enough, the nearest is taken. It has to hold at the edges, too: far
+from there, where functions end that are limited (ReLU6, clamped SwiGLU), and for choices that are
+close or clear, where routers end that drop small weights or clamp logits.
 """
 
 import itertools
@@ -40,6 +41,7 @@ _HIDDEN = 2.0
 _FAR = np.float32(512)  # times `_HIDDEN`: beyond the limits that models set to hidden values
 _FEW = 8  # rows, where there are fewer experts
 _DRAWS = 16  # of a row's logits, of which one is taken
+_LITTLE = 1e-3  # weight of a chosen expert
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,12 @@ def _prove(
     else:
         # More rows would say the same of the form, and cost a run of all proposals each.
         few = slice(max(experts, _FEW))
-    far = call(rows * _FAR, scores.reshape(-1, experts))
+    edges = scores if capacity else sample_edges(generator, len(rows), routers[0])
+    far = call(rows * _FAR, edges.reshape(-1, experts))
     if results is None or far is None:
         return None
-    rows, scores, results, far = (array[few] for array in (rows, scores, results, far))
+    rows, scores, results, edges, far = (
+        array[few] for array in (rows, scores, results, edges, far))
     scales = _scales(nodes)
     for weights in itertools.chain([first], proposals):  # one at a time: they are large
         found = nearest_form(rows, scores, results, [weights], routers, scales=scales)
@@ -159,7 +163,7 @@ def _prove(
     else:
         return None
     alone = [found.weights], [replace(found.router, factor=1.0)], [found.function]
-    if nearest_form(rows * _FAR, scores, far, *alone).error > TOLERANCE:
+    if nearest_form(rows * _FAR, edges, far, *alone).error > TOLERANCE:
         return None
     return Proof(found.weights, found.function, found.router, nodes)
 
@@ -198,6 +202,22 @@ def sample_scores(generator: np.random.Generator, count: int, router: RouterForm
     scores = scores.astype(np.float32)
     weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
     return scores[weights[:, rows, rows % experts].argmax(0), rows]
+
+
+def sample_edges(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
+    """Logits ``[count, E]``, float32, by turns nearly alike, such that they give a chosen expert `_LITTLE`
+    weight, and as far apart as `router` tells from one another."""
+    experts, rows = len(router.correction), np.arange(count)
+    if router.attributes["score"] == "sparse":
+        return sample_scores(generator, count, router)
+    # Sigmoids of larger logits are 1 in float32, and probabilities of smaller ones 0.
+    alone = router.attributes["score"] == "softmax" and not router.correction.any()
+    scale = np.resize([0.1, 2, 64 if alone else 4], count)
+    scores = generator.normal(size=(_DRAWS, count, experts)) * scale[:, None]
+    scores = scores.astype(np.float32)
+    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
+    least = np.where(weights > 0, weights, np.inf).min(-1)
+    return scores[np.abs(np.log(least / _LITTLE)).argmin(0), rows]
 
 
 def nearest_form(

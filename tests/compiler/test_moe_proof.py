@@ -87,6 +87,19 @@ def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
     assert "TopK" in operators and not operators & {"Route", "Experts"}
 
 
+@pytest.mark.parametrize("change", [
+    lambda weights: weights * (weights > 0.002),
+    lambda weights: weights / weights.sum(-1, keepdim=True).clamp(min=0.5),
+], ids=["small ones dropped", "least sum"])
+def test_weights_that_differ_for_few_tokens_are_of_no_mixture(tmp_path, change):
+    class Changed(Moe):
+        def _loop(self, rows, weights, indices):
+            return super()._loop(rows, change(weights), indices)
+
+    path = export(model(Changed(order="all")), tmp_path / "m.onnx", opset=17, dynamo=False)
+    assert functions(path) == []
+
+
 @pytest.mark.parametrize("swapped", [(0, 1), (10, 11)])
 def test_more_experts_than_tokens_each_have_a_say(tmp_path, monkeypatch, swapped):
     """Two experts in each other's place are another model, however few tokens there are."""
