@@ -16,6 +16,13 @@ _INTEGERS = (
 )  # fmt: skip
 
 
+_ATTENTION = (
+    "that no rule recognises; write it as scaled_dot_product_attention of three Linears, causal or "
+    "without a mask (nor a bias by position); queries and keys may pass RMSNorm and rotary embeddings, "
+    "no LayerNorm"
+)
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why node `node` runs on the host, and what to change in the model.
@@ -72,11 +79,9 @@ def plain_reason(node: ir.Node) -> str:
     if node.op_type == "Softmax" and any(
         reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()
     ):
-        return (
-            "Softmax of an attention that no rule recognises; write it as "
-            "scaled_dot_product_attention of three Linears, causal or without a mask (nor a bias by "
-            "position); queries and keys may pass RMSNorm and rotary embeddings, no LayerNorm"
-        )
+        return f"Softmax of an attention {_ATTENTION}"
+    if operator_name(node) == "Attention":
+        return f"Attention {_ATTENTION}"
     if node.op_type in ("ReduceMean", "Sqrt", "Rsqrt"):
         return (
             f"{node.op_type} outside a recognised normalisation or mean over tokens; normalise the "
