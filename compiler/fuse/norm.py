@@ -48,6 +48,7 @@ def fuse_norm(model: ir.Model) -> None:
         - ``RMSNormalization`` over the last axis, ``SimplifiedLayerNormalization``
         - mean square, ``Sqrt`` or ``Pow`` of it + epsilon, division or product, and gamma in
           primitive operators
+        - division by ``ReduceL2``, times a number and gamma
     """
     for node in list(model.graph):
         norm = _match(model, node) if node.graph is not None else None
@@ -101,7 +102,7 @@ def _match(model: ir.Model, node: ir.Node) -> _Norm | None:
         norm = _match_operator(node)
         if norm is not None:
             norm = _with_affine(_centred(model, norm) or norm)
-    elif is_op(node, "Sqrt") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
+    elif is_op(node, "Sqrt", "ReduceL2") or is_op(node, "Pow") and scalar(operand(node, 1)) in (-0.5, 0.5):
         norm = _match_primitives(model, node)
     return norm if norm is not None and 0 < norm.epsilon < math.inf else None
 
@@ -156,7 +157,8 @@ def _with_affine(norm: _Norm) -> _Norm:
 
 
 def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
-    """Find x behind the square root and the normalised value after it, and prove them by running.
+    """Find x behind the square root, or the length, and the normalised value after it, and prove them by
+    running.
 
     Of a LayerNorm the region before the root holds the centred value ``x - mean(x)``; the region
     after the root ends with gamma and beta where they exist.
@@ -164,8 +166,11 @@ def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
     epsilon = _epsilon(root)
     if epsilon is None:
         return None
-    candidates = [(x, True) for x in _inputs_of_variance(root)]
-    candidates += [(x, False) for x in _inputs_of_square(root)]
+    if is_op(root, "ReduceL2"):
+        candidates = [(value, False) for value in root.inputs[:1] if value is not None]
+    else:
+        candidates = [(x, True) for x in _inputs_of_variance(root)]
+        candidates += [(x, False) for x in _inputs_of_square(root)]
     for x, centred in candidates:
         shape = static_shape(x)
         if shape is None or len(shape) < 2:
@@ -175,6 +180,8 @@ def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
             if leaves or root not in nodes or len(nodes) > _LARGEST_REGION:
                 continue
             gamma, beta = _affine(nodes, shape[-1])
+            if is_op(root, "ReduceL2"):
+                gamma = gamma * _number(nodes) / np.float32(shape[-1] ** 0.5)
             norm = _Norm(x, y, nodes, gamma, beta if centred else None, epsilon)
             # RMSNorm has no beta: the value before it is the norm.
             if (centred or not beta.any()) and _proven(model, norm):
@@ -184,6 +191,8 @@ def _match_primitives(model: ir.Model, root: ir.Node) -> _Norm | None:
 
 def _epsilon(root: ir.Node) -> float | None:
     node = root.inputs[0].producer() if root.inputs[0] is not None else None
+    if is_op(root, "ReduceL2") or is_op(node, "ReduceMean"):
+        return _NO_EPSILON
     pair = other_operand(node) if is_op(node, "Add") and node is not None else None
     return scalar(pair[1]) if pair else None
 
@@ -243,13 +252,27 @@ def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
             for value in frontier
             if value is root.outputs[0] or len(value.uses()) == 1
             for user in value.consumers()
-            if is_op(user, *_AFFINE)
+            if is_op(user, *_AFFINE) or _is_idle(user)
         ]
         found += [value for value in frontier if static_shape(value) == shape]
     return found
 
 
 _AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand")
+# Where a graph adds none, or one that the exporter took for 0 (up to 1e-8): less than any row has.
+_NO_EPSILON = 1e-20
+
+
+def _is_idle(node: ir.Node) -> bool:
+    """Whether ``node`` keeps lengths from being 0, and no row of real data has one as small."""
+    least = [scalar(value) for value in node.inputs if value is not None and value.const_value is not None]
+    return is_op(node, "Clip", "Max") and len(least) == 1 and 0 < (least[0] or 0) <= 1e-8
+
+
+def _number(nodes: list[ir.Node]) -> float:
+    """What numbers among the constants multiply by."""
+    pairs = [other_operand(node) for node in nodes if is_op(node, "Mul")]
+    return float(np.prod([scalar(pair[1]) or 1.0 for pair in pairs if pair]))
 
 
 def _affine(nodes: list[ir.Node], features: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,13 +27,19 @@ def fuse_pointwise(model: ir.Model) -> None:
           ``Exp``, ``Max`` or ``Clip`` with the values of a known function
     """
     for node in list(model.graph):
-        if node.graph is None or not is_op(node, *_CORES):
+        if node.graph is None or not _is_core(node):
             continue
         for x in _arguments(node):
             found = _match(model, node, x)
             if found is not None:
                 _replace(model, x, *found)
                 break
+
+
+def _is_core(node: ir.Node) -> bool:
+    """Whether ``node`` may be the core of a function; no bound but 0 is (a divisor has others)."""
+    bounded = is_op(node, "Max", "Clip")
+    return is_op(node, *_CORES) and (not bounded or any(scalar(each) == 0 for each in node.inputs))
 
 
 def _elementwise(node: ir.Node | None) -> bool:
