@@ -18,30 +18,48 @@ __all__ = ["EXPANDED", "expand_operators", "infer_shapes"]
 def expand_operators(proto: onnx.ModelProto) -> None:
     """Write operators that no opset has, of `_EXPANSIONS`, out in standard ones. What an expansion
     does not cover stays as it is."""
-    nodes: list[onnx.NodeProto] = []
-    context = _Context(proto)
-    for node in proto.graph.node:
-        emit = _Emitter(context, node)
-        expand = _EXPANSIONS.get((node.domain, node.op_type))
-        done = expand is not None and expand(emit, emit.attributes)
-        nodes += emit.nodes if done else [node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    # What transposes asks for ranks, which are inferred when the others are standard operators.
+    for kinds in (_EXPANSIONS.keys() - _TRANSPOSING, _TRANSPOSING):
+        if not any((node.domain, node.op_type) in kinds for node in proto.graph.node):
+            continue
+        nodes: list[onnx.NodeProto] = []
+        context = _Context(proto, infer=kinds is _TRANSPOSING)
+        for node in proto.graph.node:
+            emit, kind = _Emitter(context, node), (node.domain, node.op_type)
+            done = kind in kinds and _EXPANSIONS[kind](emit, emit.attributes)
+            nodes += emit.nodes if done else [node]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
 
 
 class _Context:
     """What expansions ask of a model: its opset, ranks and producers of values."""
 
-    def __init__(self, proto: onnx.ModelProto):
+    def __init__(self, proto: onnx.ModelProto, infer: bool):
         graph = proto.graph
         versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
         self.opset = max(versions, default=0)  # which is refused later
         self.initializers = graph.initializer
         self.producers = {name: node.op_type for node in graph.node for name in node.output}
         self.ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+        if infer:
+            graph = onnx.shape_inference.infer_shapes(_without_weights(proto)).graph
         for value in (*graph.input, *graph.value_info, *graph.output):
             if value.type.tensor_type.HasField("shape"):
                 self.ranks[value.name] = len(value.type.tensor_type.shape.dim)
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with weights as inputs, for which shape inference need not copy them. ONNX Runtime
+    writes no shapes into its files."""
+    graph = proto.graph
+    weights = [tensor for tensor in graph.initializer if len(tensor.dims) > 1]
+    shapes = [helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in weights]
+    names = {tensor.name for tensor in weights}
+    inputs = [value for value in graph.input if value.name not in names]
+    light = helper.make_graph(graph.node, graph.name, [*inputs, *shapes], graph.output,
+                              [tensor for tensor in graph.initializer if tensor.name not in names])
+    return helper.make_model(light, opset_imports=proto.opset_import, ir_version=proto.ir_version)
 
 
 class _Emitter:
@@ -224,6 +242,7 @@ _OWN: dict[str, Callable[[_Emitter, Mapping], bool]] = {
 _EXPANSIONS = {("com.microsoft", name): expand for name, expand in _OWN.items()}
 # This one is entered under the standard domain.
 _EXPANSIONS["", "SimplifiedLayerNormalization"] = _simplified_norm
+_TRANSPOSING = {("com.microsoft", "FusedMatMul")}
 EXPANDED = tuple(name for _, name in _EXPANSIONS)
 
 
