@@ -18,19 +18,23 @@ def expand_operators(proto: onnx.ModelProto) -> None:
 
     Raises ``CompileError`` for attributes of another type than their operators have.
     """
-    nodes: list[onnx.NodeProto] = []
-    context = Context(proto)
-    for node in proto.graph.node:
-        expand = _EXPANSIONS.get((node.domain, node.op_type))
-        if expand is not None or node.domain == "com.microsoft":
-            check_attributes(node)
-        if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
-            # A past without elements is as good as none.
-            node.input[:] = ["" if name in context.empty else name for name in node.input]
-        nodes += (expand and _expanded(context, node, expand)) or [node]
-        context.add(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    # What transposes asks for ranks, which are inferred when the others are standard operators.
+    for late in (False, True):
+        nodes: list[onnx.NodeProto] = []
+        context = Context(proto)
+        for node in proto.graph.node:
+            kind = (node.domain, node.op_type)
+            expand = _EXPANSIONS.get(kind)
+            if expand is not None or node.domain == "com.microsoft":
+                check_attributes(node)
+            if node.domain == "com.microsoft" and node.op_type in _WITH_PAST:
+                # A past without elements is as good as none.
+                node.input[:] = ["" if name in context.empty else name for name in node.input]
+            ready = expand is not None and (kind in _TRANSPOSING) == late
+            nodes += (ready and _expanded(context, node, expand)) or [node]
+            context.add(node)
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
 
 
 def _expanded(context: Context, node: onnx.NodeProto, expand: "_Expansion") -> list[onnx.NodeProto]:
@@ -252,4 +256,5 @@ _OWN: dict[str, _Expansion] = {
 _EXPANSIONS = {("com.microsoft", name): expand for name, expand in _OWN.items()}
 # This one is entered under the standard domain.
 _EXPANSIONS["", "SimplifiedLayerNormalization"] = _simplified_norm
+_TRANSPOSING = {("com.microsoft", "FusedMatMul")}
 EXPANDED = tuple(name for _, name in _EXPANSIONS)

@@ -76,9 +76,11 @@ def rule_broken(node: ir.Node, kinds: dict[ir.Value, Kind]) -> str | None:
         return _add_broken(variable, given)
     first = given[0].name if given else "constant"
     if first not in allowed:
+        turned = node.op_type == "RMSNorm" and first == "turned"
+        remedy = "normalise heads before they are turned" if turned else "use pre-norm residual blocks"
         return (
             f"{node.op_type} of {'an' if first[0] in 'aeiou' else 'a'} {first} value is not a "
-            f"supported form, it reads {' or '.join(allowed)}; use pre-norm residual blocks"
+            f"supported form, it reads {' or '.join(allowed)}; {remedy}"
         )
     alone = _read_once(variable[0])
     if node.op_type in ("ClassToken", "AddConstant") and not alone:

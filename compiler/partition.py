@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from moeware.compiler.canonical import attributes, is_canonical
 from moeware.compiler.fuse.region import inputs_of, region
-from moeware.compiler.fuse.trace import static_shape
+from moeware.compiler.fuse.trace import constant, is_op, other_operand, static_shape
 from moeware.compiler.kinds import MAY_FOLLOW, READS, STREAMS, Kind, result, rule_broken
 from moeware.compiler.reasons import Reason, follows, plain_reason, reason_of
 from moeware.compiler.to_onnx import lower
@@ -151,13 +151,23 @@ def _embedding_norm(node: ir.Node, kinds: dict[ir.Value, Kind]) -> ir.Node | Non
 def _host_operand(
     node: ir.Node, kinds: dict[ir.Value, Kind], host: Container[ir.Node]
 ) -> ir.Node | None:
-    """The last operand of ``node`` that the host computes, unless it is as good as another."""
+    """The last operand of ``node`` that the host computes, unless it is as good as another, or the
+    embedding of tokens, which belongs there."""
     allowed = () if node.op_type == "Add" else READS[node.op_type][0]
     producers = [
         value.producer() for value in node.inputs
         if value in kinds and kinds[value].name not in allowed
     ]
-    return next((before for before in producers[::-1] if before in host), None)
+    return next((before for before in producers[::-1]
+                 if before in host and not _embeds_tokens(before)), None)
+
+
+def _embeds_tokens(node: ir.Node | None) -> bool:
+    """Whether ``node`` looks rows of a table up, or multiplies such by a constant (Gemma)."""
+    if is_op(node, "Mul", "Div"):
+        pair = other_operand(node)
+        node = pair[0].producer() if pair else None
+    return is_op(node, "Gather") and constant(node.inputs[0]) is not None
 
 
 def _uses_broken(

@@ -215,8 +215,12 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
         ) from error
 
 
+_OF_SCORES = {"Add", "Attention", "Where"}  # what reads a mask
+
+
 def _check_weights(proto: onnx.ModelProto, known: Collection[str]) -> None:
-    """Refuse non-finite and empty weights. A mask of minus infinities is not a weight."""
+    """Refuse non-finite and empty weights. A mask of minus infinities is not a weight, nor one that is
+    added to scores with a bias by position."""
     readers: dict[str, set[str]] = {}
     for node in proto.graph.node:
         for name in node.input:
@@ -232,6 +236,9 @@ def _check_weights(proto: onnx.ModelProto, known: Collection[str]) -> None:
             )
         finite = array[np.isfinite(array)]
         is_mask = not np.isnan(array).any() and (finite.size == 0 or np.ptp(finite) == 0)
+        hidden = array == -np.inf
+        masks_scores = readers.get(tensor.name, set()) <= _OF_SCORES and array.ndim > 1
+        is_mask |= masks_scores and 1 < hidden.sum() == array.size - finite.size
         if finite.size != array.size and not is_mask:
             kind = "NaN" if np.isnan(array).any() else "infinite"
             raise CompileError(

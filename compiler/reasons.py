@@ -20,6 +20,11 @@ _INTEGERS = (
 
 _WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 _NEAR = 200  # nodes that are looked at for what a node depends on
+_ATTENTION = (
+    "that no rule recognises; write it as scaled_dot_product_attention of three Linears, causal or "
+    "without a mask (nor a bias by position); queries and keys may pass RMSNorm and rotary embeddings, "
+    "no LayerNorm"
+)
 
 
 @dataclass(frozen=True)
@@ -92,15 +97,12 @@ def plain_reason(node: ir.Node) -> str:
             f"softmax, top-k and the experts as two layers with one function between, or three if "
             f"gated"
         )
-    if node.op_type == "Attention" or node.op_type == "Softmax" and any(
+    if node.op_type == "Softmax" and any(
         reader.op_type in ("MatMul", "Einsum") for reader in node.outputs[0].consumers()
     ):
-        name = "Attention" if node.op_type == "Attention" else "Softmax of an attention"
-        return (
-            f"{name} that no rule recognises; write it as "
-            "scaled_dot_product_attention of three Linears, causal or without a mask (nor a bias by "
-            "position); queries and keys may pass RMSNorm and rotary embeddings, no LayerNorm"
-        )
+        return f"Softmax of an attention {_ATTENTION}"
+    if operator_name(node) == "Attention":
+        return f"Attention {_ATTENTION}"
     if node.op_type in ("ReduceMean", "Sqrt", "Rsqrt"):
         return (
             f"{node.op_type} outside a recognised normalisation or mean over tokens; normalise the "

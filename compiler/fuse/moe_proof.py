@@ -39,9 +39,11 @@ _ROUNDING = float(np.finfo(np.float32).eps)
 _HIDDEN = 2.0
 _FEW = 8  # rows, where there are fewer experts
 _DRAWS = 16  # of a row's logits, of which one is taken
-# Beyond what is usual: hidden values in proportion to `_HIDDEN`, by how much the first choice exceeds
-# the others, and what is added to all logits of a row, which softmax does not mind.
-_FAR, _LEAD, _SHIFTS = 10.0, 9.0, (-50.0, 0.0, 50.0)
+# Beyond what is usual: hidden values in proportion to `_HIDDEN`, beyond the limits that models set to them;
+# by how much the first choice exceeds the others, and what is added to all logits of a row, which softmax
+# does not mind.
+_FAR, _LEAD, _SHIFTS = 512.0, 9.0, (-50.0, 0.0, 50.0)
+_LITTLE = 1e-3  # weight of a chosen expert
 
 
 @dataclass(frozen=True)
@@ -170,19 +172,20 @@ def _holds_far_away(
     tokens: int,
     generator: np.random.Generator,
 ) -> bool:
-    """Whether ``form`` gives the results of all tokens of a frame, with hidden values and logits larger
-    than usual, and with weights as small as matter."""
+    """Whether ``form`` gives the results of all tokens of a frame: far from usual hidden values, where
+    functions end that are limited (ReLU6, clamped SwiGLU), and for choices that are close or clear, where
+    routers end that drop small weights or clamp logits."""
     router = replace(form.router, factor=1.0)  # the weights of the form have it
     experts, capacity = len(router.correction), router.attributes["capacity"]
     count = -(-experts // tokens) * tokens
-    usual = sample_scores(generator, count, router)
-    scores = usual.copy()
+    scores = sample_scores(generator, count, router)
+    edges = scores.copy() if capacity else sample_edges(generator, count, router)
     if router.attributes["score"] == "softmax":
         if not capacity:  # in places by priority rounding would decide
             np.put_along_axis(scores, scores.argmax(-1)[:, None], scores.max(-1, keepdims=True)
                               + np.linspace(0, _LEAD, count, dtype=np.float32)[:, None], -1)
         scores += np.resize(np.float32(_SHIFTS), (count, 1))
-    for far, drawn in ((1.0, scores), (_FAR, usual)):
+    for far, drawn in ((1.0, scores), (_FAR, edges)):
         rows = sample_rows(generator, count, form.weights) * np.float32(far)
         results = call(rows, drawn)
         given = drawn.reshape(-1, tokens, experts) if capacity else drawn
@@ -227,6 +230,22 @@ def sample_scores(generator: np.random.Generator, count: int, router: RouterForm
     scores = scores.astype(np.float32)
     weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
     return scores[weights[:, rows, rows % experts].argmax(0), rows]
+
+
+def sample_edges(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
+    """Logits ``[count, E]``, float32, by turns nearly alike, such that they give a chosen expert `_LITTLE`
+    weight, and as far apart as `router` tells from one another."""
+    experts, rows = len(router.correction), np.arange(count)
+    if router.attributes["score"] == "sparse":
+        return sample_scores(generator, count, router)
+    # Sigmoids of larger logits are 1 in float32, and probabilities of smaller ones 0.
+    alone = router.attributes["score"] == "softmax" and not router.correction.any()
+    scale = np.resize([0.1, 2, 64 if alone else 4], count)
+    scores = generator.normal(size=(_DRAWS, count, experts)) * scale[:, None]
+    scores = scores.astype(np.float32)
+    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
+    least = np.where(weights > 0, weights, np.inf).min(-1)
+    return scores[np.abs(np.log(least / _LITTLE)).argmin(0), rows]
 
 
 def nearest_form(

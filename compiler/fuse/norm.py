@@ -228,6 +228,8 @@ _BOUND, _SHORTEST = 1e-12, 1e-6
 
 def _epsilon(root: ir.Node) -> float | None:
     node = root.inputs[0].producer() if root.inputs[0] is not None else None
+    if is_op(node, "ReduceMean"):
+        return _NO_EPSILON
     pair = other_operand(node) if is_op(node, "Add") and node is not None else None
     return scalar(pair[1]) if pair else None
 
@@ -294,6 +296,8 @@ def _affine_results(root: ir.Node, shape: tuple[int, ...]) -> list[ir.Value]:
 
 
 _AFFINE = ("Div", "Mul", "Add", "Reciprocal", "Cast", "Expand", "Clip", "Max")
+# Where a graph adds none, or one that the exporter took for 0 (up to 1e-8): less than any row has.
+_NO_EPSILON = 1e-20
 
 
 def _affine(nodes: list[ir.Node], features: int) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,7 @@ _TOLERANCE = 2e-4
 # Rows that may differ: the values at the edge of a choice can lie as near as rounding. Another form
 # differs in many rows, as logits are drawn on the scale of every correction, too.
 _NEAR_TIES = 0.02
+_NO_LIMIT = 1e4  # clamps to numbers as large change nothing
 _LEAST = 1e-3  # proportion of two logits that float32 tells from equal ones
 
 
@@ -122,13 +123,15 @@ def propose_forms(nodes: list[ir.Node], experts: int, k: int) -> Iterator[Router
 
 
 def sample_logits(shape: tuple[int, ...], corrections: Sequence[np.ndarray],
-                  thresholds: Sequence[float] = ()) -> Iterator[np.ndarray]:
-    """Random logits float32 of ``shape``, on the scale on which scores spread, and on those on which
-    each correction and threshold decides."""
+                  thresholds: Sequence[float] = (), limits: Sequence[float] = ()
+                  ) -> Iterator[np.ndarray]:
+    """Random logits float32 of ``shape``, on the scale on which scores spread, nearly alike, and on those
+    on which each correction and threshold decides; beyond each limit, too."""
     generator, experts = np.random.default_rng(11), shape[-1]
     spreads = [float(np.std(each)) for each in corrections if np.ptp(each) > 0]
     # A score changes by a quarter of a small logit (sigmoid), or by one part in E (softmax).
-    scales = [2.0, *(factor * spread for spread in spreads for factor in (4.0, experts))]
+    scales = [2.0, 0.1, *(factor * spread for spread in spreads for factor in (4.0, experts))]
+    scales += [2 * limit for limit in limits]
     for _ in range(math.ceil(ROWS / math.prod(shape[:-1]))):
         for scale in scales:
             yield generator.normal(size=shape).astype(np.float32) * np.float32(scale)
@@ -194,6 +197,13 @@ def _thresholds(nodes: list[ir.Node]) -> list[float]:
     return list(found)
 
 
+def _limits(nodes: list[ir.Node]) -> list[float]:
+    """Constants that the nodes clamp numbers of the size of logits to."""
+    found = {abs(number) for node in nodes if is_op(node, "Clip", "Min", "Max")
+             for number in map(scalar, node.inputs) if number is not None}
+    return [number for number in found if 1 < number < _NO_LIMIT]
+
+
 def router_logits(choice: ir.Node) -> tuple[ir.Value, LinearMatch] | None:
     """The nearest linear map behind ``choice`` with one result for each of what it compares."""
     compared = static_shape(choice.inputs[0]) if choice.inputs[0] is not None else None
@@ -255,7 +265,8 @@ def _prove(model: ir.Model, logits: ir.Value, indices: ir.Value,
         return None
     samples, expected = [], []
     call = runner(model, {logits: np.zeros(shape, np.float32)}, [indices, weights])
-    for sample in sample_logits(shape, _corrections(nodes, experts), _thresholds(nodes)):
+    for sample in sample_logits(shape, _corrections(nodes, experts), _thresholds(nodes),
+                                _limits(nodes)):
         results = call and call({logits: sample})
         if results is None or results[0].size * experts != sample.size * k:
             return None

@@ -194,6 +194,20 @@ def test_an_output_of_another_type_than_its_value(tmp_path):
         load(path)
 
 
+def test_ranks_are_inferred_behind_other_operators_of_its_own(tmp_path):
+    """Files of ONNX Runtime hold no shapes."""
+    onnx.save(onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+        model (float[1, 4, 6] x) => (float[1, 2, 4, 4] y)
+        <float[6] gamma = {1, 2, 3, 4, 5, 6}, int64[4] heads = {1, 4, 2, 3}>
+        { rows = SimplifiedLayerNormalization (x, gamma) apart = Reshape (rows, heads)
+          q = Transpose <perm = [0, 2, 1, 3]> (apart)
+          y = com.microsoft.FusedMatMul <transB: int = 1, alpha: float = 0.3> (q, q) }"""),
+        tmp_path / "m.onnx")
+    assert not any(node.domain for node in load(tmp_path / "m.onnx").graph)
+    check(tmp_path / "m.onnx", frames=1)
+
+
 @pytest.mark.parametrize("operator", ["Attention", "MultiHeadAttention"])
 def test_what_an_expansion_does_not_cover_stays(tmp_path, operator):
     """A mask of keys that is another one from input to input."""

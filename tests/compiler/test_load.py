@@ -110,6 +110,15 @@ def test_mask_may_be_infinite(tmp_path):
     assert load(write(tmp_path / "m.onnx", mask, operator="Add"))
 
 
+def test_mask_may_hold_a_bias_by_position(tmp_path):
+    mask = np.where(np.tri(4, dtype=bool), -np.arange(4), -np.inf).astype(np.float32)
+    assert load(write(tmp_path / "m.onnx", mask, operator="Add"))
+    refuse(write(tmp_path / "m.onnx", mask), "'weight'", "6 infinite")
+    refuse(write(tmp_path / "m.onnx", -mask, operator="Add"), "'weight'", "6 infinite")
+    mask[3, 0] = np.nan
+    refuse(write(tmp_path / "m.onnx", mask, operator="Add"), "'weight'", "7 NaN")
+
+
 def test_zero_size(tmp_path):
     refuse(write(tmp_path / "m.onnx", np.ones((4, 0), np.float32)), "'weight'", "(4, 0)")
     refuse(write(tmp_path / "m.onnx", dims=("batch", 0)), "Axis 1", "'x'")

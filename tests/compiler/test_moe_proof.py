@@ -72,8 +72,15 @@ class Swish(nn.Module):
         return x * torch.sigmoid(1.6 * x)
 
 
-@pytest.mark.parametrize("function", [Between(), Swish(), nn.ReLU6()],
-                         ids=["between", "sigmoid", "bounded"])
+class Limited(nn.Module):
+    """SiLU up to a limit that ordinary values stay below."""
+
+    def forward(self, x):
+        return F.silu(x.clamp(max=50))
+
+
+@pytest.mark.parametrize("function", [Between(), Swish(), nn.ReLU6(), Limited()],
+                         ids=["between", "sigmoid", "relu6", "limited"])
 @pytest.mark.parametrize("bias", [0.3, 10])
 def test_a_function_that_is_near_stays_plain(tmp_path, function, bias):
     mixer = mixture("loop", "gelu", bias=bias)
@@ -98,7 +105,8 @@ class Bounded(Moe):
 @pytest.mark.parametrize("bounds", [
     {}, {"of_logits": lambda x: x.clamp(-40, 40)}, {"of_logits": lambda x: x.clamp(max=10)},
     {"of_weights": lambda x: x * (x > 0.002)}, {"of_weights": lambda x: x.clamp(min=1e-3)},
-], ids=["none", "logits", "large logits", "small weights are 0", "least weight"])
+    {"of_weights": lambda x: x / x.sum(-1, keepdim=True).clamp(min=0.5)},
+], ids=["none", "logits", "large logits", "small weights are 0", "least weight", "least sum"])
 def test_a_bound_that_most_values_do_not_reach(tmp_path, bounds):
     path = export(model(Bounded(**bounds)), tmp_path / "m.onnx", opset=17, dynamo=False)
     assert functions(path) == ([] if bounds else ["gelu"])

@@ -161,6 +161,17 @@ def test_another_function_is_no_router(tmp_path):
     assert not found
 
 
+@pytest.mark.parametrize("limit", [10, 100])
+def test_clamped_logits_are_no_router(tmp_path, limit):
+    """However far from ordinary ones the limit is."""
+    class Clamped(DeepseekV2):
+        def logits(self, x):
+            return super().logits(x).clamp(-limit, limit)
+
+    found, _ = matches(Clamped(6, 2), tmp_path)
+    assert not found
+
+
 def test_a_correction_that_reaches_the_weights_is_no_router(tmp_path):
     class Added(DeepseekV3):
         def forward(self, x):

@@ -55,6 +55,25 @@ def test_one_host_step_in_front(path):
     assert "look-up without products" in entry["reason"] and entry["macs"] == 0
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_the_embedding_is_no_cause_of_what_follows(tmp_path, factor):
+    """What reads it in another form than pre-norm is to be changed, not the look-up."""
+    class PostNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.attention = nn.Embedding(VOCABULARY, DIM), PackedAttention("sdpa", True)
+            self.norm = nn.LayerNorm(DIM)
+
+        def forward(self, ids):
+            x = self.table(ids) * factor
+            return x + self.norm(self.attention(x))
+
+    example = (torch.zeros(1, TOKENS, dtype=torch.int64),)
+    parts = partition(fuse(load(export_module(PostNorm(), example, tmp_path / "m.onnx", 17, False))))
+    causes = {reason for name, reason in parts.causes.items() if name.startswith("Linear")}
+    assert causes and all("Linear of a stream value" in reason.rule for reason in causes)
+
+
 def test_calibration_with_ids(path):
     found = calibrate(fuse(load(path)), {"ids": ids(5)})
     assert found.frames == 5
