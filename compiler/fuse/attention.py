@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from moeware.compiler.fuse.heads import Heads, gather_rows, select_heads
 from moeware.compiler.fuse.rebuild import Builder
-from moeware.compiler.fuse.region import region, run
+from moeware.compiler.fuse.region import region, runner
 from moeware.compiler.fuse.trace import attribute, constant, forward, is_op, operand, static_shape
 
 
@@ -147,6 +147,8 @@ def _after(softmax: ir.Node) -> ir.Node | None:
 # Softmax gives no weight to a score that a mask lowers by so much, whatever the model.
 _HIDDEN = -1e4
 
+_USUAL, _CLEAR = 3.0, 6.0  # deviation of scores, and of scores times their scale
+
 _BETWEEN = (
     "Mul", "Div", "Add", "Sub", "Where", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "IsNaN",
     "Dropout", "Expand",
@@ -163,27 +165,40 @@ def _measure(
     nodes, leaves = region([weights], [scores])
     if leaves:
         return None
-    sample = np.random.default_rng(3).normal(size=shape).astype(np.float32) * 3
-    results = run(model, {scores: sample}, [weights])
-    if results is None:
+    call = runner(model, {scores: np.zeros(shape, np.float32)}, [weights])
+    drawn = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+    def weights_of(sample: np.ndarray) -> np.ndarray | None:
+        results = call and call({scores: sample})
+        return results[0].reshape(-1, *shape[-2:]).astype(np.float64) if results else None
+
+    usual = weights_of(drawn * _USUAL)
+    if usual is None:
         return None
-    result = results[0].reshape(-1, *shape[-2:]).astype(np.float64)
-    flat = sample.reshape(result.shape).astype(np.float64)
+    flat = drawn.reshape(usual.shape).astype(np.float64)
     # Masked or not, the last row sees every key: its log weights have the slope of the scale.
-    logs = np.log(np.maximum(result[:, -1], 1e-300))
-    steps = flat[:, -1] - flat[:, -1].mean(-1, keepdims=True)
+    logs = np.log(np.maximum(usual[:, -1], 1e-300))
+    steps = _USUAL * (flat[:, -1] - flat[:, -1].mean(-1, keepdims=True))
     slope = (steps * logs).sum() / (steps * steps).sum() if shape[-1] > 1 else 1.0
     scale = _snap(float(slope), dim)
+    # Small weights, too, which some models drop.
+    spread = np.float32(min(_CLEAR / max(abs(scale), 1e-6), 1e6))
+    clear = weights_of(drawn * spread)
     for causal in (0, 1):
-        masked = flat * scale
-        if causal:
-            masked = np.where(np.tri(*shape[-2:]).astype(bool), masked, -np.inf)
-        exponents = np.exp(masked - masked.max(-1, keepdims=True))
-        expected = exponents / exponents.sum(-1, keepdims=True)
-        # In proportion, as each of many keys has a small weight; 1e-9 is as good as hidden.
-        if np.allclose(result, expected, rtol=1e-4, atol=1e-9):
+        seen = np.tri(*shape[-2:]).astype(bool) if causal else np.ones(shape[-2:], bool)
+        if clear is not None and _is_softmax(usual, flat * _USUAL * scale, seen) and _is_softmax(
+            clear, flat * spread * scale, seen
+        ):
             return scale, causal, nodes
     return None
+
+
+def _is_softmax(weights: np.ndarray, scores: np.ndarray, seen: np.ndarray) -> bool:
+    masked = np.where(seen, scores, -np.inf)
+    exponents = np.exp(masked - masked.max(-1, keepdims=True))
+    expected = exponents / exponents.sum(-1, keepdims=True)
+    # In proportion, as each of many keys has a small weight; 1e-9 is as good as hidden.
+    return np.allclose(weights, expected, rtol=1e-4, atol=1e-9)
 
 
 def _snap(scale: float, dim: int) -> float:

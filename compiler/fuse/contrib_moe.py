@@ -22,13 +22,8 @@ from moeware.compiler.canonical import REASON
 from moeware.compiler.fuse.contrib_weights import Refused, bits_of, expert_weights
 from moeware.compiler.fuse.linear import LinearMatch, match_linear
 from moeware.compiler.fuse.moe import replace_moe
-from moeware.compiler.fuse.moe_proof import (
-    TOLERANCE,
-    Proof,
-    nearest_form,
-    sample_rows,
-    sample_scores,
-)
+from moeware.compiler.fuse.moe_proof import TOLERANCE, Proof, nearest_form
+from moeware.compiler.fuse.moe_samples import sample_rows, sample_scores
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.rebuild import flat_root
 from moeware.compiler.fuse.routers import plain_forms

@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import linear
 
 from moeware.compiler.fuse.capacity import crowded_scores, limited_forms, measured_capacity
+from moeware.compiler.fuse.moe_samples import sample_edges, sample_rows, sample_scores
 from moeware.compiler.fuse.moe_weights import ExpertWeights, propose_weights
 from moeware.compiler.fuse.region import region, runner
-from moeware.compiler.fuse.routers import RouterForm, plain_forms, sample_mixed
+from moeware.compiler.fuse.routers import RouterForm, plain_forms
 from moeware.compiler.fuse.trace import (
     constant,
     is_op,
@@ -29,21 +30,17 @@ from moeware.compiler.fuse.trace import (
 )
 from moeware.compiler.operators import FUNCTIONS
 
-__all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove", "sample_rows", "sample_scores"]
+__all__ = ["TOLERANCE", "Form", "Proof", "nearest_form", "prove"]
 
 # Relative difference between the rounding of float32, which is at most a tenth of it, and two forms
 # of GELU, which on these inputs are five times it.
 TOLERANCE = 2e-5
 _ROUNDING = float(np.finfo(np.float32).eps)
-# Root of the mean square of hidden values: the two forms of GELU differ most where they are 2 to 3.
-_HIDDEN = 2.0
 _FEW = 8  # rows, where there are fewer experts
-_DRAWS = 16  # of a row's logits, of which one is taken
-# Beyond what is usual: hidden values in proportion to `_HIDDEN`, beyond the limits that models set to them;
+# Beyond what is usual: hidden values in proportion to usual ones, beyond the limits that models set to them;
 # by how much the first choice exceeds the others, and what is added to all logits of a row, which softmax
 # does not mind.
 _FAR, _LEAD, _SHIFTS = 512.0, 9.0, (-50.0, 0.0, 50.0)
-_LITTLE = 1e-3  # weight of a chosen expert
 
 
 @dataclass(frozen=True)
@@ -206,46 +203,6 @@ def _scales(nodes: list[ir.Node]) -> list[float]:
         if number is not None and number > 0 and np.isfinite(number):
             found[number if is_op(node, "Mul") else 1 / number] = None
     return list(found)
-
-
-def sample_rows(generator: np.random.Generator, count: int, weights: ExpertWeights) -> np.ndarray:
-    """Rows ``[count, D]``, float32, that give hidden values where the functions differ."""
-    experts, hidden, features = weights.w1.shape
-    size = np.sqrt(np.square(weights.w1.astype(np.float64)).sum() / (experts * hidden))
-    rows = generator.normal(size=(count, features)) * (_HIDDEN / size if size else 1)
-    return rows.astype(np.float32)
-
-
-def sample_scores(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
-    """Logits ``[count, E]``, float32, of which each expert in turn has the largest.
-
-    Where ``router`` may still choose others, each row is the one of several that gives the most weight
-    to the expert whose turn it is.
-    """
-    experts, rows = len(router.correction), np.arange(count)
-    if router.attributes["score"] == "sparse":  # whose weights are mostly 1 on such logits
-        return sample_mixed(rows % experts, experts, router.attributes["threshold"], generator)
-    scores = generator.normal(size=(_DRAWS, count, experts)) * 2
-    scores[:, rows, rows % experts] = scores.max(-1) + 1
-    scores = scores.astype(np.float32)
-    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
-    return scores[weights[:, rows, rows % experts].argmax(0), rows]
-
-
-def sample_edges(generator: np.random.Generator, count: int, router: RouterForm) -> np.ndarray:
-    """Logits ``[count, E]``, float32, by turns nearly alike, such that they give a chosen expert `_LITTLE`
-    weight, and as far apart as `router` tells from one another."""
-    experts, rows = len(router.correction), np.arange(count)
-    if router.attributes["score"] == "sparse":
-        return sample_scores(generator, count, router)
-    # Sigmoids of larger logits are 1 in float32, and probabilities of smaller ones 0.
-    alone = router.attributes["score"] == "softmax" and not router.correction.any()
-    scale = np.resize([0.1, 2, 64 if alone else 4], count)
-    scores = generator.normal(size=(_DRAWS, count, experts)) * scale[:, None]
-    scores = scores.astype(np.float32)
-    weights = router.dense(scores.reshape(-1, experts)).reshape(scores.shape)
-    least = np.where(weights > 0, weights, np.inf).min(-1)
-    return scores[np.abs(np.log(least / _LITTLE)).argmin(0), rows]
 
 
 def nearest_form(

@@ -42,11 +42,11 @@ OTHERS = {
 
 
 class Attention(nn.Module):
-    """``mask`` of scaled scores; ``group`` says how keys are shared."""
+    """``mask`` of scaled scores, ``kept`` of the weights; ``group`` says how keys are shared."""
 
-    def __init__(self, mask=lambda s: s, group="repeat"):
+    def __init__(self, mask=lambda s: s, group="repeat", kept=lambda w: w):
         super().__init__()
-        self.mask, self.group = mask, group
+        self.mask, self.group, self.kept = mask, group, kept
         self.q, self.k, self.v = (nn.Linear(FEATURES, n * DIM) for n in (HEADS, KEYS, KEYS))
         self.o = nn.Linear(HEADS * DIM, FEATURES)
 
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             q, k, v = q.view(b, KEYS, share, n, DIM), k[:, :, None], v[:, :, None]
         elif self.group == "broadcast tile":
             q, k, v = q.view(b, share, KEYS, n, DIM), k[:, None], v[:, None]
-        y = self.mask(q @ k.transpose(-1, -2) * DIM**-0.5).softmax(-1) @ v
+        y = self.kept(self.mask(q @ k.transpose(-1, -2) * DIM**-0.5).softmax(-1)) @ v
         return self.o(y.reshape(b, HEADS, n, DIM).transpose(1, 2).reshape(b, n, -1))
 
 
@@ -105,6 +105,10 @@ def test_causal_mask(tmp_path, mask):
 @pytest.mark.parametrize("mask", OTHERS)
 def test_other_scores_stay_plain(tmp_path, mask):
     assert attention(tmp_path, Attention(OTHERS[mask])) is None
+
+
+def test_small_weights_that_are_dropped_are_seen(tmp_path):
+    assert attention(tmp_path, Attention(kept=lambda w: w * (w > 1e-5))) is None
 
 
 @pytest.mark.parametrize("bias", [0, 4e-4])

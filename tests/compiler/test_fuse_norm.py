@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from moeware.compiler.fuse import fuse
+from moeware.compiler.load import load
 from tests.compiler.exports import export_module
 from tests.compiler.fused import check, operators_of
 
@@ -76,6 +78,19 @@ def test_without_epsilon(tmp_path, epsilon, dynamo):
     """The newer exporter takes small ones for 0 and drops them."""
     norm = Norm(lambda x, g, e: FORMS["rsqrt"](x, g, epsilon))
     check(write(tmp_path, norm, 20 if dynamo else 17, dynamo), ["RMSNorm"], frames=1)
+
+
+@pytest.mark.parametrize("form", [
+    lambda x, g, e: FORMS["rsqrt"](x, g, e).clamp(-3.4 * float(g.abs().max()), 1e6),
+    lambda x, g, e: FORMS["rsqrt"](x, g, e).clamp(min=-3.4 * float(g.abs().max())),
+    lambda x, g, e: FORMS["rsqrt"](x.clamp(-50, 50), g, e),
+    lambda x, g, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e).clamp(max=20) * g,
+    lambda x, g, e: nn.functional.normalize(x, dim=-1).mul(5).clamp(min=-4.5) * g,
+], ids=["both ends", "below", "input", "small rows", "length"])
+def test_bounds_that_usual_rows_do_not_reach_stay(tmp_path, form):
+    """Of 12 features none is more than 3.46 root mean squares."""
+    model = fuse(load(write(tmp_path, Norm(form))))
+    assert any(name in ("plain Clip", "plain Min", "plain Max") for name in operators_of(model))
 
 
 def test_without_gamma(tmp_path):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeware.compiler.fuse import fuse
-from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form, sample_rows, sample_scores
+from moeware.compiler.fuse.moe_proof import TOLERANCE, nearest_form
+from moeware.compiler.fuse.moe_samples import sample_rows, sample_scores
 from moeware.compiler.fuse.moe_weights import ExpertWeights
 from moeware.compiler.fuse.routers import plain_forms
 from moeware.compiler.load import load
