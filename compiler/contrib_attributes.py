@@ -1,4 +1,4 @@
-"""Types of attributes of ONNX Runtime's operators, of which the ONNX checker knows nothing."""
+"""Attributes of ONNX Runtime's operators, of which the ONNX checker knows nothing."""
 
 import onnx
 
@@ -8,7 +8,8 @@ __all__ = ["check_attributes"]
 
 
 def check_attributes(node: onnx.NodeProto) -> None:
-    """Raise ``CompileError`` for an attribute of another type than its operator has."""
+    """Raise ``CompileError`` for an attribute of another type than its operator has, and for a switch
+    that is neither 0 nor 1, which kernels read in different ways."""
     for attribute in node.attribute:
         wanted = _TYPES.get(attribute.name, attribute.type)
         if attribute.type != wanted:
@@ -18,6 +19,18 @@ def check_attributes(node: onnx.NodeProto) -> None:
                 f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be {expected}, "
                 f"not {found}; repair the node or export the model again"
             )
+        if attribute.name in _SWITCHES and attribute.i not in (0, 1):
+            raise CompileError(
+                f"Attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) must be 0 or 1, not "
+                f"{attribute.i}; repair the node or export the model again"
+            )
+
+
+_SWITCHES = (
+    "do_rotary", "interleaved", "normalize_routing_weights", "past_present_share_buffer",
+    "rotary_interleaved", "transA", "transB", "transBatchA", "transBatchB", "unidirectional",
+    "use_sparse_mixer",
+)  # fmt: skip
 
 
 _TYPES = {

@@ -55,7 +55,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     data = path.read_bytes()
     try:
         proto = onnx.parser.parse_model(data.decode()) if is_text else onnx.load_from_string(data)
-    except (DecodeError, onnx.parser.ParseError, UnicodeDecodeError) as error:
+    except (DecodeError, onnx.parser.ParseError, IndexError, ValueError) as error:
+        # The parser of texts lets errors of numbers that are too large through.
         # A ModelProto starts with field 1 (ir_version, varint), which is the byte 0x08.
         truncated = not is_text and data[:1] == b"\x08"
         is_bytes = isinstance(error, onnx.parser.ParseError)

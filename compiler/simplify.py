@@ -14,6 +14,7 @@ from moeware.compiler.contrib_shapes import infer_shapes
 from moeware.compiler.errors import CompileError
 from moeware.compiler.fuse.moe import refuse_baked_counts
 from moeware.compiler.fuse.region import inputs_of, run
+from moeware.compiler.fuse.trace import is_op, operand
 from moeware.compiler.qdq import take_out
 from moeware.compiler.read import one_line
 
@@ -57,6 +58,7 @@ def simplify(model: ir.Model) -> None:
     # Each round may fix a shape that lets the next one fold the nodes that read it.
     for _ in range(_FOLDING_ROUNDS):
         infer_shapes(model)
+        _check_targets(model)
         try:
             onnxscript.optimizer.optimize_ir(
                 model,
@@ -83,6 +85,17 @@ def simplify(model: ir.Model) -> None:
     refuse_baked_counts(model)
     _infer_shapes(model)
     check_sizes(model, weights)
+
+
+def _check_targets(model: ir.Model) -> None:
+    """Refuse shapes that are no vectors, which the optimizer takes for some."""
+    for node in model.graph.all_nodes():
+        target = operand(node, 1) if is_op(node, "Expand", "Reshape") else None
+        if target is not None and target.shape is not None and target.shape.rank() != 1:
+            raise CompileError(
+                f"Node {node.name!r} ({node.op_type}) must have a vector as its shape, not a tensor of "
+                f"{target.shape.rank()} axes; repair the node or export the model again"
+            )
 
 
 def _not_folded(error: Exception) -> Exception:

@@ -153,6 +153,12 @@ def test_attribute_of_another_type(tmp_path, operator, attributes):
         load(path)
 
 
+def test_a_switch_is_on_or_off(tmp_path):
+    nodes = [own("GroupQueryAttention", ["x", "x", "x"], ["y"], num_heads=2, kv_num_heads=2, do_rotary=3)]
+    with pytest.raises(CompileError, match="'do_rotary' of node 'GroupQueryAttention' .* 0 or 1, not 3"):
+        load(built(tmp_path / "m.onnx", nodes))
+
+
 def test_contradiction_behind_an_operator_that_onnx_does_not_know(tmp_path):
     nodes = [own("GroupQueryAttention", ["x", "x", "x", "", "", "last", "count"], ["a"], num_heads=2,
                  kv_num_heads=2), onnx.helper.make_node("MatMul", ["a", "w"], ["y"], "after")]

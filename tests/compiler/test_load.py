@@ -61,6 +61,20 @@ def test_not_onnx(tmp_path):
     refuse(path, "with a graph")
 
 
+def test_numbers_that_are_too_large_for_a_text(tmp_path):
+    path = tmp_path / "m.onnxtxt"
+    path.write_text(f'<ir_version: 8, opset_import: ["" : 17]> g (float[1, {"9" * 30}] x) => (float[1] y) {{}}')
+    refuse(path, "complete ONNX file")
+
+
+@pytest.mark.parametrize("operator", ["Expand", "Reshape"])
+def test_a_shape_that_is_no_vector(tmp_path, operator):
+    path = tmp_path / "m.onnxtxt"
+    path.write_text(f"""<ir_version: 8, opset_import: ["" : 17]> g (float[1, 4] x) => (float[1, 4] y)
+        <int64 shape = {{4}}> {{ a = {operator} (x, shape) y = Neg (a) }}""")
+    refuse(path, operator)
+
+
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
 def test_truncated(tmp_path, part):
     path = write(tmp_path / "m.onnx", np.ones((4, 300), np.float32))
