@@ -16,7 +16,7 @@ def expand_operators(proto: onnx.ModelProto) -> None:
     """Write operators that no opset has, of `_EXPANSIONS`, out in standard ones. What an expansion
     does not cover stays as it is.
 
-    Raises ``CompileError`` for attributes of another type than their operators have.
+    Raises ``CompileError`` for attributes that their operators do not have so.
     """
     # What transposes asks for ranks, which are inferred when the others are standard operators.
     for late in (False, True):

@@ -50,7 +50,8 @@ class Interface:
     def to_dict(self) -> dict:
         """As a value that ``json.dumps`` takes and ``Interface(**value)`` has been."""
         return asdict(Interface({name: int(size) for name, size in self.axes.items()},
-                                dict(self.fixed), list(self.outputs)))
+                                {name: value.item() if isinstance(value, np.generic) else value
+                                 for name, value in self.fixed.items()}, list(self.outputs)))
 
     def apply(self, proto: onnx.ModelProto) -> set[str]:
         """Give every input of `proto` a size, and make constants of those that are fixed, whose names

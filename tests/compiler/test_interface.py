@@ -1,6 +1,7 @@
 """Files that leave open how long a sequence is, take what is the same in every run, and give what
 nobody reads."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -179,6 +180,12 @@ def test_command_line(cached, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["check", str(cached), "--fix", "attention_mask=ones"])
     assert "attention_mask=1 or position_ids=range, not 'attention_mask=ones'" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_are_saved_as_numbers():
+    interface = Interface({"s": np.int64(3)}, {"mask": np.int64(1), "scale": np.float32(0.5)}, ["y"])
+    saved = json.loads(json.dumps(interface.to_dict()))
+    assert Interface(**saved) == Interface({"s": 3}, {"mask": 1, "scale": 0.5}, ["y"])
 
 
 def test_an_axis_may_be_told_by_its_place(cached):
